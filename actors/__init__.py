@@ -1,0 +1,1 @@
+"""Who makes data: the vLLM engine, the sampler around it, the rewards. Imports system only."""

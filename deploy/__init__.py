@@ -1,0 +1,1 @@
+"""Who starts it: the only folder that imports ray."""

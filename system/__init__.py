@@ -1,0 +1,1 @@
+"""What everything shares. Imports no other folder of the project."""

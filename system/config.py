@@ -1,0 +1,499 @@
+"""The whole run in one frozen tree. Imports pydantic and yaml only, so that a mistake is named before torch loads.
+
+A YAML file gives the values, `key=value` on the command line overrides them, and a validator that compares two fields
+states a property without which the run could not work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+NEEDS_PREFIX_REWARDS = ("db", "subtb", "tb")
+"""Losses whose pairs include states inside a trajectory, so that each needs a reward of its own."""
+
+
+class ConfigError(ValueError):
+    """The configuration cannot run. The message names the field, the value and the fix."""
+
+
+class Section(BaseModel):
+    """A typo in a key is an error, a section never changes, and the text below a field is its help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+# ------------------------------------------------------------------------------------------------ what is trained
+
+
+class Model(Section):
+    path: str = "packaged:smollm2-135m-instruct"
+    """`packaged:NAME` (a model that comes with a Python package), a folder in Hugging Face format, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+
+
+class Lora(Section):
+    rank: int = Field(16, ge=1, le=512)
+    alpha: float = Field(32.0, gt=0)
+    """The update is (alpha / rank) * B A."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of the linear modules that are adapted, as PEFT takes them. There is no dropout: log q must be exact."""
+
+
+# ---------------------------------------------------------------------------------------------------- the target
+
+
+class LMPosterior(Section):
+    """log p(Z stop | X), plus log p(Y | X Z stop) where a prompt has evidence Y, at every prefix."""
+
+    kind: Literal["lm_posterior"] = "lm_posterior"
+
+    @property
+    def every_prefix(self) -> bool:
+        return True
+
+
+class FunctionReward(Section):
+    """A python function `f(prompt: Prompt, text: str, tokens: list[int]) -> float` as log R = f / beta, in nats."""
+
+    kind: Literal["function"] = "function"
+    path: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """Import path, `package.module:function`."""
+    beta: float = Field(1.0, gt=0)
+    """Strength of the pull towards the prior, as in p(Z | X) exp(r / beta)."""
+    every_prefix: bool = False
+    """True: called at each prefix that can stop. False: at the end alone, and only `vargrad` or `pooled` can learn."""
+
+
+class ProductReward(Section):
+    """The product of rewards: their logs add up. With `lm_posterior` and a verifier: p(Z | X) exp(r / beta)."""
+
+    kind: Literal["product"] = "product"
+    of: tuple[Annotated[LMPosterior | FunctionReward, Field(discriminator="kind")], ...] = Field(min_length=2)
+
+    @property
+    def every_prefix(self) -> bool:
+        return all(factor.every_prefix for factor in self.of)
+
+
+Reward = Annotated[LMPosterior | FunctionReward | ProductReward, Field(discriminator="kind")]
+
+
+class RandomNumber(Section):
+    """An integer, uniform over low..high: the posterior is known exactly, so this task measures the method."""
+
+    kind: Literal["random_number"] = "random_number"
+    low: int = Field(0, ge=0)
+    high: int = Field(100, ge=1, le=9999)
+    prompt: str = Field("The following is a random integer drawn uniformly between {low} and {high}: ", min_length=1)
+    """`{low}` and `{high}` are filled in."""
+    floor: float = Field(-12.0, le=-5.0)
+    """log R of anything that is not one of the numbers, nats. A number has log R = 0."""
+    reward: Reward = FunctionReward(path="system.tasks.random_number:log_reward", every_prefix=True)
+
+    @property
+    def min_tokens(self) -> int:
+        return 0
+
+    @property
+    def max_tokens(self) -> int:
+        return len(str(self.high))
+
+    @model_validator(mode="after")
+    def _an_interval(self) -> RandomNumber:
+        if self.high <= self.low:
+            raise ValueError(f"high={self.high} must be above low={self.low}")
+        try:
+            self.prompt.format(low=self.low, high=self.high)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"prompt={self.prompt!r}: only {{low}} and {{high}} can be filled in") from error
+        return self
+
+
+class Continuation(Section):
+    """The next sentence, from the tempered posterior p(Z . | X)^(1/T), with T from learner.reward_temperature."""
+
+    kind: Literal["continuation"] = "continuation"
+    prompts: str = "packaged"
+    """A UTF-8 text file with one prompt a line, or `packaged` for a small one that comes with the project."""
+    limit: int | None = Field(None, ge=1)
+    """Take only this many prompts."""
+    offset: int = Field(0, ge=0)
+    """Skip this many prompts first."""
+    min_tokens: int = Field(1, ge=0)
+    max_tokens: int = Field(30, ge=1)
+    stop: str = Field(".", min_length=1)
+    """The end of a sentence: a text that is one token. Its log-probability is part of the reward."""
+    illegal: tuple[str, ...] = ("\n", "\r", "\t", '"', "“", "”", "?", "!", ":", ";", "(", ")", "[", "]", "<", ">", "http", "www", "..")
+    """A token whose text contains one of these is outside the policy's support, as are special tokens."""
+    reward: Reward = LMPosterior()
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Continuation:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: nothing could be sampled")
+        return self
+
+
+Task = Annotated[RandomNumber | Continuation, Field(discriminator="kind")]
+
+
+# ------------------------------------------------------------------------------------------------- who makes data
+
+
+class Exploration(Section):
+    """How the samples of a group are drawn. GFlowNet losses need no correction for it, but must see the modes."""
+
+    on_policy: float = Field(0.5, ge=0, le=1)
+    """Share of each group that is drawn from the policy itself; the rest explores by the settings below."""
+    epsilon: float = Field(0.0, ge=0, lt=1)
+    """Exploring samples mix this share of uniform-over-the-support into every token."""
+    temperature: tuple[float, float] = (0.5, 2.0)
+    """Each exploring sample draws its softmax temperature uniformly from this interval."""
+
+    @model_validator(mode="after")
+    def _an_interval(self) -> Exploration:
+        low, high = self.temperature
+        if not 0 < low <= high:
+            raise ValueError(f"temperature={list(self.temperature)} must be [low, high] with 0 < low <= high")
+        return self
+
+
+class Sampler(Section):
+    samples_per_prompt: int = Field(16, ge=2)
+    """K, the size of a group. Two at least: one sample says nothing about log Z."""
+    exploration: Exploration = Exploration()
+    install: Literal["auto", "merged", "adapter"] = "auto"
+    """How a new version enters the engine: `merged` into the base weights, or as a LoRA `adapter`. auto: merged on CPU."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the engine. Merging into bfloat16 loses small updates."""
+    reward_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen model that scores."""
+    token_budget: int = Field(4096, ge=64)
+    """Most tokens in one row of the scoring pass."""
+    max_num_seqs: int = Field(64, ge=1)
+    """Sequences that the engine decodes at once."""
+    kv_cache_mb: int = Field(512, ge=16)
+    """Size of the engine's KV cache on CPU, MiB."""
+    gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
+    """Share of a GPU that the engine takes."""
+    groups_in_flight: int = Field(2, ge=1)
+    """Groups that one sampler works on at once. Two or more leave no idle tail between groups."""
+    canary_tolerance: float | None = Field(None, gt=0)
+    """Largest mean difference, nats a token, between the engine's and the learner's log-probs of the canary.
+    By default 0.005 in float32 and 0.25 in bfloat16."""
+
+    @property
+    def resolved_canary_tolerance(self) -> float:
+        return self.canary_tolerance or (0.005 if self.dtype == "float32" else 0.25)
+
+
+class Actors(Section):
+    count: int = Field(1, ge=1)
+    """Number of sampler actors."""
+    cpus: float = Field(1, ge=0)
+    """CPUs reserved for each, and its number of threads (rounded down, at least one)."""
+    gpus: float = Field(0, ge=0)
+    """GPUs reserved for each; fractions share a GPU."""
+    max_deaths: int = Field(3, ge=0)
+    """The run stops after this many deaths of samplers without a group in between."""
+
+    @property
+    def threads(self) -> int:
+        return max(1, int(self.cpus))
+
+
+# ------------------------------------------------------------------------------------------------- who uses data
+
+
+class Replay(Section):
+    """Each update mixes fresh samples with replayed ones of the same prompt. Shares add up to 1."""
+
+    capacity: int = Field(64, ge=1)
+    """Distinct trajectories kept for each prompt."""
+    fresh: float = Field(1.0, gt=0, le=1)
+    prioritised: float = Field(0.0, ge=0, lt=1)
+    """Drawn in proportion to exp(log R / prioritised_temperature)."""
+    uniform: float = Field(0.0, ge=0, lt=1)
+    prioritised_temperature: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _shares(self) -> Replay:
+        total = self.fresh + self.prioritised + self.uniform
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"fresh + prioritised + uniform = {total:g}, but shares add up to 1")
+        return self
+
+
+class Pooled(Section):
+    kind: Literal["pooled"] = "pooled"
+
+
+class VarGrad(Section):
+    kind: Literal["vargrad"] = "vargrad"
+
+
+class TrajectoryBalance(Section):
+    kind: Literal["tb"] = "tb"
+
+
+class DetailedBalance(Section):
+    kind: Literal["db"] = "db"
+
+
+class SubTB(Section):
+    kind: Literal["subtb"] = "subtb"
+    decay: float = Field(1.0, gt=0, le=1)
+    """λ: a pair of states d tokens apart weighs λ^(d-1)."""
+
+
+Loss = Annotated[Pooled | VarGrad | TrajectoryBalance | DetailedBalance | SubTB, Field(discriminator="kind")]
+
+
+class RewardTemperature(Section):
+    """T in R^(1/T): linear from start to end over `horizon` steps, then constant."""
+
+    start: float = Field(1.0, gt=0)
+    end: float = Field(1.0, gt=0)
+    horizon: int = Field(0, ge=0)
+
+    def at(self, step: int) -> float:
+        done = 1.0 if self.horizon == 0 else min(1.0, step / self.horizon)
+        return self.start + (self.end - self.start) * done
+
+
+class Learner(Section):
+    steps: int = Field(100, ge=1)
+    """Updates in the run."""
+    groups_per_update: int = Field(1, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(5, ge=0)
+    """The learning rate rises linearly over these, from lr / (warmup_steps + 1): the first step is never at 0."""
+    decay: Literal["constant", "linear", "cosine"] = "linear"
+    """After warm-up, down to lr * final_lr at the last step."""
+    final_lr: float = Field(0.1, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = Field(1.0, gt=0)
+    """Largest norm of the gradient."""
+    reward_temperature: RewardTemperature = RewardTemperature()
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """auto: CUDA where there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the base weights and activations. LoRA weights and the loss are float32."""
+    token_budget: int = Field(2048, ge=64)
+    """Most tokens of one micro-batch: the trees of an update are packed into rows of this length."""
+    logits_chunk: int = Field(256, ge=1)
+    """Positions whose logits exist at one time."""
+    gradient_checkpointing: bool = False
+    threads: int = Field(1, ge=1)
+    cpus: float = Field(1, ge=0)
+    """CPUs reserved for the learner."""
+    gpus: float = Field(0, ge=0)
+    """GPUs reserved for the learner."""
+    publish_every: int = Field(1, ge=1)
+    """Updates between two adapter versions."""
+    max_staleness: int = Field(1, ge=0)
+    """Largest number of updates between the adapter that drew a group and the update that uses it fresh. 0: synchronous."""
+    checkpoint_every: int = Field(50, ge=1)
+    evaluate_every: int | None = Field(None, ge=1)
+    """Updates between two evaluations; by default before the first and after the last alone."""
+    evaluation_samples: int = Field(32, ge=2)
+    """On-policy samples of each prompt in an evaluation, where the outcomes cannot be listed."""
+
+    @field_validator("betas")
+    @classmethod
+    def _betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas={list(betas)}: each must be in [0, 1)")
+        return betas
+
+    @model_validator(mode="after")
+    def _the_loop_can_fill_a_batch(self) -> Learner:
+        if self.max_staleness < self.publish_every - 1:
+            raise ValueError(
+                f"max_staleness={self.max_staleness} is below publish_every - 1 = {self.publish_every - 1}: "
+                f"no sample would be fresh enough between two versions; set max_staleness >= {self.publish_every - 1}"
+            )
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------- around the run
+
+
+class Tracking(Section):
+    uri: str = "sqlite:///mlflow.db"
+    """MLflow tracking URI: a SQLite file, or a server."""
+    experiment: str = Field("headwater", min_length=1)
+    sample_table_every: int = Field(50, ge=1)
+    """Updates between two tables of samples."""
+    system_metrics_seconds: float = Field(10.0, gt=0)
+    """Seconds between two readings of memory and CPU on every node."""
+    flush_seconds: float = Field(5.0, gt=0)
+    """Seconds between two attempts to hand the journal to the server."""
+    close_seconds: float = Field(60.0, ge=0)
+    """Longest wait for the server when the run ends; what it did not take stays in the journal."""
+
+
+class Cluster(Section):
+    address: str | None = None
+    """Ray address; by default the cluster that this job was submitted to, or a new local one."""
+    local_cpus: int | None = Field(None, ge=1)
+    """CPUs of a new local cluster; by default what the run asks for or the machine has, whichever is more."""
+    dashboard: bool = False
+    """Start Ray's dashboard with a new local cluster, on loopback."""
+
+
+class Config(Section):
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][\w.-]*$")
+    """Names the run in MLflow and its folder."""
+    seed: int = Field(0, ge=0)
+    output_dir: str = "runs"
+    """Holds one folder per run: config, checkpoints, journal, summary."""
+    model: Model = Model()
+    lora: Lora = Lora()
+    task: Task
+    sampler: Sampler = Sampler()
+    actors: Actors = Actors()
+    replay: Replay = Replay()
+    loss: Loss = Pooled()
+    learner: Learner = Learner()
+    tracking: Tracking = Tracking()
+    cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _the_loss_has_its_rewards(self) -> Config:
+        if self.loss.kind in NEEDS_PREFIX_REWARDS and not self.task.reward.every_prefix:
+            raise ValueError(
+                f"loss.kind={self.loss.kind} compares states inside a trajectory, but task.reward.kind="
+                f"{self.task.reward.kind} gives a reward at the end alone; use loss.kind=vargrad or pooled, "
+                "or a reward with every_prefix=true"
+            )
+        return self
+
+    def check_lengths(self, context_length: int, longest_prompt: int) -> None:
+        """Raises ConfigError if the longest prompt (tokens, evidence included) and task.max_tokens do not fit the model."""
+        needed = longest_prompt + self.task.max_tokens + 1
+        if needed > context_length:
+            raise ConfigError(
+                f"task.max_tokens={self.task.max_tokens}: with the longest prompt ({longest_prompt} tokens) and the stop token "
+                f"{needed} tokens are needed, but {self.model.path} has a context of {context_length}; "
+                "shorten task.max_tokens or the prompts"
+            )
+
+    def check_resources(self, cpus: float, gpus: float) -> None:
+        """Raises ConfigError if the learner and all samplers cannot be placed on a cluster with these resources."""
+        for kind, have in (("cpus", cpus), ("gpus", gpus)):
+            each, own = getattr(self.actors, kind), getattr(self.learner, kind)
+            needed = own + self.actors.count * each
+            if needed > have:
+                raise ConfigError(
+                    f"actors.count={self.actors.count}: learner.{kind}={own:g} and {self.actors.count} x actors.{kind}={each:g} "
+                    f"need {needed:g} {kind}, but the cluster has {have:g}; lower actors.count or actors.{kind}"
+                )
+
+
+# ------------------------------------------------------------------------------------------------------ reading it
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """`["actors.count=2", "loss.kind=subtb"]` as a nested dict; a value is read as YAML.
+
+    Raises:
+        ConfigError: an entry without `=`, or with an empty key.
+    """
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        names = key.split(".")
+        if not equals or not all(names):
+            raise ConfigError(f"override {override!r} is not of the form key=value, such as actors.count=2")
+        node = tree
+        for name in names[:-1]:
+            node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {override!r}: {name!r} was already set to a plain value")
+        try:
+            node[names[-1]] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
+    return tree
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`. A section whose kind changes starts afresh: the old kind's fields mean nothing to it."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
+            result[key] = _merged(old, value)
+        else:
+            result[key] = value
+    return result
+
+
+def _readable(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"]) or "config"
+        shown = "" if isinstance(problem["input"], (dict, BaseModel)) else f"={problem['input']!r}"
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "no such field; check the spelling (--dry-run prints all fields)"
+        lines.append(f"{field}{shown}: {message}")
+    return "\n".join(lines)
+
+
+def parse(tree: Any) -> Config:
+    """A nested dict as a Config. Raises ConfigError, one line for each field that is wrong."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"a config is a mapping of sections, not {type(tree).__name__}")
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_readable(error)) from error
+
+
+def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
+    """Reads a YAML file, lays the overrides on it, and validates the result.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a value is wrong.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {str(path)!r} cannot be read: {error}") from error
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {str(path)!r} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {str(path)!r} is a {type(tree).__name__}, but must be a mapping of sections")
+    return parse(_merged(tree, parse_overrides(overrides)))
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML, which `load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """`{"learner.lr": 0.001, ...}`: the leaves of the tree, for a tracker."""
+
+    def leaves(prefix: str, node: Any) -> Iterable[tuple[str, Any]]:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                yield from leaves(f"{prefix}.{key}" if prefix else key, value)
+        else:
+            yield prefix, node
+
+    return dict(leaves("", config.model_dump(mode="json")))

@@ -1,0 +1,74 @@
+"""The one definition of the policy's support: what the engine may draw and what the learner's log q is normalised over.
+
+At a state of depth d (actions taken so far) the support is
+  * the allowed tokens and, once d >= min_tokens, the stop token;
+  * at d = max_tokens the stop alone: log q(stop) = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Constraints:
+    """Support of q(. | state). Build it with `Constraints.of`, which checks the values."""
+
+    stop_token: int
+    min_tokens: int
+    max_tokens: int
+    columns: np.ndarray
+    """int64 [C], sorted: the allowed tokens and the stop token. Log q is a log-softmax over these columns alone."""
+    vocab_size: int
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        stop_token: int,
+        min_tokens: int,
+        max_tokens: int,
+        vocab_size: int,
+        allowed: Sequence[int] | np.ndarray | None = None,
+    ) -> Constraints:
+        """`allowed` are the tokens that may be drawn before the stop; None means all of the vocabulary.
+
+        Raises:
+            ValueError: a token outside the vocabulary, nothing allowed but the stop, or lengths that contradict.
+        """
+        columns = np.arange(vocab_size) if allowed is None else np.union1d(np.asarray(allowed, np.int64), [stop_token])
+        if not 0 <= stop_token < vocab_size or columns[0] < 0 or columns[-1] >= vocab_size:
+            raise ValueError(f"stop token {stop_token} and allowed tokens must be in a vocabulary of {vocab_size}")
+        if len(columns) < 2:
+            raise ValueError("nothing is allowed but the stop token: the only sample would be the empty one")
+        if not 0 <= min_tokens <= max_tokens or max_tokens < 1:
+            raise ValueError(f"min_tokens={min_tokens}, max_tokens={max_tokens}: 0 <= min <= max and max >= 1 are needed")
+        return cls(stop_token, min_tokens, max_tokens, columns.astype(np.int64), vocab_size)
+
+    @property
+    def everything_allowed(self) -> bool:
+        return len(self.columns) == self.vocab_size
+
+    @property
+    def stop_column(self) -> int:
+        """Where the stop token stands in `columns`."""
+        return int(np.searchsorted(self.columns, self.stop_token))
+
+    def column_of(self, tokens: np.ndarray) -> np.ndarray:
+        """Positions of token ids in `columns`. Raises ValueError for a token outside the support."""
+        position = np.searchsorted(self.columns, tokens)
+        found = self.columns[np.minimum(position, len(self.columns) - 1)] == tokens
+        if not np.all(found):
+            raise ValueError(f"tokens {np.unique(np.asarray(tokens)[~found])[:8].tolist()} are outside the policy's support")
+        return position
+
+    def may_stop(self, depth: np.ndarray) -> np.ndarray:
+        """bool: the stop is in the support at this many actions."""
+        return np.asarray(depth) >= self.min_tokens
+
+    def must_stop(self, depth: np.ndarray) -> np.ndarray:
+        """bool: nothing but the stop is in the support at this many actions."""
+        return np.asarray(depth) >= self.max_tokens

@@ -1,0 +1,140 @@
+"""The data that flows: what a sampler returns and a learner consumes. NumPy only: no torch, no vLLM, no Ray.
+
+Suffixes name the axes everywhere: `_G` groups, `_K` samples of one prompt, `_T` tokens of one sample (ragged),
+`_N` nodes of a prefix tree. Log-probabilities and log-rewards are natural logarithms, in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+Stop = Literal["sampled", "forced"]
+"""How a trajectory ended: the policy drew the stop token, or reached the maximum length, where stopping is certain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One inference problem: sample Z given `policy_tokens`, in proportion to a reward given `reward_tokens`."""
+
+    id: str
+    policy_tokens: tuple[int, ...]
+    """What the policy sees before Z. Never empty: the first action needs a position to be predicted from."""
+    reward_tokens: tuple[int, ...]
+    """What the frozen model scores Z under. The same text in some tasks, another one in others."""
+    evidence_tokens: tuple[int, ...] | None = None
+    """Y, scored by the frozen model after `reward_tokens`, Z and the stop tokens; None where there is none."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """What a task's own reward or evaluation needs, such as a known answer. JSON-serialisable."""
+
+    def __post_init__(self) -> None:
+        if not self.policy_tokens or not self.reward_tokens:
+            raise ValueError(f"prompt {self.id!r}: policy_tokens and reward_tokens need at least one token each")
+
+
+@dataclass(frozen=True, slots=True)
+class Behaviour:
+    """How one trajectory was drawn: from (1 - epsilon) * softmax(logits / temperature) + epsilon * uniform(support)."""
+
+    temperature: float = 1.0
+    epsilon: float = 0.0
+
+    @property
+    def on_policy(self) -> bool:
+        return self.temperature == 1.0 and self.epsilon == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Work for a sampler: one trajectory of `prompt` for each behaviour."""
+
+    group_id: int
+    """Counts from 0 over the run. A request that is issued again keeps its id, so each group counts once."""
+    prompt: Prompt
+    behaviours_K: tuple[Behaviour, ...]
+    seed: int
+    """Of the engine's draws for this group."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trajectory:
+    """One sample Z. The stop token is not among `tokens`."""
+
+    tokens_T: np.ndarray
+    """int32 [T]."""
+    is_action_T: np.ndarray
+    """bool [T]. False where the environment wrote the token (a tool's output): context, and no part of log q."""
+    logp_T: np.ndarray
+    """float32 [T + 1], nats: what each token, and last the stop, was drawn with. 0 where not an action or forced.
+
+    For diagnostics alone: the loss uses the learner's own log q."""
+    stop: Stop
+    behaviour: Behaviour = Behaviour()
+
+    def __post_init__(self) -> None:
+        if not len(self.tokens_T) == len(self.is_action_T) == len(self.logp_T) - 1:
+            raise ValueError(
+                f"trajectory of {len(self.tokens_T)} tokens has {len(self.is_action_T)} is_action flags and "
+                f"{len(self.logp_T)} log-probs; it needs {len(self.tokens_T)} and {len(self.tokens_T) + 1}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.tokens_T)
+
+    @property
+    def key(self) -> bytes:
+        """Equal for equal token sequences."""
+        return self.tokens_T.astype(np.int32).tobytes()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """K samples of one prompt with the log-reward of stopping at every prefix."""
+
+    prompt: Prompt
+    trajectories_K: tuple[Trajectory, ...]
+    log_reward_K: tuple[np.ndarray, ...]
+    """K arrays float64 [T + 1]: entry t is the *untempered* log R, in nats, of stopping after t tokens; NaN where the
+    state cannot stop (under the minimum length, inside a tool call) or has no reward of its own (terminal rewards)."""
+    adapter_version: int
+    group_id: int
+
+    def __post_init__(self) -> None:
+        if len(self.trajectories_K) != len(self.log_reward_K):
+            raise ValueError(f"{len(self.trajectories_K)} trajectories but {len(self.log_reward_K)} log-rewards")
+        for trajectory, log_reward_T in zip(self.trajectories_K, self.log_reward_K, strict=True):
+            if len(log_reward_T) != len(trajectory) + 1:
+                raise ValueError(
+                    f"group {self.group_id}, prompt {self.prompt.id!r}: a trajectory of {len(trajectory)} tokens "
+                    f"needs {len(trajectory) + 1} log-rewards, got {len(log_reward_T)}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.trajectories_K)
+
+    @property
+    def tokens(self) -> int:
+        """Sampled tokens in the group."""
+        return sum(len(trajectory) for trajectory in self.trajectories_K)
+
+
+def merge(groups: list[Group]) -> Group:
+    """One group with the samples of several groups of one prompt, so that they share one tree.
+
+    The oldest adapter version and the first group's id stand for all.
+
+    Raises:
+        ValueError: no group, or groups of different prompts (each prompt has a log Z of its own).
+    """
+    if not groups:
+        raise ValueError("merge needs at least one group")
+    if len({group.prompt.id for group in groups}) > 1:
+        raise ValueError(f"groups of different prompts cannot merge: {sorted({group.prompt.id for group in groups})}")
+    return replace(
+        groups[0],
+        trajectories_K=tuple(trajectory for group in groups for trajectory in group.trajectories_K),
+        log_reward_K=tuple(log_reward for group in groups for log_reward in group.log_reward_K),
+        adapter_version=min(group.adapter_version for group in groups),
+    )
