@@ -93,6 +93,8 @@ class RandomNumber(Section):
     high: int = Field(100, ge=1, le=9999)
     prompt: str = Field("The following is a random integer drawn uniformly between {low} and {high}: ", min_length=1)
     """`{low}` and `{high}` are filled in."""
+    stop: str = Field(".", min_length=1)
+    """What ends a number: a text that is one token."""
     floor: float = Field(-12.0, le=-5.0)
     """log R of anything that is not one of the numbers, nats. A number has log R = 0."""
     reward: Reward = FunctionReward(path="system.tasks.random_number:log_reward", every_prefix=True)
@@ -130,7 +132,7 @@ class Continuation(Section):
     max_tokens: int = Field(30, ge=1)
     stop: str = Field(".", min_length=1)
     """The end of a sentence: a text that is one token. Its log-probability is part of the reward."""
-    illegal: tuple[str, ...] = ("\n", "\r", "\t", '"', "“", "”", "?", "!", ":", ";", "(", ")", "[", "]", "<", ">", "http", "www", "..")
+    illegal: tuple[str, ...] = ("\n", "\r", "\t", '"', "“", "”", "?", "!", ":", ";", "(", ")", "[", "]", "<", ">", "http", "www", ".")
     """A token whose text contains one of these is outside the policy's support, as are special tokens."""
     reward: Reward = LMPosterior()
 

@@ -1,0 +1,186 @@
+"""log R at every prefix: the frozen model's posterior, a python function, and products of them.
+
+A reward scores a group at once, since the samples of a prompt share prefixes. Entry t of its result is the untempered
+log R, in nats, of stopping after t tokens; NaN where it has none.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from system.config import ConfigError, FunctionReward, LMPosterior, ProductReward
+from system.language_model import LanguageModel
+from system.prefix_tree import Packed, PrefixTree, rows_by_budget
+from system.trajectory import Prompt, Trajectory
+
+
+class RewardError(RuntimeError):
+    """A reward gave a number that cannot be learned from. The message has the prompt and the sequence."""
+
+
+class Reward(Protocol):
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+        """K arrays float64 [T + 1]."""
+        ...
+
+
+class Posterior:
+    """log p(Z stop | X), plus log p(Y | X Z stop) where the prompt has evidence Y, under the frozen model.
+
+    One packed pass: each distinct prefix once, and a branch with the stop and Y after each of them, in place of T + 1
+    passes. `tokens_forwarded` counts what that costs.
+    """
+
+    def __init__(self, model: LanguageModel, stop: Sequence[int], token_budget: int = 4096) -> None:
+        self.model = model
+        self.stop = tuple(stop)
+        self.token_budget = token_budget
+        self.tokens_forwarded = 0
+
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+        suffix = self.stop + tuple(prompt.evidence_tokens or ())
+        parts = self._parts(prompt, trajectories_K, suffix)
+        pieces = [Packed.of(tree, prompt.reward_tokens, suffix) for tree, _ in parts]
+        result: list[np.ndarray] = [np.zeros(0)] * len(trajectories_K)
+        for row in rows_by_budget([len(piece) for piece in pieces], self.token_budget):
+            self.tokens_forwarded += sum(len(pieces[index]) for index in row)
+            for index, (edge_N, suffix_N) in zip(row, self.model.score([pieces[index] for index in row]), strict=True):
+                tree, members = parts[index]
+                for k, nodes_T in zip(members, tree.nodes_K, strict=True):
+                    result[k] = np.cumsum(edge_N[nodes_T]) + (suffix_N[nodes_T] if suffix else 0.0)
+        return result
+
+    def _parts(
+        self, prompt: Prompt, trajectories_K: Sequence[Trajectory], suffix: tuple[int, ...]
+    ) -> list[tuple[PrefixTree, list[int]]]:
+        """The group as one tree, or as several with neighbouring samples where one would not fit the token budget."""
+        order = sorted(range(len(trajectories_K)), key=lambda k: trajectories_K[k].tokens_T.tolist())
+        tree = PrefixTree.of([trajectories_K[k] for k in order])
+        tokens = len(prompt.reward_tokens) + len(tree) * max(1, len(suffix))
+        if tokens <= self.token_budget or len(order) == 1:
+            return [(tree, order)]
+        half = len(order) // 2
+        parts = []
+        for members in (order[:half], order[half:]):
+            for subtree, inner in self._parts(prompt, [trajectories_K[k] for k in members], suffix):
+                parts.append((subtree, [members[k] for k in inner]))
+        return parts
+
+
+class Function:
+    """f(prompt, text, tokens) / beta, at every prefix or at the end alone.
+
+    Raises:
+        RewardError: the function returned NaN, an infinity or no number at all.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Prompt, str, list[int]], float],
+        decode: Callable[[list[int]], str],
+        beta: float = 1.0,
+        every_prefix: bool = False,
+    ) -> None:
+        self.function = function
+        self.decode = decode
+        self.beta = beta
+        self.every_prefix = every_prefix
+
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+        known: dict[tuple[int, ...], float] = {}
+        result = []
+        for trajectory in trajectories_K:
+            tokens = trajectory.tokens_T.tolist()
+            log_reward_T = np.full(len(tokens) + 1, np.nan)
+            for t in range(len(tokens) + 1) if self.every_prefix else [len(tokens)]:
+                prefix = tuple(tokens[:t])
+                if prefix not in known:
+                    known[prefix] = self._call(prompt, list(prefix))
+                log_reward_T[t] = known[prefix]
+            result.append(log_reward_T)
+        return result
+
+    def _call(self, prompt: Prompt, tokens: list[int]) -> float:
+        text = self.decode(tokens)
+        value = self.function(prompt, text, tokens)
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
+            raise RewardError(
+                f"reward function {getattr(self.function, '__qualname__', self.function)!r} returned {value!r} for prompt "
+                f"{prompt.id!r}, text {text!r}; return a finite number (a floor, not -inf, for the impossible)"
+            )
+        return float(value) / self.beta
+
+
+class Product:
+    """The product of rewards: log-rewards add up, and a state has one where all factors have one."""
+
+    def __init__(self, factors: Sequence[Reward]) -> None:
+        self.factors = tuple(factors)
+
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+        scores = [factor.score(prompt, trajectories_K) for factor in self.factors]
+        return [np.sum(per_factor, axis=0) for per_factor in zip(*scores, strict=True)]
+
+
+class Checked:
+    """Refuses what no learner could use: a log R at the end that is not finite, or an infinity anywhere."""
+
+    def __init__(self, reward: Reward, decode: Callable[[list[int]], str]) -> None:
+        self.reward = reward
+        self.decode = decode
+
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+        """Raises RewardError with the prompt and the sequence."""
+        scores = self.reward.score(prompt, trajectories_K)
+        if len(scores) != len(trajectories_K):
+            raise RewardError(f"prompt {prompt.id!r}: {len(scores)} log-rewards for {len(trajectories_K)} trajectories")
+        for trajectory, log_reward_T in zip(trajectories_K, scores, strict=True):
+            if len(log_reward_T) != len(trajectory) + 1 or not np.isfinite(log_reward_T[-1]) or np.isinf(log_reward_T).any():
+                raise RewardError(
+                    f"prompt {prompt.id!r}: log R {log_reward_T.tolist()} for {self.decode(trajectory.tokens_T.tolist())!r} "
+                    f"({len(trajectory)} tokens); {len(trajectory) + 1} values are needed, finite at the end"
+                )
+        return scores
+
+
+def needs_language_model(section: LMPosterior | FunctionReward | ProductReward) -> bool:
+    factors = section.of if isinstance(section, ProductReward) else (section,)
+    return any(isinstance(factor, LMPosterior) for factor in factors)
+
+
+def import_function(path: str) -> Callable[[Prompt, str, list[int]], float]:
+    """The function at `package.module:function`. Raises ConfigError if there is none."""
+    module_name, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"task.reward.path={path!r} cannot be imported: {error}") from error
+    if not callable(function):
+        raise ConfigError(f"task.reward.path={path!r} is a {type(function).__name__}, not a function")
+    return function
+
+
+def build(
+    section: LMPosterior | FunctionReward | ProductReward,
+    *,
+    model: LanguageModel | None,
+    stop: Sequence[int],
+    decode: Callable[[list[int]], str],
+    token_budget: int,
+) -> Reward:
+    """The reward of a config section `task.reward`; `model` may be None where `needs_language_model` says so."""
+
+    def one(factor: LMPosterior | FunctionReward) -> Reward:
+        if isinstance(factor, FunctionReward):
+            return Function(import_function(factor.path), decode, factor.beta, factor.every_prefix)
+        if model is None:
+            raise ValueError("an lm_posterior reward needs the frozen model")
+        return Posterior(model, stop, token_budget)
+
+    if isinstance(section, ProductReward):
+        return Checked(Product([one(factor) for factor in section.of]), decode)
+    return Checked(one(section), decode)

@@ -1,0 +1,219 @@
+"""The learner: groups in, one optimizer step, and a new adapter out. A plain class; Ray is applied in deploy.
+
+An update packs each group's prefix tree once, fills rows up to the token budget, and adds up the gradients of the rows;
+the loss is the mean over all groups of the update, however they fall into rows. Left out on purpose: a critic, a KL
+penalty (the prior is inside the reward), ratios and clipping against the behaviour policy (see learner.losses).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from torch import Tensor
+
+from learner import losses
+from learner.policy import Policy
+from learner.states import node_log_reward, states_of
+from system.adapters import Adapter, Canary
+from system.config import Config
+from system.config import Learner as LearnerConfig
+from system.constraints import Constraints
+from system.language_model import resolve_device
+from system.prefix_tree import Packed, PrefixTree, rows_by_budget
+from system.trajectory import Group
+
+CANARY_TOKENS = 24
+
+
+def lr_at(config: LearnerConfig, step: int) -> float:
+    """Learning rate of update `step` (from 0): linear warm-up that never starts at 0, then the decay to lr * final_lr."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    if config.decay == "constant":
+        return config.lr
+    done = min(1.0, (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps))
+    left = 1.0 - done if config.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return config.lr * (config.final_lr + (1.0 - config.final_lr) * left)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Score:
+    """What the current policy says of one group, without gradients."""
+
+    log_q_K: np.ndarray
+    """float64 [K]: log q of each whole trajectory, its stop included, nats."""
+    log_q_stop_K: np.ndarray
+    """float64 [K]: log q(stop) where it ended; 0 where the stop was forced."""
+    log_reward_K: np.ndarray
+    """float64 [K]: untempered log R of each whole trajectory, nats."""
+
+
+class Learner:
+    def __init__(self, config: Config, folder: Path, constraints: Constraints, base_model: str, canary_tokens: Sequence[int]) -> None:
+        """`folder` holds the base model's files, `base_model` is the name under which adapters are published."""
+        self.config = config.learner
+        torch.manual_seed(config.seed)
+        device = resolve_device(self.config.device)
+        if device.type == "cpu":
+            torch.set_num_threads(self.config.threads)
+        self.constraints = constraints
+        self.policy = Policy(
+            folder,
+            config.lora,
+            constraints,
+            dtype=getattr(torch, self.config.dtype),
+            device=device,
+            logits_chunk=self.config.logits_chunk,
+            gradient_checkpointing=self.config.gradient_checkpointing,
+        )
+        self._parameters = list(self.policy.parameters.values())
+        self.optimizer = torch.optim.AdamW(
+            self._parameters, lr=self.config.lr, betas=self.config.betas, weight_decay=self.config.weight_decay
+        )
+        self.loss = losses.build(config.loss.kind, getattr(config.loss, "decay", 1.0))
+        self.step = 0
+        self.base_model = base_model
+        self._canary_tokens = np.array(canary_tokens[:CANARY_TOKENS], np.int64)
+        with self.policy.base():
+            self._canary_base = self._canary_log_probs()
+
+    # ---------------------------------------------------------------------------------------------- the update
+
+    def update(self, groups: Sequence[Group]) -> dict[str, float]:
+        """One optimizer step on the mean loss of the groups. Returns its metrics; seconds, tokens, nats.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is not finite; the weights are left as they were.
+        """
+        started = time.perf_counter()
+        temperature = self.config.reward_temperature.at(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        total, tokens, stats = 0.0, 0, []
+        for states_G, row_tokens in self._rows(groups, temperature):
+            loss = torch.stack([self.loss(states) for states in states_G]).sum() / len(groups)
+            loss.backward()
+            total += float(loss.detach())
+            tokens += row_tokens
+            stats += [_describe(states) for states in states_G]
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.config.clip))
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(
+                f"update {self.step}: loss {total}, gradient norm {norm} on prompts {sorted({g.prompt.id for g in groups})[:4]}; "
+                "lower learner.lr or use float32"
+            )
+        lr = lr_at(self.config, self.step)
+        for parameter_group in self.optimizer.param_groups:
+            parameter_group["lr"] = lr
+        self.optimizer.step()
+        self.step += 1
+        seconds = time.perf_counter() - started
+        mean = {name: float(np.nanmean([stat[name] for stat in stats])) for name in stats[0]}
+        return {
+            "loss": total,
+            "grad_norm": norm,
+            "lr": lr,
+            "reward_temperature": temperature,
+            "tokens/forwarded": tokens,
+            "rate/learner_tokens_per_second": tokens / seconds,
+            "seconds/update": seconds,
+            **mean,
+        }
+
+    def score(self, groups: Sequence[Group]) -> list[Score]:
+        """log q of the trajectories under the current policy."""
+        scores = []
+        for group in groups:
+            tree, piece, _ = self._pack(group)
+            ends_N = np.zeros(len(tree), bool)
+            ends_N[[nodes_T[-1] for nodes_T in tree.nodes_K]] = True
+            with torch.no_grad():
+                [(edge, stop)] = self.policy.log_q([piece], [ends_N])
+            edge_N, stop_N = edge.double().cpu().numpy(), stop.double().cpu().numpy()
+            stop_K = np.array([stop_N[nodes_T[-1]] for nodes_T in tree.nodes_K])
+            path_K = np.array([edge_N[nodes_T].sum() for nodes_T in tree.nodes_K])
+            reward_K = np.array([log_reward_T[-1] for log_reward_T in group.log_reward_K])
+            scores.append(Score(path_K + stop_K, stop_K, reward_K))
+        return scores
+
+    def _pack(self, group: Group) -> tuple[PrefixTree, Packed, np.ndarray]:
+        tree = PrefixTree.of(group.trajectories_K)
+        log_reward_N = node_log_reward(tree, group)
+        log_reward_N[~self.constraints.may_stop(tree.depth_N)] = np.nan
+        return tree, Packed.of(tree, group.prompt.policy_tokens), log_reward_N
+
+    def _rows(self, groups: Sequence[Group], temperature: float) -> Iterator[tuple[list[losses.States], int]]:
+        """The states of the groups, a row of packed trees at a time, and the row's tokens."""
+        packed = [self._pack(group) for group in groups]
+        for row in rows_by_budget([len(piece) for _, piece, _ in packed], self.config.token_budget):
+            trees, pieces, rewards = zip(*(packed[index] for index in row), strict=True)
+            log_q = self.policy.log_q(pieces, [np.isfinite(reward_N) for reward_N in rewards])
+            states = [
+                states_of(tree, reward_N, edge_N, stop_N, temperature)
+                for tree, reward_N, (edge_N, stop_N) in zip(trees, rewards, log_q, strict=True)
+            ]
+            yield states, sum(len(piece) for piece in pieces)
+
+    # ------------------------------------------------------------------------------------- what leaves the learner
+
+    def adapter(self, version: int) -> Adapter:
+        """The current LoRA weights as a version to publish, with a canary that proves its delivery."""
+        canary = Canary(tuple(self._canary_tokens.tolist()), self._canary_log_probs(), self._canary_base)
+        tensors = self.policy.adapter_tensors()
+        peft_config = self.policy.adapter_config() | {"base_model_name_or_path": self.base_model}
+        return Adapter.publish(version, self.step, tensors, peft_config, self.base_model, canary)
+
+    def save(self) -> np.ndarray:
+        """All that the next update depends on, as uint8 safetensors: LoRA weights, optimizer moments, step."""
+        tensors = {f"adapter/{name}": array for name, array in self.policy.adapter_tensors().items()}
+        for name, parameter in self.policy.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{key}/{name}"] = value.detach().cpu().numpy()
+        metadata = {"step": str(self.step), "base_model": self.base_model}
+        return np.frombuffer(safetensors.numpy.save(tensors, metadata), np.uint8)
+
+    def restore(self, saved: np.ndarray, step: int) -> None:
+        """Continues from `save`. Raises ValueError if it is of another model or another LoRA rank."""
+        tensors = safetensors.numpy.load(saved.tobytes())
+        prefix = "adapter/"
+        self.policy.load_adapter({name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)})
+        for name, parameter in self.policy.parameters.items():
+            state: dict[str, Tensor] = {}
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if (array := tensors.get(f"optimizer/{key}/{name}")) is not None:
+                    state[key] = torch.from_numpy(array).to("cpu" if key == "step" else parameter.device)
+            if state:
+                self.optimizer.state[parameter] = state
+        self.step = step
+
+    def stats(self) -> dict[str, Any]:
+        """Device and memory of this process: `rss_bytes`, and `gpu_bytes` on CUDA."""
+        import psutil
+
+        stats = {"rss_bytes": float(psutil.Process().memory_info().rss)}
+        if self.policy.device.type == "cuda":
+            stats["gpu_bytes"] = float(torch.cuda.max_memory_allocated(self.policy.device))
+        return stats
+
+    def _canary_log_probs(self) -> tuple[float, ...]:
+        model, tokens = self.policy.language_model, self._canary_tokens
+        with torch.no_grad():
+            hidden = model.hidden([Packed.of(PrefixTree.of([]), tokens)])
+            logp_T = model.log_probs(hidden, np.arange(len(tokens) - 1), tokens[1:])
+        return tuple(logp_T.double().cpu().tolist())
+
+
+def _describe(states: losses.States) -> dict[str, float]:
+    """Diagnostics of one group at its ends: a small loss alone is not evidence that q is the posterior."""
+    u_K = states.u_end_K.detach().double()
+    if len(u_K) < 2:
+        return {"log_z": math.nan, "spread": math.nan}
+    return {"log_z": float(u_K.mean()), "spread": float(u_K.var())}

@@ -1,0 +1,128 @@
+"""The policy q: the base model with a LoRA adapter, as log-probs at the nodes of prefix trees. The one home of peft."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+
+from system.config import ConfigError, Lora
+from system.constraints import Constraints
+from system.language_model import LanguageModel, load_pretrained
+from system.prefix_tree import Packed
+
+
+class Policy:
+    """Base + LoRA. The base is frozen; the LoRA weights are float32, and B = 0 at first, so q starts as the base.
+
+    Raises:
+        ConfigError: lora.targets names no linear module of the model.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        lora: Lora,
+        constraints: Constraints,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        logits_chunk: int = 256,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        base = load_pretrained(folder, dtype, device)
+        targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+        peft_config = LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
+        )
+        try:
+            self._peft: PeftModel = get_peft_model(base, peft_config, autocast_adapter_dtype=False)  # type: ignore[assignment]
+        except ValueError as error:
+            raise ConfigError(f"lora.targets={lora.targets!r}: {error}") from error
+        self.parameters: dict[str, torch.nn.Parameter] = {}
+        for name, parameter in self._peft.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+                self.parameters[name] = parameter
+        if gradient_checkpointing:
+            # Checkpointing acts in training mode alone; there is no dropout to be turned on by it.
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            base.train()
+        self.constraints = constraints
+        self.language_model = LanguageModel(base, logits_chunk)
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.device
+
+    def log_q(self, pieces: Sequence[Packed], terminable_N: Sequence[np.ndarray]) -> list[tuple[Tensor, Tensor]]:
+        """Per tree: float32 [N] log q of the edge into each node, and [N] log q(stop | node), nats, with gradients.
+
+        The first is 0 at the root and where the environment wrote the token. The second is wanted, and given, where
+        `terminable_N`; it is 0 elsewhere and where the stop is forced.
+        """
+        model, constraints = self.language_model, self.constraints
+        hidden_LH = model.hidden(pieces)
+        positions, tokens, may_stop, wanted, offset = [], [], [], [], 0
+        for piece, terminable in zip(pieces, terminable_N, strict=True):
+            tree = piece.tree
+            actions = np.flatnonzero(tree.is_action_N)
+            parents = tree.parent_N[actions]
+            stops = np.flatnonzero(terminable & constraints.may_stop(tree.depth_N) & ~constraints.must_stop(tree.depth_N))
+            at = np.concatenate([parents, stops])
+            positions.append(piece.start_N[at] + offset)
+            tokens.append(np.concatenate([tree.token_N[actions], np.full(len(stops), constraints.stop_token)]))
+            may_stop.append(constraints.may_stop(tree.depth_N[at]))
+            wanted.append((actions, stops))
+            offset += len(piece)
+        log_q_Q = model.log_probs(hidden_LH, np.concatenate(positions), np.concatenate(tokens), constraints, np.concatenate(may_stop))
+        result, done = [], 0
+        for piece, (actions, stops) in zip(pieces, wanted, strict=True):
+            pair = []
+            for nodes in (actions, stops):
+                values = log_q_Q[done : done + len(nodes)]
+                done += len(nodes)
+                index = torch.from_numpy(nodes).to(self.device)
+                pair.append(values.new_zeros(len(piece.tree)).index_put((index,), values))
+            result.append((pair[0], pair[1]))
+        return result
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """Inside, the adapter is off and q is the base model."""
+        with self._peft.disable_adapter():
+            yield
+
+    def adapter_tensors(self) -> dict[str, np.ndarray]:
+        """The LoRA weights under PEFT's names, float32, on the host."""
+        return {name: tensor.detach().cpu().numpy().copy() for name, tensor in get_peft_model_state_dict(self._peft).items()}
+
+    def load_adapter(self, tensors: dict[str, np.ndarray]) -> None:
+        """Takes LoRA weights under PEFT's names. Raises ValueError if they are those of another model or another rank."""
+        own = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(self._peft).items()}
+        given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if own != given:
+            differing = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+            raise ValueError(f"the adapter does not fit the policy: {len(differing)} tensors differ, such as {differing[0]}")
+        set_peft_model_state_dict(self._peft, {name: torch.from_numpy(array) for name, array in tensors.items()})
+
+    def adapter_config(self) -> dict[str, Any]:
+        """adapter_config.json of a PEFT folder."""
+        config = self._peft.peft_config["default"].to_dict()
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        plain["peft_type"], plain["task_type"], plain["inference_mode"] = "LORA", "CAUSAL_LM", True
+        return {key: value for key, value in plain.items() if _is_json(value)}
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(_is_json(item) for item in value)
+    return value is None or isinstance(value, (str, int, float, bool))

@@ -1,0 +1,106 @@
+"""The replay buffer: per prompt, distinct trajectories with their untempered rewards.
+
+GFlowNet losses need no importance weights for replayed samples, and the learner divides log R by the temperature of the
+day, so what is stored stays true while the temperature anneals. A rare mode that was sampled once is not lost again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from system.config import Replay as ReplayConfig
+from system.trajectory import Behaviour, Group, Trajectory
+
+
+class Replay:
+    def __init__(self, config: ReplayConfig) -> None:
+        self.config = config
+        self._prompts: dict[str, dict[bytes, tuple[Trajectory, np.ndarray]]] = {}
+
+    def __len__(self) -> int:
+        """Trajectories in the buffer."""
+        return sum(len(entries) for entries in self._prompts.values())
+
+    def add(self, group: Group) -> None:
+        """Keeps each distinct trajectory once, with its newest reward. At capacity the lowest log R at the end goes."""
+        entries = self._prompts.setdefault(group.prompt.id, {})
+        for trajectory, log_reward_T in zip(group.trajectories_K, group.log_reward_K, strict=True):
+            if np.isfinite(log_reward_T[-1]):
+                entries.pop(trajectory.key, None)
+                entries[trajectory.key] = (trajectory, log_reward_T)
+        for _ in range(len(entries) - self.config.capacity):
+            # Of equal rewards the oldest goes: min returns the first.
+            del entries[min(entries, key=lambda key: entries[key][1][-1])]
+
+    def mix(self, fresh: Group, rng: np.random.Generator) -> Group:
+        """`fresh` with replayed trajectories of its prompt, in the configured shares; those it has itself are not drawn.
+
+        With fewer in the buffer than the shares ask for, all that differ from the fresh ones are taken.
+        """
+        have = {trajectory.key for trajectory in fresh.trajectories_K}
+        stored = [entry for key, entry in self._prompts.get(fresh.prompt.id, {}).items() if key not in have]
+        per_share = len(fresh) / self.config.fresh
+        wanted = [round(per_share * share) for share in (self.config.prioritised, self.config.uniform)]
+        if not stored or not any(wanted):
+            return fresh
+        log_reward = np.array([log_reward_T[-1] for _, log_reward_T in stored]) / self.config.prioritised_temperature
+        chosen: list[int] = []
+        # The Gumbel top-k draws without replacement in proportion to exp(score).
+        for count, scores in zip(wanted, (log_reward, np.zeros(len(stored))), strict=True):
+            keys = scores + rng.gumbel(size=len(stored))
+            keys[chosen] = -np.inf
+            chosen += np.argsort(-keys)[: min(count, len(stored) - len(chosen))].tolist()
+        return Group(
+            fresh.prompt,
+            fresh.trajectories_K + tuple(stored[index][0] for index in chosen),
+            fresh.log_reward_K + tuple(stored[index][1] for index in chosen),
+            fresh.adapter_version,
+            fresh.group_id,
+        )
+
+    # ---------------------------------------------------------------------------------------------- checkpointing
+
+    def save(self) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+        """(arrays, records): ragged arrays end to end, and a JSON-serialisable record for each trajectory."""
+        records, tokens, actions, logp, reward = [], [], [], [], []
+        for prompt_id, entries in self._prompts.items():
+            for trajectory, log_reward_T in entries.values():
+                behaviour = trajectory.behaviour
+                records.append(
+                    {
+                        "prompt": prompt_id,
+                        "length": len(trajectory),
+                        "stop": trajectory.stop,
+                        "temperature": behaviour.temperature,
+                        "epsilon": behaviour.epsilon,
+                    }
+                )
+                tokens.append(trajectory.tokens_T)
+                actions.append(trajectory.is_action_T)
+                logp.append(trajectory.logp_T)
+                reward.append(log_reward_T)
+        arrays = {
+            "tokens": np.concatenate([*tokens, np.zeros(0, np.int32)]).astype(np.int32),
+            "is_action": np.concatenate([*actions, np.zeros(0, bool)]).astype(bool),
+            "logp": np.concatenate([*logp, np.zeros(0, np.float32)]).astype(np.float32),
+            "log_reward": np.concatenate([*reward, np.zeros(0)]).astype(np.float64),
+        }
+        return arrays, records
+
+    def restore(self, arrays: dict[str, np.ndarray], records: list[dict[str, Any]]) -> None:
+        self._prompts = {}
+        at = after = 0
+        for record in records:
+            length = record["length"]
+            trajectory = Trajectory(
+                arrays["tokens"][at : at + length],
+                arrays["is_action"][at : at + length],
+                arrays["logp"][after : after + length + 1],
+                record["stop"],
+                Behaviour(record["temperature"], record["epsilon"]),
+            )
+            entry = (trajectory, arrays["log_reward"][after : after + length + 1])
+            self._prompts.setdefault(record["prompt"], {})[trajectory.key] = entry
+            at, after = at + length, after + length + 1

@@ -1,0 +1,51 @@
+"""From the policy's log-probs at the nodes of a prefix tree to u at the states of a group."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from learner.losses import States
+from system.prefix_tree import PrefixTree
+from system.trajectory import Group
+
+
+def node_log_reward(tree: PrefixTree, group: Group) -> np.ndarray:
+    """Untempered log R float64 [N]; NaN where no trajectory knows one."""
+    log_reward_N = np.full(len(tree), np.nan)
+    for nodes_T, log_reward_T in zip(tree.nodes_K, group.log_reward_K, strict=True):
+        known = np.isfinite(log_reward_T)
+        log_reward_N[nodes_T[known]] = log_reward_T[known]
+    return log_reward_N
+
+
+def states_of(
+    tree: PrefixTree, log_reward_N: np.ndarray, edge_log_q_N: Tensor, stop_log_q_N: Tensor, temperature: float
+) -> States:
+    """u(s) = log R(s) / T - log q(stop | s) - C(s) along every trajectory.
+
+    Args:
+        log_reward_N: untempered, nats, NaN where unknown.
+        edge_log_q_N: [N] log q of the action that leads to a node; 0 at the root and where the environment wrote it.
+        stop_log_q_N: [N] log q(stop | node); meaningful where log_reward_N is finite.
+        temperature: T.
+    """
+    device = edge_log_q_N.device
+    lengths_K = np.array([len(nodes_T) for nodes_T in tree.nodes_K])
+    node_KT = np.zeros((len(lengths_K), lengths_K.max()), np.int64)
+    inside_KT = np.arange(lengths_K.max()) < lengths_K[:, None]
+    node_KT[inside_KT] = np.concatenate(tree.nodes_K)
+
+    terminable_KT = inside_KT & np.isfinite(log_reward_N)[node_KT]
+    places = np.flatnonzero(terminable_KT)
+    distinct_KT = np.zeros_like(terminable_KT)
+    distinct_KT.flat[places[np.unique(node_KT.flat[places], return_index=True)[1]]] = True
+
+    nodes = torch.from_numpy(node_KT).to(device)
+    log_reward = torch.from_numpy(np.nan_to_num(log_reward_N) / temperature).to(device, torch.float32)
+    # Padding points at the root, whose edge adds 0 to the path.
+    path_KT = edge_log_q_N[nodes].cumsum(1)
+    u_KT = (log_reward - stop_log_q_N)[nodes] - path_KT
+    put = torch.from_numpy
+    return States(u_KT, put(terminable_KT).to(device), put(distinct_KT).to(device), put(lengths_K - 1).to(device))

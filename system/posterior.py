@@ -1,0 +1,83 @@
+"""How far the policy is from the posterior: exactly where outcomes can be listed, by bounds elsewhere. NumPy only.
+
+All take log-weights or log-probabilities in nats. u = log R / T - log q, for whole trajectories drawn from q itself:
+a small training loss is not evidence, since it speaks only of the states that were sampled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+
+def log_mean_exp(values: np.ndarray) -> float:
+    top = float(np.max(values))
+    return top + float(np.log(np.mean(np.exp(values - top))))
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """q against a target whose outcomes are all listed."""
+
+    kl_target_q: float
+    """KL(target || q), nats: infinite if q misses an outcome, so it sees lost modes."""
+    kl_q_target: float
+    """KL(q || target) over the listed outcomes and one more for all the rest, which has the target mass 1e-6."""
+    total_variation: float
+    listed_mass: float
+    """q's mass on the listed outcomes."""
+    worst_ratio: float
+    """Smallest q / target: below 1/2, some outcome has less than half its due."""
+
+    @classmethod
+    def of(cls, log_q_O: np.ndarray, log_target_O: np.ndarray) -> Exact:
+        """`log_target_O` is normalised over the O outcomes; `log_q_O` need not be: q may put mass elsewhere."""
+        q, target = np.exp(log_q_O), np.exp(log_target_O)
+        elsewhere = max(0.0, 1.0 - float(q.sum()))
+        difference = log_q_O - log_target_O
+        reverse = float((q * difference).sum())
+        if elsewhere > 0:
+            reverse += elsewhere * (np.log(elsewhere) - np.log(1e-6))
+        return cls(
+            kl_target_q=float(-(target * difference).sum()),
+            kl_q_target=reverse,
+            total_variation=0.5 * (float(np.abs(q - target).sum()) + elsewhere),
+            listed_mass=float(q.sum()),
+            worst_ratio=float(np.exp(difference.min())),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        return {f"exact/{name}": value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Estimates from K samples of one prompt, drawn from q."""
+
+    log_z_lower: float
+    """Mean of u: E_q[u] <= log Z, with equality iff q is the posterior."""
+    log_z_weighted: float
+    """log of the mean of e^u: a tighter lower bound in expectation, equal to log Z as K grows."""
+    spread: float
+    """Variance of u, nats^2: 0 iff q is the posterior on what was sampled."""
+    ess: float
+    """Effective share of the samples under the weights e^u, in (0, 1]: 1 iff the spread is 0."""
+
+    @classmethod
+    def of(cls, u_K: np.ndarray) -> Bounds:
+        """Raises ValueError for fewer than two samples: one says nothing about the spread."""
+        if len(u_K) < 2:
+            raise ValueError(f"bounds need at least 2 samples, got {len(u_K)}")
+        weights = np.exp(u_K - np.max(u_K))
+        return cls(
+            log_z_lower=float(np.mean(u_K)),
+            log_z_weighted=log_mean_exp(u_K),
+            spread=float(np.var(u_K, ddof=1)),
+            ess=float(weights.sum() ** 2 / (len(u_K) * np.square(weights).sum())),
+        )
+
+
+def mean_metrics(bounds_G: list[Bounds]) -> dict[str, float]:
+    """Means over prompts, under the names that a tracker gets."""
+    return {f"posterior/{name}": float(np.mean([getattr(b, name) for b in bounds_G])) for name in Bounds.__dataclass_fields__}

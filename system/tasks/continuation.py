@@ -1,0 +1,77 @@
+"""The next sentence, sampled from the tempered posterior p(Z stop | X)^(1/T) (Hu et al. 2024, section 4.1).
+
+Sampling each token at a low temperature does not sample whole sentences at a low temperature: the posterior weighs a
+token by all that can follow it. Mind that the tempered likelihood of whole sequences prefers short sentences: that is
+the target's doing, and `task.min_tokens` is the way to ask for longer ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from system.config import ConfigError, Continuation
+from system.constraints import Constraints
+from system.tasks.problem import Problem, context_tokens, single_token
+from system.trajectory import Prompt
+
+PACKAGED_PROMPTS = Path(__file__).with_name("prompts.txt")
+
+
+def build(section: Continuation, tokenizer: PreTrainedTokenizerBase) -> Problem:
+    """Raises ConfigError if the prompts cannot be read, or the stop is not one token."""
+    stop = single_token(tokenizer, section.stop, "task.stop")
+    prompts = []
+    for number, text in read_prompts(section):
+        # What follows a prompt begins with a space of its own, as words do in a byte-pair vocabulary.
+        context = context_tokens(tokenizer, text.rstrip())
+        prompts.append(Prompt(f"line-{number}", context, context, meta={"text": text}))
+    return Problem(
+        prompts=tuple(prompts),
+        constraints=Constraints.of(
+            stop_token=stop,
+            min_tokens=section.min_tokens,
+            max_tokens=section.max_tokens,
+            vocab_size=len(tokenizer),
+            allowed=legal_tokens(tokenizer, section.illegal),
+        ),
+        reward_stop=(stop,),
+    )
+
+
+def read_prompts(section: Continuation) -> list[tuple[int, str]]:
+    """(line number from 1, text) of the prompts chosen by offset and limit; empty lines and repetitions are left out.
+
+    Raises:
+        ConfigError: the file is missing, not UTF-8, or has no prompt in that range.
+    """
+    path = PACKAGED_PROMPTS if section.prompts == "packaged" else Path(section.prompts).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"task.prompts={section.prompts!r} is not UTF-8 (byte {error.start}); convert it") from error
+    except OSError as error:
+        raise ConfigError(f"task.prompts={section.prompts!r} cannot be read: {error.strerror}") from error
+    first: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            first.setdefault(line.strip(), number)
+    chosen = [(number, text) for text, number in first.items()][section.offset :][: section.limit]
+    if not chosen:
+        raise ConfigError(
+            f"task.prompts={section.prompts!r} has {len(first)} prompts, none of them after task.offset={section.offset}"
+        )
+    return chosen
+
+
+def legal_tokens(tokenizer: PreTrainedTokenizerBase, illegal: tuple[str, ...]) -> np.ndarray:
+    """Ids of the tokens that may be drawn: not special, whole characters, and containing no illegal text."""
+    special = set(tokenizer.all_special_ids)
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    legal = [
+        token not in special and text != "" and "�" not in text and not any(piece in text for piece in illegal)
+        for token, text in enumerate(texts)
+    ]
+    return np.flatnonzero(legal)

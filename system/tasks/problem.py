@@ -1,0 +1,53 @@
+"""What a task gives to the system, whatever it is about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from system.config import ConfigError
+from system.constraints import Constraints
+from system.trajectory import Prompt, Trajectory
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Prompts to sample for, and the support of what may be sampled."""
+
+    prompts: tuple[Prompt, ...]
+    constraints: Constraints
+    reward_stop: tuple[int, ...]
+    """What the frozen model scores between Z and the evidence Y: the end of a sentence, say."""
+    outcomes: tuple[Trajectory, ...] | None = None
+    """Every outcome that the target gives mass worth counting, where they can be listed; the same for all prompts."""
+    log_target_O: np.ndarray | None = None
+    """float64 [O]: normalised log-probability of each outcome under the target, nats."""
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest context that a model has to hold besides Z."""
+        evidence = max(len(prompt.evidence_tokens or ()) for prompt in self.prompts)
+        return max(max(len(p.policy_tokens), len(p.reward_tokens) + evidence + len(self.reward_stop)) for p in self.prompts)
+
+
+def single_token(tokenizer: PreTrainedTokenizerBase, text: str, field: str) -> int:
+    """The id of a text that is one token. Raises ConfigError naming the field otherwise."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ConfigError(f"{field}={text!r} is {len(ids)} tokens for this tokenizer, but must be exactly one")
+    return ids[0]
+
+
+def context_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """A context as the model expects it: with the tokenizer's own beginning-of-sequence token, if it has one."""
+    ids = tokenizer.encode(text)
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    return tuple(ids)
+
+
+def sampled(tokens: list[int]) -> Trajectory:
+    """A trajectory of actions alone, as it would be recorded if the policy had drawn it."""
+    return Trajectory(np.array(tokens, np.int32), np.ones(len(tokens), bool), np.zeros(len(tokens) + 1, np.float32), "sampled")
