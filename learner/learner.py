@@ -27,6 +27,7 @@ from system.config import Config
 from system.config import Learner as LearnerConfig
 from system.constraints import Constraints
 from system.language_model import resolve_device
+from system.posterior import Bounds
 from system.prefix_tree import Packed, PrefixTree, rows_by_budget
 from system.trajectory import Group
 
@@ -97,12 +98,12 @@ class Learner:
         temperature = self.config.reward_temperature.at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         total, tokens, stats = 0.0, 0, []
-        for states_G, row_tokens in self._rows(groups, temperature):
+        for states_G, log_q_stop_G, row_tokens in self._rows(groups, temperature):
             loss = torch.stack([self.loss(states) for states in states_G]).sum() / len(groups)
             loss.backward()
             total += float(loss.detach())
             tokens += row_tokens
-            stats += [_describe(states) for states in states_G]
+            stats += [_describe(states, stop_K) for states, stop_K in zip(states_G, log_q_stop_G, strict=True)]
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.config.clip))
         if not (math.isfinite(total) and math.isfinite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
@@ -150,17 +151,17 @@ class Learner:
         log_reward_N[~self.constraints.may_stop(tree.depth_N)] = np.nan
         return tree, Packed.of(tree, group.prompt.policy_tokens), log_reward_N
 
-    def _rows(self, groups: Sequence[Group], temperature: float) -> Iterator[tuple[list[losses.States], int]]:
-        """The states of the groups, a row of packed trees at a time, and the row's tokens."""
+    def _rows(self, groups: Sequence[Group], temperature: float) -> Iterator[tuple[list[losses.States], list[Tensor], int]]:
+        """A row of packed trees at a time: the states of its groups, log q(stop) at their ends [K], and the row's tokens."""
         packed = [self._pack(group) for group in groups]
         for row in rows_by_budget([len(piece) for _, piece, _ in packed], self.config.token_budget):
             trees, pieces, rewards = zip(*(packed[index] for index in row), strict=True)
             log_q = self.policy.log_q(pieces, [np.isfinite(reward_N) for reward_N in rewards])
-            states = [
-                states_of(tree, reward_N, edge_N, stop_N, temperature)
-                for tree, reward_N, (edge_N, stop_N) in zip(trees, rewards, log_q, strict=True)
-            ]
-            yield states, sum(len(piece) for piece in pieces)
+            states, stops = [], []
+            for tree, reward_N, (edge_N, stop_N) in zip(trees, rewards, log_q, strict=True):
+                states.append(states_of(tree, reward_N, edge_N, stop_N, temperature))
+                stops.append(stop_N.detach()[[int(nodes_T[-1]) for nodes_T in tree.nodes_K]])
+            yield states, stops, sum(len(piece) for piece in pieces)
 
     # ------------------------------------------------------------------------------------- what leaves the learner
 
@@ -211,9 +212,13 @@ class Learner:
         return tuple(logp_T.double().cpu().tolist())
 
 
-def _describe(states: losses.States) -> dict[str, float]:
+def _describe(states: losses.States, log_q_stop_K: Tensor) -> dict[str, float]:
     """Diagnostics of one group at its ends: a small loss alone is not evidence that q is the posterior."""
-    u_K = states.u_end_K.detach().double()
-    if len(u_K) < 2:
-        return {"log_z": math.nan, "spread": math.nan}
-    return {"log_z": float(u_K.mean()), "spread": float(u_K.var())}
+    u_K = states.u_end_K.detach().double().cpu().numpy()
+    bounds = Bounds.of(u_K) if len(u_K) > 1 else None
+    return {
+        "log_z": bounds.log_z_lower if bounds else math.nan,
+        "spread": bounds.spread if bounds else math.nan,
+        "ess": bounds.ess if bounds else math.nan,
+        "log_q_stop": float(log_q_stop_K.mean()),
+    }

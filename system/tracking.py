@@ -1,20 +1,16 @@
 """MLflow behind a local journal, so that a tracking server can neither stop nor slow a run.
 
-Every call writes to the run folder and returns. A background thread hands the journal to MLflow and moves a cursor on
-disk once MLflow has acknowledged. What MLflow did not take stays in the journal, for the same run when it is resumed,
-or for `python -m system.tracking RUN_DIR`.
+Every call writes to the run folder and returns; a background thread hands the journal to MLflow. What MLflow did not
+take stays in the journal, for the same run when it is resumed, or for `python -m system.tracking RUN_DIR`.
 
-Delivery is at least once, because an acknowledgement can get lost; each repetition is harmless. MLflow keeps one point
-for equal (name, step, time, value), and the time is the journal's. A param repeats its value, a tag and an artifact
-overwrite themselves, a dataset is found by its digest, and the run itself by a tag that holds the journal's key.
-
-A killed process loses nothing that was logged. A machine that loses power may lose the last seconds: there is no fsync.
+Something whose acknowledgement was lost is sent again, which is harmless: MLflow keeps one point for equal (name, step,
+time, value), and the time is the journal's. A param repeats its value, a tag and an artifact overwrite themselves, a
+dataset is found by its digest, and the run itself by a tag that holds the journal's key.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
 import logging
@@ -24,9 +20,7 @@ import re
 import sys
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
@@ -34,27 +28,21 @@ from urllib.parse import quote, urlsplit
 import psutil
 
 from system.config import Config, ConfigError, flatten
+from system.journal import BATCH, Courier, Entry, Journal, State, TrackingError, first_line
 
 log = logging.getLogger(__name__)
-
-Entry = dict[str, Any]
 
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the journal retries
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the courier retries
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
 _KEY_TAG = "headwater.journal"
 _TABLES_TAG = "mlflow.loggedArtifacts"  # the MLflow UI shows the files listed here as tables
-_BATCH_LIMIT = {"metrics": 1000, "params": 100, "tags": 100}
+_BATCH_LIMIT = {"metrics": BATCH, "params": 100, "tags": 100}
 _NAME_LIMIT, _PARAM_LIMIT, _TAG_LIMIT = 250, 6000, 8000
-# Files have a cursor of their own: an artifact store that fails does not hold up the metrics.
-_LANE = {kind: "records" for kind in (*_BATCH_LIMIT, "dataset", "status")} | {"artifact": "files"}
-
-
-class TrackingError(RuntimeError):
-    """A run folder that cannot be tracked or replayed. The message says why and what to do."""
+_MIB = 1 << 20
 
 
 def resolve_uri(uri: str) -> str:
@@ -86,101 +74,6 @@ def resolve_uri(uri: str) -> str:
     return uri.rstrip("/")
 
 
-@dataclass
-class _State:
-    """What tracking.json holds: which MLflow run this is, and how much of the journal it has."""
-
-    uri: str
-    experiment: str
-    name: str
-    key: str = field(default_factory=lambda: uuid.uuid4().hex)
-    started: int = field(default_factory=lambda: int(time.time() * 1000))
-    run_id: str | None = None
-    cursors: dict[str, int] = field(default_factory=lambda: {"records": 0, "files": 0})
-    """Bytes of the journal that are settled: acknowledged, or refused for good."""
-    tables: list[str] = field(default_factory=list)
-    refused: int = 0
-    unreadable: int = 0
-    """Lines of the journal that a kill cut short."""
-
-    @classmethod
-    def load(cls, path: Path) -> _State:
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise TrackingError(f"{path} is not the tracking state of a run: {error}") from error
-
-    def save(self, path: Path) -> None:
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
-        part.replace(path)
-
-    def move(self, uri: str, experiment: str) -> None:
-        """Another server or experiment has nothing of the journal yet: it gets all of it, as a new run."""
-        if (uri, experiment) != (self.uri, self.experiment):
-            self.uri, self.experiment, self.run_id = uri, experiment, None
-            self.cursors = dict.fromkeys(self.cursors, 0)
-            self.tables, self.refused, self.unreadable = [], 0, 0
-
-
-class _Journal:
-    """Append-only JSON lines, with one writer at a time on the machine: the file is locked while it is open."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.waiting = 0
-        self._lock = threading.Lock()
-        self._file = path.open("ab")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            raise TrackingError(f"{path} is in use: the run is still going on, or is being replayed") from error
-        if self._file.tell() and path.read_bytes()[-1:] != b"\n":
-            self._file.write(b"\n")  # ends the line that a kill cut short, so that it spoils no other
-
-    def append(self, entry: Entry) -> None:
-        line = json.dumps(entry).encode() + b"\n"
-        with self._lock:
-            self._file.write(line)
-            self._file.flush()
-            self.waiting += 1
-
-    def settle(self, entries: int) -> None:
-        with self._lock:
-            self.waiting -= entries
-
-    def read(self, offset: int) -> Iterator[tuple[Entry, int]]:
-        """Whole lines from `offset` bytes on, each with the offset of its end."""
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                offset += len(line)
-                try:
-                    yield json.loads(line), offset
-                except ValueError:  # cut short by a kill: tolerated, and counted by the reader
-                    yield {"kind": "unreadable"}, offset
-
-    def batches(self, offset: int) -> Iterator[tuple[str, list[Entry], int]]:
-        """Neighbours of one kind, up to a batch's worth of values. Kinds without values come one by one."""
-        kind, batch, size, end = "", [], 0, offset
-        for entry, stop in self.read(offset):
-            grows = len(entry["values"]) if "values" in entry else _BATCH_LIMIT["metrics"]
-            if batch and (entry["kind"] != kind or size + grows > _BATCH_LIMIT["metrics"]):
-                yield kind, batch, end
-                batch, size = [], 0
-            kind, size, end = entry["kind"], size + grows, stop
-            batch.append(entry)
-        if batch:
-            yield kind, batch, end
-
-    def close(self) -> None:
-        with self._lock:
-            self._file.close()
-
-
 def _name(text: str) -> str:
     """As near to `text` as MLflow takes: letters, digits, `_-. ` and a relative path without `.` and `..`."""
     parts = re.sub(r"[^\w.\- /]", "_", text).split("/")
@@ -188,38 +81,21 @@ def _name(text: str) -> str:
 
 
 def _refused(error: Exception) -> bool:
-    """MLflow will never take this. Anything else, such as no answer, no login or no such run, can still be mended."""
+    """MLflow says that it will never take this. No answer, no login or no such run can still be mended."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status in (400, 413) or getattr(error, "error_code", None) in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
-def _offer(items: list[Any], call: Callable[[list[Any]], Any]) -> list[str]:
-    """Sends what MLflow takes of `items`; returns the reason for each that it refuses. Other errors propagate."""
-    try:
-        call(items)
-    except Exception as error:
-        if not _refused(error):
-            raise
-        if len(items) == 1:
-            return [_shorten(error)]
-        half = len(items) // 2
-        return _offer(items[:half], call) + _offer(items[half:], call)
-    return []
-
-
-def _shorten(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".split("\n", 1)[0][:300]
-
-
 class _Run:
-    """The run at MLflow. Every method may raise, and may be repeated."""
+    """The run at MLflow: the Receiver of the journal. Every method may raise, and may be repeated."""
 
-    def __init__(self, state: _State, run_dir: Path) -> None:
+    def __init__(self, state: State, run_dir: Path) -> None:
         from mlflow import MlflowClient  # takes seconds, hence here, in the background
 
         self._client = MlflowClient(tracking_uri=state.uri)
         self._state = state
         self._run_dir = run_dir
+        self._probe: Callable[[], None] | None = None
 
     def open(self) -> None:
         """Finds the run, or creates it. Raises TrackingError if it was deleted at MLflow."""
@@ -243,19 +119,46 @@ class _Run:
             location = (folder / quote(self._state.experiment, safe="")).as_uri()
         return self._client.create_experiment(self._state.experiment, location)
 
-    def send(self, kind: str, entries: list[Entry]) -> list[str]:
-        """Hands over entries of one kind. Returns the reasons for what MLflow refuses for good."""
+    def send(self, kind: str, entries: list[Entry], attempt: int) -> list[str]:
+        """Hands over entries of one kind. Returns the reasons for what MLflow refuses for good.
+
+        From the third attempt on, an item that fails while others pass counts as refused, whatever the error says:
+        MLflow also answers "internal error" to what its database cannot hold.
+        """
+        self._probe = None if attempt < 3 else self._write_file if kind == "artifact" else self._write_tag
         if kind == "artifact":
             return [reason for entry in entries for reason in self._artifact(entry)]
         if kind not in _BATCH_LIMIT:
             call = self._dataset if kind == "dataset" else self._status
-            return _offer(entries, lambda part: [call(entry) for entry in part])
+            return self._offer(entries, lambda part: [call(entry) for entry in part])
         items, limit = list(self._items(kind, entries)), _BATCH_LIMIT[kind]
         chunks = [items[start : start + limit] for start in range(0, len(items), limit)]
-        return [reason for chunk in chunks for reason in _offer(chunk, lambda part: self._log(kind, part))]
+        return [reason for chunk in chunks for reason in self._offer(chunk, lambda part: self._log(kind, part))]
 
     def _log(self, kind: str, items: list[Any]) -> None:
-        self._client.log_batch(self.id, **{kind: items})
+        batch: dict[str, Any] = {kind: items}
+        self._client.log_batch(self.id, **batch)
+
+    def _offer(self, items: list[Any], call: Callable[[list[Any]], Any]) -> list[str]:
+        """Sends what MLflow takes of `items`; returns a reason for each that it refuses. Other errors propagate."""
+        try:
+            call(items)
+        except Exception as error:
+            if not _refused(error):
+                if self._probe is None:
+                    raise
+                self._probe()  # raises if it is not the items that are at fault
+            if len(items) == 1:
+                return [first_line(error)]
+            half = len(items) // 2
+            return self._offer(items[:half], call) + self._offer(items[half:], call)
+        return []
+
+    def _write_tag(self) -> None:
+        self._client.set_tag(self.id, "headwater.probe", str(time.time()))  # a new value: an old one writes nothing
+
+    def _write_file(self) -> None:
+        self._client.log_artifact(self.id, str(self._run_dir / "tracking.json"), "headwater.probe")
 
     @staticmethod
     def _items(kind: str, entries: list[Entry]) -> Iterator[Any]:
@@ -298,7 +201,7 @@ class _Run:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
                 folder = PurePosixPath(entry["folder"], file.parent.relative_to(path) if file != path else "").as_posix()
-                reasons += _offer([str(file)], self._uploader(None if folder == "." else folder))
+                reasons += self._offer([str(file)], self._uploader(None if folder == "." else folder))
         if entry.get("table") and not reasons:
             tables = [known for known in self._state.tables if known != entry["path"]] + [entry["path"]]
             while len(value := json.dumps([{"path": table, "type": "table"} for table in tables])) > _TAG_LIMIT:
@@ -309,3 +212,202 @@ class _Run:
 
     def _uploader(self, folder: str | None) -> Callable[[list[str]], Any]:
         return lambda files: [self._client.log_artifact(self.id, file, folder) for file in files]
+
+
+class Tracker:
+    """Records one run. Every call writes to the run folder and returns, whatever the server does. Thread-safe."""
+
+    def __init__(self, run_dir: Path, config: Config, resume: bool = False) -> None:
+        """Opens run_dir/journal.jsonl and run_dir/tracking.json, and logs the config as params.
+
+        With `resume` the same MLflow run goes on, if there was one. A param never changes at MLflow, so a value that
+        differs from the first one becomes the tag `resumed.NAME`. Another uri or experiment gets the whole journal.
+
+        Raises:
+            ConfigError: tracking.uri cannot be used.
+            TrackingError: the folder holds another run, or its journal is in use.
+        """
+        settings = config.tracking
+        uri = resolve_uri(settings.uri)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        known = (run_dir / "tracking.json").exists()
+        if known and not resume:
+            raise TrackingError(f"{run_dir} already holds a run; resume it, or choose another folder")
+        self._dir = run_dir.resolve()
+        self._journal = Journal(run_dir / "journal.jsonl")
+        state = State.load(run_dir / "tracking.json") if known else State(uri, settings.experiment, config.name)
+        state.move(uri, settings.experiment)
+        self._courier = _courier(self._dir, self._journal, state)
+        self._flush_seconds, self._close_seconds = settings.flush_seconds, settings.close_seconds
+        self._log_config({name: str(value) for name, value in flatten(config).items()})
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._deliver, name="tracking", daemon=True)
+        self._thread.start()
+
+    def _log_config(self, params: dict[str, str]) -> None:
+        first = next((entry["values"] for entry, _end in self._journal.read() if entry["kind"] == "params"), None)
+        if first is None:
+            self._journal.append("params", values=params)
+            return
+        self._journal.append("status", status="RUNNING")
+        latest = first | self._courier.state.resumed
+        changed = {name: value for name, value in params.items() if latest.get(name) != value}
+        self._courier.state.resumed.update(changed)
+        if changed:
+            self.tags({f"resumed.{name}": value for name, value in changed.items()})
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """MLflow shows NaN as such, and an infinity as the largest float64 of its sign."""
+        self._journal.append("metrics", step=int(step), values={name: float(value) for name, value in values.items()})
+
+    def system(self, node: str, values: Mapping[str, float], step: int) -> None:
+        """The `system_metrics()` of a process, as `system/NODE/NAME`: MLflow has a page for these."""
+        self.metrics({f"system/{node}/{name}": value for name, value in values.items()}, step)
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Text about the run that may change, unlike a param."""
+        self._journal.append("tags", values={name: str(value) for name, value in values.items()})
+
+    def dataset(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """What the run learns from, such as prompts with `id` and `text`: an input of the run, and a table."""
+        path, digest = self._write_table(f"datasets/{_name(name)}.json", rows)
+        columns = [{"name": column, "type": _type(value), "required": True} for column, value in (rows or [{}])[0].items()]
+        self._journal.append("dataset", name=name[:500], digest=digest, rows=len(rows), columns=columns, path=path)
+        self._journal.append("artifact", path=path, folder="datasets", table=True)
+
+    def table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
+        """Rows as tables/NAME/STEP.json, in the format of MLflow's tables. A value that is not finite becomes null."""
+        path, _digest = self._write_table(f"tables/{_name(name)}/{step:06d}.json", rows)
+        self._journal.append("artifact", path=path, folder=f"tables/{_name(name)}", table=True)
+
+    def _write_table(self, path: str, rows: list[dict[str, Any]]) -> tuple[str, str]:
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        text = json.dumps({"columns": columns, "data": [[_plain(row.get(column)) for column in columns] for row in rows]})
+        (self._dir / path).parent.mkdir(parents=True, exist_ok=True)
+        (self._dir / path).write_text(text, encoding="utf-8")
+        return path, hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """A file, or all files of a folder, that stays in the run folder until it is sent. `folder` is where it goes
+        at MLflow: by default the top for a file, and a folder of the same name for a folder.
+
+        Raises:
+            FileNotFoundError: there is nothing at `path`.
+            ValueError: it is outside the run folder, from which a later replay would read it.
+        """
+        whole = path.resolve(strict=True)
+        if not whole.is_relative_to(self._dir):
+            raise ValueError(f"artifact {path}: must be in the run folder {self._dir}, from which it is sent")
+        default = whole.name if whole.is_dir() else ""
+        self._journal.append("artifact", path=whole.relative_to(self._dir).as_posix(), folder=folder or default)
+
+    def lag(self) -> int:
+        """Entries that MLflow has not acknowledged."""
+        return self._journal.waiting
+
+    @property
+    def refused(self) -> int:
+        """Items that MLflow refused for good. The journal still has them."""
+        return self._courier.state.refused
+
+    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        """Ends the run at MLflow. Waits tracking.close_seconds at most; what then still waits stays in the journal."""
+        if self._closing.is_set():
+            return
+        self._journal.append("status", status=status)
+        self._closing.set()
+        self._thread.join(self._close_seconds)
+        self._courier.abandon()
+        if self.lag():
+            replay_it = f"python -m system.tracking {self._dir}"
+            log.warning("%d entries did not reach %s; send them with: %s", self.lag(), self._courier.state.uri, replay_it)
+        self._journal.close()
+
+    def _deliver(self) -> None:
+        while not self._courier.abandoned.is_set():
+            closing = self._closing.is_set()  # read first: an attempt that begins after close() sees all entries
+            if self._courier.deliver() and closing:
+                return
+            (self._courier.abandoned if closing else self._closing).wait(self._flush_seconds)
+
+
+def _courier(run_dir: Path, journal: Journal, state: State) -> Courier:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    return Courier(journal, state, run_dir / "tracking.json", lambda: _Run(state, run_dir))
+
+
+def _type(value: Any) -> str:
+    return {bool: "boolean", int: "long", float: "double"}.get(type(value), "string")
+
+
+def _plain(value: Any) -> Any:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def replay(run_dir: Path, uri: str | None = None) -> int:
+    """Sends what a run that has ended left in its journal; returns the number of entries that still wait.
+
+    A run that never ended was killed, and is marked so. With `uri` the whole journal goes to another server.
+
+    Raises:
+        ConfigError: `uri` cannot be used.
+        TrackingError: not a run folder, or the run is still going on.
+    """
+    run_dir = run_dir.resolve()
+    state = State.load(run_dir / "tracking.json")
+    journal = Journal(run_dir / "journal.jsonl")
+    try:
+        state = State.load(run_dir / "tracking.json")  # again: it may have moved on before the journal was free
+        if uri is not None:
+            state.move(resolve_uri(uri), state.experiment)
+        courier = _courier(run_dir, journal, state)
+        status, last = "RUNNING", state.started
+        for entry, _end in journal.read():
+            status, last = entry.get("status", status), entry.get("time", last)
+        if status == "RUNNING":
+            journal.append("status", last, status="KILLED")
+        courier.deliver()
+        return journal.waiting
+    finally:
+        journal.close()
+
+
+def system_metrics() -> dict[str, float]:
+    """Of this process and its machine. Sizes in MiB. CPU in percent of all cores since this thread
+    last asked, so 0 at first.
+
+    GPU memory is there if this process already uses CUDA: asking must not create a CUDA context.
+    """
+    values = {
+        "cpu_percent": psutil.cpu_percent(),
+        "process_memory_mib": psutil.Process().memory_info().rss / _MIB,
+        "memory_available_mib": psutil.virtual_memory().available / _MIB,
+        "disk_free_mib": psutil.disk_usage(".").free / _MIB,
+    }
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        free, total = torch.cuda.mem_get_info()
+        values["gpu_memory_used_mib"] = (total - free) / _MIB
+        values["process_gpu_memory_mib"] = torch.cuda.memory_allocated() / _MIB
+    return values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m system.tracking", description="Send a run's journal to MLflow.")
+    parser.add_argument("run_dir", type=Path, help="the folder of a run that has ended")
+    parser.add_argument("--uri", help="send all of it to this server or SQLite file instead")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        waiting = replay(arguments.run_dir, arguments.uri)
+    except (ConfigError, TrackingError) as error:
+        sys.exit(str(error))
+    if waiting:
+        sys.exit(f"{waiting} entries still wait in {arguments.run_dir}")
+    print(f"MLflow has all of {arguments.run_dir}")
+
+
+if __name__ == "__main__":
+    main()

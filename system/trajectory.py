@@ -6,6 +6,7 @@ Suffixes name the axes everywhere: `_G` groups, `_K` samples of one prompt, `_T`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -120,21 +121,20 @@ class Group:
         return sum(len(trajectory) for trajectory in self.trajectories_K)
 
 
-def merge(groups: list[Group]) -> Group:
-    """One group with the samples of several groups of one prompt, so that they share one tree.
+def merge_by_prompt(groups: Sequence[Group]) -> list[Group]:
+    """The samples of each prompt as one group, so that they share a tree and a log Z.
 
     The oldest adapter version and the first group's id stand for all.
-
-    Raises:
-        ValueError: no group, or groups of different prompts (each prompt has a log Z of its own).
     """
-    if not groups:
-        raise ValueError("merge needs at least one group")
-    if len({group.prompt.id for group in groups}) > 1:
-        raise ValueError(f"groups of different prompts cannot merge: {sorted({group.prompt.id for group in groups})}")
-    return replace(
-        groups[0],
-        trajectories_K=tuple(trajectory for group in groups for trajectory in group.trajectories_K),
-        log_reward_K=tuple(log_reward for group in groups for log_reward in group.log_reward_K),
-        adapter_version=min(group.adapter_version for group in groups),
-    )
+    by_prompt: dict[str, list[Group]] = {}
+    for group in groups:
+        by_prompt.setdefault(group.prompt.id, []).append(group)
+    return [
+        replace(
+            same[0],
+            trajectories_K=tuple(trajectory for group in same for trajectory in group.trajectories_K),
+            log_reward_K=tuple(log_reward_T for group in same for log_reward_T in group.log_reward_K),
+            adapter_version=min(group.adapter_version for group in same),
+        )
+        for same in by_prompt.values()
+    ]

@@ -1,0 +1,248 @@
+"""The entry of a run: `python deploy/job.py CONFIG [key=value …]`, alone or through `ray job submit`.
+
+Reads the config (before anything heavy is imported), builds the task, the samplers and the learner, and hands them to
+`system.orchestrator`. `--dry-run` prints the resolved config, `--resume RUN` goes on from a run's last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # `python deploy/job.py` puts deploy/ on the path, not the root
+    sys.path.insert(0, str(ROOT))
+
+from system import config as configuration  # noqa: E402
+from system.config import Config, ConfigError  # noqa: E402
+
+if TYPE_CHECKING:
+    from system.evaluation import Evaluation
+    from system.orchestrator import Orchestrator
+    from system.trajectory import Group
+
+logger = logging.getLogger("headwater")
+
+STATS_TIMEOUT = 5.0
+
+
+def parse_arguments(argv: list[str]) -> tuple[Config, Path, bool, bool]:
+    """(config, run folder, resume, dry run). Raises ConfigError."""
+    parser = argparse.ArgumentParser(prog="python deploy/job.py", description=__doc__)
+    parser.add_argument("config", nargs="?", help="a YAML file, such as deploy/configs/random_number.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as actors.count=2")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+    parser.add_argument("--resume", metavar="RUN", help="folder of a run, or its name under output_dir")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.resume:
+        overrides = [text for text in [arguments.config, *arguments.overrides] if text]
+        run_dir = find_run(arguments.resume)
+        return configuration.load(run_dir / "config.yaml", overrides), run_dir, True, arguments.dry_run
+    if not arguments.config:
+        parser.error("a config file is needed, such as deploy/configs/random_number.yaml")
+    config = configuration.load(arguments.config, arguments.overrides)
+    run_dir = Path(config.output_dir) / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    return config, run_dir.resolve(), False, arguments.dry_run
+
+
+def find_run(name: str) -> Path:
+    """The folder of a run, given itself or by its name under runs/. Raises ConfigError if there is none."""
+    for folder in (Path(name), Path("runs") / name):
+        if (folder / "config.yaml").is_file():
+            return folder.resolve()
+    known = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))[-5:]
+    raise ConfigError(f"--resume {name!r}: no such run; the newest here are: {', '.join(known) or 'none'}")
+
+
+class Job:
+    """One run from start to summary. `run` returns the summary."""
+
+    def __init__(self, config: Config, run_dir: Path, resume: bool) -> None:
+        self.config, self.run_dir, self.resume = config, run_dir, resume
+        self.stop = threading.Event()
+        self.evaluations: list[tuple[int, Evaluation]] = []
+        self._pending_stats: dict[str, Any] = {}
+        self._last_line = self._last_stats = 0.0
+
+    def run(self) -> dict[str, Any]:
+        from deploy import cluster
+        from deploy.remote import RayLearner, RaySamplers, wait_until_ready
+        from learner.replay import Replay
+        from system import checkpoint, tasks
+        from system.language_model import load_tokenizer
+        from system.models import context_length, locate
+        from system.orchestrator import Orchestrator
+        from system.requests import Requests
+        from system.tracking import Tracker
+
+        config, started = self.config, time.perf_counter()
+        folder = locate(config.model)
+        self.tokenizer = load_tokenizer(folder)
+        self.problem = tasks.build(config.task, self.tokenizer)
+        config.check_lengths(context_length(folder), self.problem.longest_prompt)
+        files = checkpoint.read_latest(self.run_dir / "checkpoints") if self.resume else {}
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+        self.tracker = Tracker(self.run_dir, config, resume=self.resume)
+        status = "FAILED"
+        try:
+            cluster.connect(config)
+            self.requests = Requests(self.problem.prompts, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed)
+            self.learner, self.samplers = RayLearner(config, self.problem), RaySamplers(config, self.problem)
+            self._describe_run()
+            loop = Orchestrator(
+                config, self.requests, self.samplers, self.learner, Replay(config.replay), self.tracker,
+                self.run_dir / "checkpoints", on_step=self._on_step, evaluate=self._evaluate, should_stop=self.stop.is_set,
+            )  # fmt: skip
+            wait_until_ready(self.learner, self.samplers)
+            if files:
+                self.learner.restore(loop.restore(files), loop.counters.step)
+                self._restore_evaluations(loop.counters.step)
+            logger.info("ready after %.0f s; run folder %s", time.perf_counter() - started, self.run_dir)
+            loop.train()
+            summary = self._finish(loop, time.perf_counter() - started)
+            status = "KILLED" if self.stop.is_set() else "FINISHED"
+            return summary
+        finally:
+            self.tracker.close(status)
+            cluster.disconnect()
+
+    # ------------------------------------------------------------------------------------------ while it runs
+
+    def _describe_run(self) -> None:
+        rows = [{"id": prompt.id, "text": self.tokenizer.decode(prompt.policy_tokens)} for prompt in self.problem.prompts]
+        self.tracker.dataset(self.config.task.kind, rows)
+        self.tracker.artifact(self.run_dir / "config.yaml")
+
+    def _on_step(self, loop: Orchestrator, metrics: dict[str, float], fresh: list[Group]) -> None:
+        step, now = loop.counters.step, time.perf_counter()
+        if step % self.config.tracking.sample_table_every == 0:
+            self.tracker.table("samples", self._sample_rows(fresh), step)
+        if now - self._last_line > 5 or step == self.config.learner.steps:
+            self._last_line = now
+            left = (self.config.learner.steps - step) * loop.counters.seconds / max(1, loop.counters.step)
+            print(
+                f"step {step}/{self.config.learner.steps}  loss {metrics['loss']:.4g}  log Z {metrics['log_z']:.3f}  "
+                f"spread {metrics['spread']:.3g}  ess {metrics['ess']:.2f}  length {metrics['length/mean']:.1f}  "
+                f"{metrics['rate/trajectories_per_second']:.1f} traj/s  staleness {metrics['staleness']:.1f}  "
+                f"learner idle {metrics['idle/learner']:.0%}  {left:.0f} s left",
+                flush=True,
+            )
+        self._node_statistics(step, now)
+
+    def _sample_rows(self, groups: list[Group]) -> list[dict[str, Any]]:
+        return [
+            {
+                "prompt": group.prompt.id,
+                "text": self.tokenizer.decode(trajectory.tokens_T.tolist()),
+                "log_reward": float(log_reward_T[-1]),
+                "length": len(trajectory),
+                "temperature": trajectory.behaviour.temperature,
+                "epsilon": trajectory.behaviour.epsilon,
+                "version": group.adapter_version,
+            }
+            for group in groups
+            for trajectory, log_reward_T in zip(group.trajectories_K, group.log_reward_K, strict=True)
+        ]
+
+    def _node_statistics(self, step: int, now: float) -> None:
+        """Asks every actor for its statistics now and then, and logs those that have answered; never waits."""
+        import ray
+        from ray.exceptions import RayError
+
+        if not self._pending_stats and now - self._last_stats > self.config.tracking.system_metrics_seconds:
+            self._last_stats = now
+            self._pending_stats = {"learner": self.learner.stats(), **self.samplers.stats()}
+        answered = {}
+        for name, reference in list(self._pending_stats.items()):
+            if not ray.wait([reference], timeout=0)[0]:
+                if now - self._last_stats > STATS_TIMEOUT:
+                    del self._pending_stats[name]
+                continue
+            del self._pending_stats[name]
+            try:
+                answered |= {f"system/{name}/{key}": value for key, value in ray.get(reference).items()}
+            # A dead actor has no statistics; its death is counted where its groups are.
+            except RayError:
+                continue
+        if answered:
+            self.tracker.metrics(answered, step)
+
+    def _evaluate(self, loop: Orchestrator) -> None:
+        from system import evaluation
+
+        step = loop.counters.step
+        if self.problem.outcomes is not None:
+            result = evaluation.exact(self.problem, self.learner)
+        else:
+            result = evaluation.sampled(
+                self.requests, self.samplers, self.learner,
+                samples=self.config.learner.evaluation_samples,
+                temperature=self.config.learner.reward_temperature.end, round_=step,
+            )  # fmt: skip
+        for row in result.samples:
+            row["text"] = self.tokenizer.decode(row.pop("tokens"))
+        self.evaluations.append((step, result))
+        self.tracker.metrics(result.metrics, step)
+        self.tracker.table("posterior_by_prompt", result.per_prompt, step)
+        if result.samples:
+            self.tracker.table("posterior_samples", result.samples, step)
+        evaluation.write(self.run_dir / "evaluations", step, result)
+        print(f"evaluation at step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items()), flush=True)
+
+    def _restore_evaluations(self, step: int) -> None:
+        from system import evaluation
+
+        self.evaluations = [(at, result) for at, result in evaluation.read(self.run_dir / "evaluations") if at < step]
+
+    # ---------------------------------------------------------------------------------------------- at the end
+
+    def _finish(self, loop: Orchestrator, seconds: float) -> dict[str, Any]:
+        import ray
+
+        from deploy import report
+
+        folder = self.run_dir / "adapter"
+        if not self.stop.is_set():
+            adapter = ray.get(self.learner.adapter(loop.counters.version))
+            report.replace_folder(folder, adapter)
+            self.tracker.artifact(folder)
+        summary = report.summary(self.config, loop.counters, self.evaluations, seconds, finished=not self.stop.is_set())
+        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+        self.tracker.artifact(self.run_dir / "summary.json")
+        if len(self.evaluations) > 1:
+            print(report.table(self.evaluations), flush=True)
+            for plot in report.plots(self.run_dir / "plots", self.problem, self.tokenizer, self.evaluations):
+                self.tracker.artifact(plot, "plots")
+        return summary
+
+
+def main(argv: list[str]) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        config, run_dir, resume, dry_run = parse_arguments(argv)
+        if dry_run:
+            print(configuration.dump(config), end="")
+            return 0
+        job = Job(config, run_dir, resume)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: (job.stop.set(), logger.warning("stopping after this update, with a checkpoint")))
+        summary = job.run()
+    except ConfigError as error:
+        print(f"config error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(summary))
+    return 0 if summary["finished"] else 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

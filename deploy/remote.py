@@ -1,0 +1,249 @@
+"""The samplers and the learner as Ray actors, behind the handles that the orchestrator takes.
+
+Each actor is a plain class built inside its own process; Ray is applied here and nowhere else. A future of Ray becomes
+one of `concurrent.futures`, and a lost actor becomes SamplerDied.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from actors.engine import engine_environment
+from system.adapters import Adapter
+from system.config import Config, ConfigError
+from system.orchestrator import SamplerDied
+from system.tasks.problem import Problem
+from system.trajectory import Group, Request
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 600.0
+"""Longest wait for actors to be placed and built: a first start converts or fetches the model."""
+
+
+class SamplerActor:
+    """Builds a Sampler in this process. If its engine dies, the process exits, so that Ray sees it."""
+
+    def __init__(self, config: Config, problem: Problem) -> None:
+        from actors.build import build_sampler
+
+        self._sampler = build_sampler(config, problem, on_death=lambda: os._exit(1))
+
+    def ready(self) -> bool:
+        return True
+
+    def install(self, adapter: Adapter) -> dict[str, float]:
+        return self._sampler.install(adapter)
+
+    def sample(self, request: Request, adapter: Adapter) -> Group:
+        return self._sampler.sample(request, adapter)
+
+    def stats(self) -> dict[str, float]:
+        return self._sampler.stats() | _node_metrics()
+
+
+class LearnerActor:
+    """Builds a Learner in this process."""
+
+    def __init__(self, config: Config, problem: Problem) -> None:
+        from learner.learner import Learner
+        from system.models import locate
+
+        prompt = problem.prompts[0]
+        self._learner = Learner(
+            config, locate(config.model), problem.constraints, config.model.path, prompt.policy_tokens + prompt.reward_tokens
+        )
+
+    def ready(self) -> bool:
+        return True
+
+    def update(self, groups: Sequence[Group]) -> dict[str, float]:
+        return self._learner.update(groups)
+
+    def adapter(self, version: int) -> Adapter:
+        return self._learner.adapter(version)
+
+    def score(self, groups: Sequence[Group]) -> list[Any]:
+        return self._learner.score(groups)
+
+    def save(self) -> np.ndarray:
+        return self._learner.save()
+
+    def restore(self, saved: np.ndarray, step: int) -> None:
+        self._learner.restore(saved, step)
+
+    def stats(self) -> dict[str, float]:
+        return self._learner.stats() | _node_metrics()
+
+
+def _node_metrics() -> dict[str, float]:
+    from system.tracking import system_metrics
+
+    return system_metrics()
+
+
+class RaySamplers:
+    """A pool of sampler actors; each request goes to the least loaded one, under the adapter published last."""
+
+    def __init__(self, config: Config, problem: Problem) -> None:
+        self._config = config
+        self._problem = ray.put(problem)
+        self._names = (f"sampler-{number}" for number in itertools.count())
+        self._actors: dict[str, Any] = {}
+        self._load: dict[str, int] = {}
+        self._dead: list[str] = []
+        self._adapter: Any = None
+        for _ in range(config.actors.count):
+            self._start()
+
+    def _start(self) -> str:
+        actors, name = self._config.actors, next(self._names)
+        environment = engine_environment(actors.threads, gpu=actors.gpus > 0)
+        remote = ray.remote(SamplerActor).options(
+            num_cpus=actors.cpus,
+            num_gpus=actors.gpus,
+            # One thread for each group in flight, and some for installs and statistics meanwhile.
+            max_concurrency=self._config.sampler.groups_in_flight + 8,
+            scheduling_strategy="SPREAD",
+            runtime_env={"env_vars": environment},
+        )
+        self._actors[name] = remote.remote(self._config, self._problem)
+        self._load[name] = 0
+        return name
+
+    def ready(self) -> list[Any]:
+        """References that resolve once each sampler is built."""
+        return [actor.ready.remote() for actor in self._actors.values()]
+
+    def publish(self, adapter: Any) -> None:
+        """`adapter` is an Adapter or Ray's reference to one; samplers install it with the next request at the latest."""
+        self._adapter = adapter
+
+    def install(self) -> list[Any]:
+        """Asks every sampler to install the published adapter now; references to what each measured."""
+        return [actor.install.remote(self._adapter) for actor in self._actors.values()]
+
+    def sample(self, request: Request) -> Future[Group]:
+        if self._adapter is None:
+            raise RuntimeError("publish an adapter before asking for samples")
+        while self._dead:
+            self._replace(self._dead.pop())
+        name = min(self._load, key=self._load.__getitem__)
+        self._load[name] += 1
+        reference = self._actors[name].sample.remote(request, self._adapter)
+        return _future(reference, lambda error: self._settled(name, error))
+
+    def stats(self) -> dict[str, Any]:
+        """Name -> reference to that sampler's statistics."""
+        return {name: actor.stats.remote() for name, actor in self._actors.items()}
+
+    def process_of(self, name: str) -> Any:
+        """The actor behind a name, for tests that kill it."""
+        return self._actors[name]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._actors)
+
+    def _settled(self, name: str, error: BaseException | None) -> BaseException | None:
+        """Runs in a thread of Ray's, where no actor may be started: the dead are replaced by the next request."""
+        if name in self._load:
+            self._load[name] -= 1
+        if not isinstance(error, RayActorError):
+            return error
+        if name in self._actors and name not in self._dead:
+            self._dead.append(name)
+        return SamplerDied(str(error), name)
+
+    def _replace(self, name: str) -> None:
+        if name in self._actors:
+            ray.kill(self._actors.pop(name))
+            del self._load[name]
+            logger.warning("%s is replaced by %s", name, self._start())
+
+
+class RayLearner:
+    """The learner actor: its calls run one at a time, in order."""
+
+    def __init__(self, config: Config, problem: Problem) -> None:
+        learner = config.learner
+        environment = {
+            "OMP_NUM_THREADS": str(learner.threads),
+            # Threads that spin while they wait would take the samplers' cores.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
+        }
+        remote = ray.remote(LearnerActor).options(
+            num_cpus=learner.cpus, num_gpus=learner.gpus, runtime_env={"env_vars": environment}
+        )
+        self.actor: Any = remote.remote(config, ray.put(problem))
+
+    def ready(self) -> list[Any]:
+        return [self.actor.ready.remote()]
+
+    def update(self, groups: Sequence[Group]) -> Future[dict[str, float]]:
+        return _future(self.actor.update.remote(groups))
+
+    def adapter(self, version: int) -> Any:
+        """A reference: the weights go from the learner to the samplers, not through the driver."""
+        return self.actor.adapter.remote(version)
+
+    def score(self, groups: Sequence[Group]) -> Future[list[Any]]:
+        return _future(self.actor.score.remote(groups))
+
+    def save(self) -> Future[np.ndarray]:
+        return _future(self.actor.save.remote())
+
+    def restore(self, saved: np.ndarray, step: int) -> None:
+        ray.get(self.actor.restore.remote(saved, step))
+
+    def stats(self) -> Any:
+        return self.actor.stats.remote()
+
+
+def wait_until_ready(*handles: Any) -> None:
+    """Waits until every actor is built.
+
+    Raises:
+        ConfigError: they could not be placed in time; the message has what was asked for and what there is.
+        Exception: what an actor's own constructor raised.
+    """
+    references = [reference for handle in handles for reference in handle.ready()]
+    ready, missing = ray.wait(references, num_returns=len(references), timeout=START_SECONDS)
+    if missing:
+        raise ConfigError(
+            f"{len(missing)} of {len(references)} actors were not placed and built within {START_SECONDS:g} s; "
+            f"the cluster has {ray.cluster_resources()}, of which {ray.available_resources()} is free"
+        )
+    try:
+        ray.get(ready)
+    except RayActorError as error:
+        # The constructor's own error says more than that the actor died of it.
+        raise error.cause if isinstance(getattr(error, "cause", None), Exception) else error from None
+
+
+def _future(reference: Any, settled: Any = lambda error: error) -> Future[Any]:
+    """Ray's reference as a future of `concurrent.futures`; `settled` sees the error, or None, and may change it."""
+    future: Future[Any] = Future()
+
+    def finish(source: Future[Any]) -> None:
+        error = source.exception()
+        if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
+            error = error.as_instanceof_cause()
+        error = settled(error)
+        if error is None:
+            future.set_result(source.result())
+        else:
+            future.set_exception(error)
+
+    reference.future().add_done_callback(finish)
+    return future

@@ -1,0 +1,141 @@
+"""What a run ends with: the figures before and after, as a table, plots, and a summary for machines."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from transformers import PreTrainedTokenizerBase  # noqa: E402
+
+from system.adapters import Adapter  # noqa: E402
+from system.config import Config  # noqa: E402
+from system.evaluation import Evaluation  # noqa: E402
+from system.orchestrator import Counters  # noqa: E402
+from system.tasks.problem import Problem  # noqa: E402
+
+BASE, TUNED, TARGET = "#9aa5b1", "#1f6f8b", "#d1495b"
+
+
+def replace_folder(folder: Path, adapter: Adapter) -> None:
+    """The adapter as a PEFT folder, in place of one that a resumed run left there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    adapter.materialise(folder)
+
+
+def summary(
+    config: Config, counters: Counters, evaluations: list[tuple[int, Evaluation]], seconds: float, finished: bool
+) -> dict[str, Any]:
+    """Figures of a run, for summary.json and the last line of the job: seconds, nats, rates per second."""
+    training = max(counters.seconds, 1e-9)
+    result: dict[str, Any] = {
+        "run": config.name,
+        "task": config.task.kind,
+        "loss": config.loss.kind,
+        "seed": config.seed,
+        "finished": finished,
+        "steps": counters.step,
+        "groups": counters.groups,
+        "trajectories": counters.trajectories,
+        "seconds_total": round(seconds, 1),
+        "seconds_training": round(counters.seconds, 1),
+        "trajectories_per_second": round(counters.trajectories / training, 2),
+        "learner_idle": round(1.0 - counters.learner_busy_seconds / training, 3),
+        "sampler_deaths": counters.deaths,
+    }
+    if evaluations:
+        result["before"], result["after"] = evaluations[0][1].metrics, evaluations[-1][1].metrics
+        result |= _improvement(evaluations[0][1], evaluations[-1][1])
+    return result
+
+
+def _improvement(before: Evaluation, after: Evaluation) -> dict[str, float]:
+    """Prompt by prompt, where the evaluation has bounds: how often the bound rose, and by what factor the spread fell."""
+    pairs = list(zip(before.per_prompt, after.per_prompt, strict=True))
+    if not pairs or "spread" not in pairs[0][0]:
+        return {}
+    rose = [new["log_z_lower"] > old["log_z_lower"] for old, new in pairs]
+    factor = [old["spread"] / max(new["spread"], 1e-12) for old, new in pairs]
+    mean_before, mean_after = (np.mean([row["spread"] for row in e.per_prompt]) for e in (before, after))
+    return {
+        "prompts": len(pairs),
+        "prompts_bound_rose": int(np.sum(rose)),
+        "spread_factor_median": float(np.median(factor)),
+        "spread_factor_of_means": float(mean_before / max(mean_after, 1e-12)),
+    }
+
+
+def table(evaluations: list[tuple[int, Evaluation]]) -> str:
+    """The evaluations side by side: a row a metric, a column a step."""
+    names = list(evaluations[0][1].metrics)
+    columns = [evaluations[0], evaluations[-1]] if len(evaluations) > 6 else evaluations
+    heads = [f"step {step}" for step, _ in columns]
+    width = max(len(name) for name in names)
+    lines = [f"{'':{width}}  " + "  ".join(f"{head:>12}" for head in heads)]
+    for name in names:
+        lines.append(f"{name:{width}}  " + "  ".join(f"{result.metrics[name]:12.5g}" for _, result in columns))
+    return "\n".join(lines)
+
+
+def plots(
+    folder: Path, problem: Problem, tokenizer: PreTrainedTokenizerBase, evaluations: list[tuple[int, Evaluation]]
+) -> list[Path]:
+    """PNG files: the distribution before, after, and the target, or log-weights and lengths of the samples."""
+    folder.mkdir(parents=True, exist_ok=True)
+    before, after = evaluations[0][1], evaluations[-1][1]
+    if problem.outcomes is not None:
+        labels = [tokenizer.decode(outcome.tokens_T.tolist()) for outcome in problem.outcomes]
+        return [_distribution(folder / "distribution.png", problem, labels, before, after)]
+    return [_spread(folder / "posterior.png", before, after)]
+
+
+def _distribution(path: Path, problem: Problem, labels: list[str], before: Evaluation, after: Evaluation) -> Path:
+    assert problem.log_target_O is not None and before.log_q_O is not None and after.log_q_O is not None
+    figure, axis = plt.subplots(figsize=(11, 4.2), layout="constrained")
+    at = np.arange(len(labels))
+    axis.bar(at, np.exp(before.log_q_O), width=0.9, color=BASE, label=_label("base model", before))
+    axis.bar(at, np.exp(after.log_q_O), width=0.5, color=TUNED, label=_label("after GFlowNet fine-tuning", after))
+    axis.step(np.append(at - 0.5, at[-1] + 0.5), np.exp(np.append(problem.log_target_O, problem.log_target_O[-1])),
+              where="post", color=TARGET, lw=1.6, label="target")  # fmt: skip
+    every = max(1, len(labels) // 20)
+    axis.set_xticks(at[::every], labels[::every])
+    axis.set_xlim(-1, len(labels))
+    highest = float(np.exp(np.concatenate([after.log_q_O, problem.log_target_O])).max())
+    axis.set_ylim(0, max(4 * highest, float(np.percentile(np.exp(before.log_q_O), 97))))
+    axis.set_xlabel("outcome")
+    axis.set_ylabel("probability")
+    axis.legend(frameon=False, loc="upper right")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _label(name: str, evaluation: Evaluation) -> str:
+    return f"{name}: KL(target ‖ q) = {evaluation.metrics['exact/kl_target_q']:.3g} nats"
+
+
+def _spread(path: Path, before: Evaluation, after: Evaluation) -> Path:
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    for result, color, label in ((before, BASE, "base model"), (after, TUNED, "after")):
+        order = np.argsort([row["log_z_lower"] for row in before.per_prompt])
+        at = np.arange(len(order))
+        lower = np.array([row["log_z_lower"] for row in result.per_prompt])[order]
+        deviation = np.sqrt([row["spread"] for row in result.per_prompt])[order]
+        left.errorbar(at, lower, yerr=deviation, fmt="o", ms=3.5, lw=1, color=color, label=label)
+        middle.hist([row["log_reward"] for row in result.samples], bins=40, color=color, alpha=0.7, label=label)
+        right.hist([row["log_q"] for row in result.samples], bins=40, color=color, alpha=0.7, label=label)
+    left.set(title="u = log R / T - log q: mean ± deviation", xlabel="prompt", ylabel="nats")
+    middle.set(title="log R of the samples", xlabel="nats")
+    right.set(title="log q of the samples", xlabel="nats")
+    left.legend(frameon=False)
+    for axis in (left, middle, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

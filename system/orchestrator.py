@@ -1,0 +1,292 @@
+"""The loop: keep samplers fed up to the capacity gate, train on what comes back, publish what was learned.
+
+It holds no mathematics and knows neither Ray nor vLLM: samplers and the learner are handles that answer with futures.
+GFlowNet losses are valid off policy, so a group that an older adapter drew needs no correction; `max_staleness` bounds
+how old it may be, and 0 makes the loop synchronous.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import safetensors.numpy
+
+from system import checkpoint
+from system.config import Config
+from system.requests import Requests
+from system.trajectory import Group, Request, merge_by_prompt
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+"""Longest time between two looks at a request to stop."""
+
+
+class SamplerDied(RuntimeError):
+    """SamplerDied(cause, name): the sampler that worked on a request is gone, and the pool is replacing it.
+
+    The name is unique to that sampler, so that a death which costs several requests counts once.
+    """
+
+
+class Samplers(Protocol):
+    """A pool of samplers, all of which draw from the adapter published last."""
+
+    def publish(self, adapter: Any) -> None: ...
+    def sample(self, request: Request) -> Future[Group]:
+        """Fails with SamplerDied if the sampler is lost, with the sampler's own error if it refuses."""
+        ...
+
+
+class LearnerHandle(Protocol):
+    """The learner, one call at a time, in the order of the calls. An adapter may be a reference to one elsewhere."""
+
+    def update(self, groups: Sequence[Group]) -> Future[dict[str, float]]: ...
+    def adapter(self, version: int) -> Any: ...
+    def save(self) -> Future[np.ndarray]: ...
+
+
+class Buffer(Protocol):
+    def __len__(self) -> int: ...
+    def add(self, group: Group) -> None: ...
+    def mix(self, fresh: Group, rng: np.random.Generator) -> Group: ...
+    def save(self) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]: ...
+    def restore(self, arrays: dict[str, np.ndarray], records: list[dict[str, Any]]) -> None: ...
+
+
+class Tracker(Protocol):
+    def metrics(self, values: dict[str, float], step: int) -> None: ...
+
+
+@dataclass
+class Counters:
+    """Where the run stands. A checkpoint has these, so that no group is skipped or counted twice."""
+
+    step: int = 0
+    """Updates done."""
+    version: int = -1
+    """Last adapter version that was published."""
+    published_step: int = 0
+    """Updates that it contains."""
+    next_group: int = 0
+    """Number of the next group that was never issued."""
+    groups: int = 0
+    """Groups used fresh."""
+    too_stale: int = 0
+    """Groups that came back too old to be used fresh; they are in the buffer."""
+    trajectories: int = 0
+    sampled_tokens: int = 0
+    deaths: int = 0
+    """Samplers that died."""
+    reissued: int = 0
+    seconds: float = 0.0
+    """Time in the loop, over all sessions of the run."""
+    learner_busy_seconds: float = 0.0
+
+
+@dataclass
+class Orchestrator:
+    config: Config
+    requests: Requests
+    samplers: Samplers
+    learner: LearnerHandle
+    replay: Buffer
+    tracker: Tracker
+    checkpoints: Path
+    on_step: Callable[[Orchestrator, dict[str, float], list[Group]], None] = lambda loop, metrics, fresh: None
+    """Called after each update, with its metrics and the fresh groups it used: progress, tables, evaluations."""
+    evaluate: Callable[[Orchestrator], None] = lambda loop: None
+    """Called before the first update, every evaluate_every updates and after the last; the newest adapter is published."""
+    should_stop: Callable[[], bool] = lambda: False
+    counters: Counters = field(default_factory=Counters)
+    _reissue: deque[int] = field(default_factory=deque)
+    _in_flight: dict[Future[Group], int] = field(default_factory=dict)
+    _arrived: deque[Group] = field(default_factory=deque)
+    _adapter_steps: dict[int, int] = field(default_factory=dict)
+    _dead: set[str] = field(default_factory=set)
+    _deaths_in_a_row: int = 0
+
+    def train(self) -> None:
+        """Runs until learner.steps updates are done or a stop is asked for, and leaves a checkpoint.
+
+        Raises:
+            RuntimeError: more than actors.max_deaths samplers died with no group in between.
+        """
+        settings = self.config.learner
+        self.publish()
+        if self.counters.step == 0:
+            self.evaluate(self)
+        began = time.perf_counter()
+        while self.counters.step < settings.steps and not self.should_stop():
+            fresh = self._collect(settings.groups_per_update)
+            if len(fresh) < settings.groups_per_update:
+                break
+            rng = np.random.default_rng((self.config.seed, 4, self.counters.step))
+            batch = [self.replay.mix(group, rng) for group in merge_by_prompt(fresh)]
+            started = time.perf_counter()
+            update = self.learner.update(batch)
+            while not update.done():
+                self._feed()
+                self._receive(update)
+            now = time.perf_counter()
+            self._account(update.result(), fresh, now - started, now - began)
+            began = now
+            if self._due(settings.publish_every):
+                self.publish()
+            if self._due(settings.checkpoint_every):
+                self.checkpoint()
+            if self._due(settings.evaluate_every or settings.steps):
+                self.evaluate(self)
+        if self.counters.step < settings.steps:
+            self.checkpoint()
+
+    def _due(self, every: int) -> bool:
+        return self.counters.step % every == 0 or self.counters.step == self.config.learner.steps
+
+    def publish(self) -> None:
+        """The learner's weights as a new version, which every request from now on names."""
+        self.counters.version += 1
+        self.counters.published_step = self.counters.step
+        self._adapter_steps[self.counters.version] = self.counters.step
+        self.samplers.publish(self.learner.adapter(self.counters.version))
+
+    # ------------------------------------------------------------------------------------------------ the groups
+
+    def _open(self) -> bool:
+        """The capacity gate: a group issued now would be fresh enough when its turn comes.
+
+        Groups are used in the order of their arrival, groups_per_update at a time, so everything in flight or waiting
+        is used first. Right after a publication this reads: (max_staleness + 1) * groups_per_update exceeds them.
+        """
+        ahead = len(self._in_flight) + len(self._arrived)
+        used_at = self.counters.step + ahead // self.config.learner.groups_per_update
+        return (
+            used_at - self.counters.published_step <= self.config.learner.max_staleness and used_at < self.config.learner.steps
+        )
+
+    def _feed(self) -> None:
+        while self._open():
+            if self._reissue:
+                group_id = self._reissue.popleft()
+            else:
+                group_id, self.counters.next_group = self.counters.next_group, self.counters.next_group + 1
+            self._in_flight[self.samplers.sample(self.requests.training(group_id))] = group_id
+
+    def _receive(self, update: Future[dict[str, float]] | None = None) -> None:
+        """Takes in the groups that have come back, waiting a little if there is none."""
+        done, _ = wait([*self._in_flight, *([update] if update else [])], POLL_SECONDS, FIRST_COMPLETED)
+        for future in done:
+            if future not in self._in_flight:
+                continue
+            group_id = self._in_flight.pop(future)
+            try:
+                group = future.result()
+            except SamplerDied as death:
+                self._mourn(group_id, death)
+                continue
+            self._deaths_in_a_row = 0
+            self._arrived.append(group)
+            self.replay.add(group)
+
+    def _mourn(self, group_id: int, death: SamplerDied) -> None:
+        """Tolerated on purpose: a lost sampler costs time, not groups. Its request is issued again under its number."""
+        self._reissue.append(group_id)
+        self.counters.reissued += 1
+        cause, name = death.args
+        logger.warning("group %d is issued again: %s died: %s", group_id, name, cause)
+        if name in self._dead:
+            return
+        self._dead.add(name)
+        self.counters.deaths += 1
+        self._deaths_in_a_row += 1
+        if self._deaths_in_a_row > self.config.actors.max_deaths:
+            raise RuntimeError(
+                f"{self._deaths_in_a_row} samplers died with no group in between (actors.max_deaths="
+                f"{self.config.actors.max_deaths}); the last cause: {cause}"
+            )
+
+    def _collect(self, wanted: int) -> list[Group]:
+        """The next `wanted` groups that are fresh enough; fewer only if a stop was asked for."""
+        fresh: list[Group] = []
+        while len(fresh) < wanted and not self.should_stop():
+            self._feed()
+            if not self._arrived:
+                self._receive()
+                continue
+            group = self._arrived.popleft()
+            if self._staleness(group) > self.config.learner.max_staleness:
+                self.counters.too_stale += 1
+            else:
+                fresh.append(group)
+        if len(fresh) < wanted:
+            self._arrived.extendleft(reversed(fresh))
+        return fresh
+
+    def _staleness(self, group: Group) -> int:
+        """Updates between the adapter that drew a group and the update that uses it now."""
+        return self.counters.step - self._adapter_steps[group.adapter_version]
+
+    def _account(self, metrics: dict[str, float], fresh: list[Group], update_seconds: float, step_seconds: float) -> None:
+        staleness = float(np.mean([self._staleness(group) for group in fresh]))
+        trajectories = [trajectory for group in fresh for trajectory in group.trajectories_K]
+        tokens = sum(group.tokens for group in fresh)
+        counters = self.counters
+        counters.step += 1
+        counters.groups += len(fresh)
+        counters.trajectories += len(trajectories)
+        counters.sampled_tokens += tokens
+        counters.seconds += step_seconds
+        counters.learner_busy_seconds += update_seconds
+        lengths = [len(trajectory) for trajectory in trajectories]
+        metrics = metrics | {
+            "staleness": staleness,
+            "length/mean": float(np.mean(lengths)),
+            "length/max": float(np.max(lengths)),
+            "forced_stops": float(np.mean([trajectory.stop == "forced" for trajectory in trajectories])),
+            "log_reward/mean": float(np.mean([values[-1] for group in fresh for values in group.log_reward_K])),
+            "log_reward/max": float(np.max([values[-1] for group in fresh for values in group.log_reward_K])),
+            "replay/size": float(len(self.replay)),
+            "groups/in_flight": float(len(self._in_flight)),
+            "groups/waiting": float(len(self._arrived)),
+            "groups/too_stale": float(counters.too_stale),
+            "samplers/deaths": float(counters.deaths),
+            "seconds/step": step_seconds,
+            "seconds/wait": step_seconds - update_seconds,
+            "idle/learner": 1.0 - update_seconds / step_seconds,
+            "rate/trajectories_per_second": len(trajectories) / step_seconds,
+            "rate/sampled_tokens_per_second": tokens / step_seconds,
+        }
+        self.tracker.metrics(metrics, counters.step)
+        self.on_step(self, metrics, fresh)
+
+    # ---------------------------------------------------------------------------------------------- checkpoints
+
+    def checkpoint(self) -> Path:
+        """Everything that the rest of the run depends on. Groups issued and not used are noted by number alone."""
+        learner = self.learner.save()
+        arrays, records = self.replay.save()
+        unused = sorted([*self._in_flight.values(), *(group.group_id for group in self._arrived), *self._reissue])
+        state = {"counters": vars(self.counters), "unused_groups": unused, "replay": records}
+        files = {
+            "learner.safetensors": learner.result().tobytes(),
+            "replay.safetensors": safetensors.numpy.save(arrays),
+            "state.json": json.dumps(state).encode(),
+        }
+        return checkpoint.write(self.checkpoints, self.counters.step, files)
+
+    def restore(self, files: dict[str, bytes]) -> np.ndarray:
+        """Takes the loop's part of a checkpoint, and returns the learner's."""
+        state = json.loads(files["state.json"])
+        self.counters = Counters(**state["counters"])
+        self._reissue = deque(state["unused_groups"])
+        self.replay.restore(safetensors.numpy.load(files["replay.safetensors"]), state["replay"])
+        return np.frombuffer(files["learner.safetensors"], np.uint8)

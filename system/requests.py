@@ -1,0 +1,45 @@
+"""What to sample next, as a pure function of the group's number.
+
+Prompts come in epochs, each a permutation of all of them; behaviours and seeds follow from the number too. So a request
+that is issued again is the same one, and a checkpoint needs to know numbers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from system.config import Exploration
+from system.trajectory import Behaviour, Prompt, Request
+
+
+class Requests:
+    def __init__(self, prompts: Sequence[Prompt], samples_per_prompt: int, exploration: Exploration, seed: int) -> None:
+        if not prompts:
+            raise ValueError("there must be at least one prompt")
+        self.prompts = tuple(prompts)
+        self.samples_per_prompt = samples_per_prompt
+        self.exploration = exploration
+        self.seed = seed
+
+    def training(self, group_id: int) -> Request:
+        """The request of group `group_id`, from 0."""
+        epoch, index = divmod(group_id, len(self.prompts))
+        order = np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.prompts))
+        rng = np.random.default_rng((self.seed, 2, group_id))
+        behaviours = explore(self.exploration, self.samples_per_prompt, rng)
+        return Request(group_id, self.prompts[order[index]], behaviours, int(rng.integers(2**31)))
+
+    def evaluation(self, index: int, samples: int, round_: int) -> Request:
+        """On-policy samples of prompt `index`. Its id is negative: it is no group of the training."""
+        rng = np.random.default_rng((self.seed, 3, round_, index))
+        return Request(-1 - index, self.prompts[index], (Behaviour(),) * samples, int(rng.integers(2**31)))
+
+
+def explore(exploration: Exploration, samples: int, rng: np.random.Generator) -> tuple[Behaviour, ...]:
+    """Behaviours of a group: the on-policy share exactly, the others each with a temperature of their own."""
+    on_policy = round(exploration.on_policy * samples)
+    temperatures = rng.uniform(*exploration.temperature, size=samples - on_policy)
+    exploring = tuple(Behaviour(float(temperature), exploration.epsilon) for temperature in temperatures)
+    return (Behaviour(),) * on_policy + exploring
