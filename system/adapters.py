@@ -9,12 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.numpy
+from safetensors import safe_open
+
+if TYPE_CHECKING:
+    import torch
+
+PEFT_PREFIX = "base_model.model."
+PLAIN_LORA = {
+    "use_dora": False, "use_rslora": False, "lora_bias": False, "bias": "none",
+    "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
+}  # fmt: skip
+"""What adapter_config.json says, or leaves out, of an update that is W + (alpha / r) B A and nothing else."""
 
 
 class AdapterError(RuntimeError):
@@ -30,6 +42,32 @@ class Canary:
     """[T - 1] nats, of tokens 1..T-1 under base + adapter, over the whole vocabulary at temperature 1."""
     base_logp_T: tuple[float, ...]
     """The same under the base alone: how far apart the two are says how much the canary proves."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraUpdate:
+    """What one module gets: W + scale * B A, or its transpose where the weight is stored [in, out], as GPT-2's are."""
+
+    a_RI: np.ndarray
+    """float32 [rank, in]."""
+    b_OR: np.ndarray
+    """float32 [out, rank]."""
+    scale: float
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight that it is added to."""
+        out, in_ = len(self.b_OR), self.a_RI.shape[1]
+        return (in_, out) if self.transposed else (out, in_)
+
+    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """float32, of the same shape as `weight`."""
+        import torch
+
+        a_RI, b_OR = torch.from_numpy(self.a_RI), torch.from_numpy(self.b_OR)
+        left, right = (a_RI.T, b_OR.T) if self.transposed else (b_OR, a_RI)
+        return torch.addmm(weight.float(), left, right, alpha=self.scale)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,6 +109,23 @@ class Adapter:
     def tensors(self) -> dict[str, np.ndarray]:
         return safetensors.numpy.load(self.weights.tobytes())
 
+    def updates(self) -> dict[str, LoraUpdate]:
+        """Module name -> what is added to its weight. Raises AdapterError for anything but plain LoRA."""
+        for field, plain in PLAIN_LORA.items():
+            if (value := self.peft_config.get(field, plain)) not in (plain, None):
+                raise AdapterError(f"adapter version {self.version}: {field}={value!r} is not plain LoRA; use {field}={plain!r}")
+        tensors = self.tensors()
+        suffixes = (".lora_A.weight", ".lora_B.weight")
+        modules = sorted({name.removesuffix(suffix) for name in tensors for suffix in suffixes if name.endswith(suffix)})
+        if 2 * len(modules) != len(tensors) or not all(module + suffix in tensors for module in modules for suffix in suffixes):
+            raise AdapterError(f"adapter version {self.version}: its tensors are not one lora_A and one lora_B for each module")
+        alpha, transposed = float(self.peft_config["lora_alpha"]), bool(self.peft_config.get("fan_in_fan_out"))
+        result = {}
+        for module in modules:
+            a_RI, b_OR = (tensors[module + suffix].astype(np.float32, copy=False) for suffix in suffixes)
+            result[module.removeprefix(PEFT_PREFIX)] = LoraUpdate(a_RI, b_OR, alpha / len(a_RI), transposed)
+        return result
+
     def materialise(self, folder: Path) -> Path:
         """Writes a standard PEFT folder; it appears whole or not at all. Returns `folder`."""
         part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
@@ -79,3 +134,52 @@ class Adapter:
         (part / "adapter_config.json").write_text(json.dumps(self.peft_config, indent=2, sort_keys=True), encoding="utf-8")
         part.replace(folder)
         return folder
+
+
+class BaseWeights:
+    """The weights in a model's folder, read anew for each merge: a merge never starts from merged weights.
+
+    Raises:
+        ValueError: the folder has no safetensors file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                    self._files[name] = path
+                    self._shapes[name] = tuple(file.get_slice(name).get_shape())
+        if not self._files:
+            raise ValueError(f"{folder} has no *.safetensors file: weights in other formats are not loaded")
+
+    def by_weight(self, updates: Mapping[str, LoraUpdate]) -> dict[str, LoraUpdate]:
+        """The updates by the name of the weight that each is added to.
+
+        Raises:
+            AdapterError: a module is not in this model, or has another shape.
+        """
+        result = {}
+        for module, update in updates.items():
+            # A checkpoint of the decoder alone leaves out the name under which the language model holds it.
+            name = next((n for n in (f"{module}.weight", f"{module.partition('.')[2]}.weight") if n in self._shapes), None)
+            if name is None:
+                raise AdapterError(f"the adapter changes {module!r}, which has no weight of its own in the base model")
+            if self._shapes[name] != update.shape:
+                raise AdapterError(f"the adapter's update of {module!r} is {update.shape}, the weight {self._shapes[name]}")
+            result[name] = update
+        return result
+
+    def merged(self, updates: Mapping[str, LoraUpdate], parents: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor below the modules `parents`, with its update, if it has one, computed in float32."""
+        prefixes = tuple(f"{parent}." for parent in parents)
+        wanted: dict[Path, list[str]] = {}
+        for name, path in self._files.items():
+            if name.startswith(prefixes):
+                wanted.setdefault(path, []).append(name)
+        for path, names in wanted.items():
+            with safe_open(path, framework="pt") as file:
+                for name in names:
+                    weight = file.get_tensor(name)
+                    yield name, updates[name].added_to(weight) if name in updates else weight

@@ -111,6 +111,7 @@ class Orchestrator:
     _reissue: deque[int] = field(default_factory=deque)
     _in_flight: dict[Future[Group], int] = field(default_factory=dict)
     _arrived: deque[Group] = field(default_factory=deque)
+    _taken: list[Group] = field(default_factory=list)
     _adapter_steps: dict[int, int] = field(default_factory=dict)
     _dead: set[str] = field(default_factory=set)
     _deaths_in_a_row: int = 0
@@ -127,18 +128,18 @@ class Orchestrator:
             self.evaluate(self)
         began = time.perf_counter()
         while self.counters.step < settings.steps and not self.should_stop():
-            fresh = self._collect(settings.groups_per_update)
-            if len(fresh) < settings.groups_per_update:
+            if not self._collect(settings.groups_per_update):
                 break
+            self._taken.sort(key=lambda group: group.group_id)
             rng = np.random.default_rng((self.config.seed, 4, self.counters.step))
-            batch = [self.replay.mix(group, rng) for group in merge_by_prompt(fresh)]
+            batch = [self.replay.mix(group, rng) for group in merge_by_prompt(self._taken)]
             started = time.perf_counter()
             update = self.learner.update(batch)
             while not update.done():
                 self._feed()
                 self._receive(update)
             now = time.perf_counter()
-            self._account(update.result(), fresh, now - started, now - began)
+            self._account(update.result(), now - started, now - began)
             began = now
             if self._due(settings.publish_every):
                 self.publish()
@@ -167,7 +168,7 @@ class Orchestrator:
         Groups are used in the order of their arrival, groups_per_update at a time, so everything in flight or waiting
         is used first. Right after a publication this reads: (max_staleness + 1) * groups_per_update exceeds them.
         """
-        ahead = len(self._in_flight) + len(self._arrived)
+        ahead = len(self._in_flight) + len(self._arrived) + len(self._taken)
         used_at = self.counters.step + ahead // self.config.learner.groups_per_update
         return (
             used_at - self.counters.published_step <= self.config.learner.max_staleness and used_at < self.config.learner.steps
@@ -184,9 +185,8 @@ class Orchestrator:
     def _receive(self, update: Future[dict[str, float]] | None = None) -> None:
         """Takes in the groups that have come back, waiting a little if there is none."""
         done, _ = wait([*self._in_flight, *([update] if update else [])], POLL_SECONDS, FIRST_COMPLETED)
-        for future in done:
-            if future not in self._in_flight:
-                continue
+        # By number, since a set has no order and a synchronous run must not depend on chance.
+        for future in sorted(done & self._in_flight.keys(), key=self._in_flight.__getitem__):
             group_id = self._in_flight.pop(future)
             try:
                 group = future.result()
@@ -214,10 +214,11 @@ class Orchestrator:
                 f"{self.config.actors.max_deaths}); the last cause: {cause}"
             )
 
-    def _collect(self, wanted: int) -> list[Group]:
-        """The next `wanted` groups that are fresh enough; fewer only if a stop was asked for."""
-        fresh: list[Group] = []
-        while len(fresh) < wanted and not self.should_stop():
+    def _collect(self, wanted: int) -> bool:
+        """Takes the next `wanted` groups that are fresh enough; False if a stop was asked for meanwhile."""
+        while len(self._taken) < wanted:
+            if self.should_stop():
+                return False
             self._feed()
             if not self._arrived:
                 self._receive()
@@ -226,16 +227,15 @@ class Orchestrator:
             if self._staleness(group) > self.config.learner.max_staleness:
                 self.counters.too_stale += 1
             else:
-                fresh.append(group)
-        if len(fresh) < wanted:
-            self._arrived.extendleft(reversed(fresh))
-        return fresh
+                self._taken.append(group)
+        return True
 
     def _staleness(self, group: Group) -> int:
         """Updates between the adapter that drew a group and the update that uses it now."""
         return self.counters.step - self._adapter_steps[group.adapter_version]
 
-    def _account(self, metrics: dict[str, float], fresh: list[Group], update_seconds: float, step_seconds: float) -> None:
+    def _account(self, metrics: dict[str, float], update_seconds: float, step_seconds: float) -> None:
+        fresh, self._taken = self._taken, []
         staleness = float(np.mean([self._staleness(group) for group in fresh]))
         trajectories = [trajectory for group in fresh for trajectory in group.trajectories_K]
         tokens = sum(group.tokens for group in fresh)
@@ -274,7 +274,8 @@ class Orchestrator:
         """Everything that the rest of the run depends on. Groups issued and not used are noted by number alone."""
         learner = self.learner.save()
         arrays, records = self.replay.save()
-        unused = sorted([*self._in_flight.values(), *(group.group_id for group in self._arrived), *self._reissue])
+        waiting = [group.group_id for group in (*self._arrived, *self._taken)]
+        unused = sorted([*self._in_flight.values(), *waiting, *self._reissue])
         state = {"counters": vars(self.counters), "unused_groups": unused, "replay": records}
         files = {
             "learner.safetensors": learner.result().tobytes(),

@@ -270,22 +270,28 @@ class Tracker:
 
     def dataset(self, name: str, rows: list[dict[str, Any]]) -> None:
         """What the run learns from, such as prompts with `id` and `text`: an input of the run, and a table."""
-        path, digest = self._write_table(f"datasets/{_name(name)}.json", rows)
+        path = f"datasets/{_name(name)}.json"
+        digest = self._write_table(path, rows)
         columns = [{"name": column, "type": _type(value), "required": True} for column, value in (rows or [{}])[0].items()]
         self._journal.append("dataset", name=name[:500], digest=digest, rows=len(rows), columns=columns, path=path)
-        self._journal.append("artifact", path=path, folder="datasets", table=True)
+        self._log_table(path)
 
     def table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
         """Rows as tables/NAME/STEP.json, in the format of MLflow's tables. A value that is not finite becomes null."""
-        path, _digest = self._write_table(f"tables/{_name(name)}/{step:06d}.json", rows)
-        self._journal.append("artifact", path=path, folder=f"tables/{_name(name)}", table=True)
+        path = f"tables/{_name(name)}/{step:06d}.json"
+        self._write_table(path, rows)
+        self._log_table(path)
 
-    def _write_table(self, path: str, rows: list[dict[str, Any]]) -> tuple[str, str]:
+    def _log_table(self, path: str) -> None:
+        self._journal.append("artifact", path=path, folder=PurePosixPath(path).parent.as_posix(), table=True)
+
+    def _write_table(self, path: str, rows: list[dict[str, Any]]) -> str:
+        """Returns a digest of the content."""
         columns = list(dict.fromkeys(column for row in rows for column in row))
         text = json.dumps({"columns": columns, "data": [[_plain(row.get(column)) for column in columns] for row in rows]})
         (self._dir / path).parent.mkdir(parents=True, exist_ok=True)
         (self._dir / path).write_text(text, encoding="utf-8")
-        return path, hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """A file, or all files of a folder, that stays in the run folder until it is sent. `folder` is where it goes

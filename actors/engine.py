@@ -1,0 +1,335 @@
+"""vLLM in this process, drawing groups of trajectories under one adapter version. The only file that imports vllm.
+
+vLLM samples from what a logits processor of ours leaves of the logits, so the support and the exploration are defined
+by `system.constraints` and `actors.behaviour` alone, and the log-probs that it reports are those of the behaviour.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from system.adapters import Adapter, AdapterError, BaseWeights
+from system.constraints import Constraints
+from system.trajectory import Behaviour, Request, Trajectory
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.outputs import CompletionOutput, RequestOutput
+
+BLOCK = 32
+"""Tokens of one block of the KV cache: the smallest that vLLM has on CPU. Shorter prefixes are not shared."""
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM has kernels for."""
+
+
+def engine_environment(threads: int, gpu: bool) -> dict[str, str]:
+    """Environment variables of a process with an engine. vLLM and OpenMP read them when they are first imported."""
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    if not gpu:
+        environment |= {
+            # By default vLLM pins its threads and leaves out cores; a small machine has none to leave out.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(threads),
+            # Log-probs would start a C++ compiler at the first request, for a kernel that gains nothing here.
+            "TORCH_COMPILE_DISABLE": "1",
+        }
+    return environment
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is built with, apart from the model and the support."""
+
+    max_model_len: int
+    """Longest prompt plus longest sample, tokens."""
+    install: Literal["merged", "adapter"] = "merged"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_num_seqs: int = 64
+    kv_cache_mb: int = 512
+    gpu_memory_utilization: float = 0.5
+    canary_tolerance: float = 0.005
+    """Nats a token."""
+    max_lora_rank: int = 16
+    threads: int = 1
+    seed: int = 0
+
+
+@dataclass
+class _Group:
+    """A group in the engine: filled as its samples finish, in any order."""
+
+    behaviours_K: tuple[Behaviour, ...]
+    trajectories: dict[int, Trajectory] = field(default_factory=dict)
+
+
+class Engine:
+    """Draws from base + the installed adapter. Not thread-safe: one thread calls it.
+
+    `installed` is the adapter that the next sample is drawn with; None while nothing is known to be right.
+    """
+
+    def __init__(self, folder: Path, base_model: str, constraints: Constraints, settings: EngineSettings) -> None:
+        """`folder` holds the base model's files, `base_model` is the name that adapters give their base.
+
+        Raises:
+            ValueError: vLLM cannot run this model or these settings.
+        """
+        import torch
+
+        gpu = torch.cuda.is_available()
+        for name, value in engine_environment(settings.threads, gpu).items():
+            os.environ.setdefault(name, value)
+        import vllm
+
+        self.constraints, self.settings, self.base_model = constraints, settings, base_model
+        self.installed: Adapter | None = None
+        self.tokens = 0
+        self._base = BaseWeights(folder)
+        self._touched: set[str] = set()
+        self._lora: Any = None
+        self._folder = Path(tempfile.mkdtemp(prefix="headwater-adapters-"))
+        self._serial = itertools.count(1)
+        self._groups: dict[int, _Group] = {}
+        memory: dict[str, Any] = {"kv_cache_memory_bytes": settings.kv_cache_mb << 20, "block_size": BLOCK}
+        if gpu:
+            memory = {"gpu_memory_utilization": settings.gpu_memory_utilization}
+        if settings.install == "adapter":
+            rank = next((rank for rank in LORA_RANKS if rank >= settings.max_lora_rank), settings.max_lora_rank)
+            memory |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 2}
+        self._llm = vllm.LLM(
+            str(folder), skip_tokenizer_init=True, dtype=settings.dtype, max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs, seed=settings.seed, enforce_eager=True, generation_config="vllm",
+            load_format="safetensors", logprobs_mode="processed_logprobs", logits_processors=[_processor(constraints)],
+            # A prompt is computed in one step: vLLM 0.32 cannot rewind a seeded CPU generator after half a prompt.
+            enable_chunked_prefill=False, max_num_batched_tokens=max(4096, settings.max_model_len),
+            enable_prefix_caching=True, **memory,
+        )  # fmt: skip
+        self._engine = self._llm.llm_engine
+
+    # ---------------------------------------------------------------------------------------------------- sampling
+
+    @property
+    def busy(self) -> bool:
+        """Groups are being drawn."""
+        return bool(self._groups)
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError for a request that this engine cannot draw."""
+        prompt, limit = request.prompt, self.settings.max_model_len
+        if len(prompt.policy_tokens) + self.constraints.max_tokens > limit:
+            raise ValueError(
+                f"prompt {prompt.id!r}: {len(prompt.policy_tokens)} tokens and task.max_tokens={self.constraints.max_tokens} "
+                f"are more than the engine's {limit}; build it with a larger max_model_len"
+            )
+        if not 0 <= min(prompt.policy_tokens) <= max(prompt.policy_tokens) < self.constraints.vocab_size:
+            raise ValueError(f"prompt {prompt.id!r} has tokens outside the vocabulary of {self.constraints.vocab_size}")
+        if not request.behaviours_K:
+            raise ValueError(f"group {request.group_id} asks for no samples: behaviours_K is empty")
+        for behaviour in request.behaviours_K:
+            if not (behaviour.temperature > 0 and 0 <= behaviour.epsilon <= 1):
+                raise ValueError(f"group {request.group_id}: {behaviour} needs temperature > 0 and 0 <= epsilon <= 1")
+
+    def add(self, request: Request) -> int:
+        """Queues a group; `step` names it by the number returned. K requests share the prompt's full blocks.
+
+        Raises:
+            ValueError: as `check`.
+            RuntimeError: no adapter is installed.
+        """
+        import vllm
+
+        self.check(request)
+        if self.installed is None:
+            raise RuntimeError("no adapter is installed: the engine would sample from unknown weights")
+        ticket = next(self._serial)
+        self._groups[ticket] = _Group(request.behaviours_K)
+        for k, behaviour in enumerate(request.behaviours_K):
+            params = vllm.SamplingParams(
+                temperature=1.0, max_tokens=self.constraints.max_tokens, stop_token_ids=[self.constraints.stop_token],
+                ignore_eos=True, detokenize=False, logprobs=0, flat_logprobs=True,
+                seed=int(np.random.SeedSequence((request.seed, k)).generate_state(1)[0]),
+                extra_args={"temperature": behaviour.temperature, "epsilon": behaviour.epsilon},
+                output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+            )  # fmt: skip
+            self._submit(f"{ticket}/{k}", request.prompt.policy_tokens, params, self._lora)
+        return ticket
+
+    def step(self) -> list[tuple[int, tuple[Trajectory, ...]]]:
+        """One token for every running sample. Returns the groups that are complete, by number."""
+        complete = []
+        for output in self._engine.step():
+            if not output.finished:
+                continue
+            ticket, k = map(int, output.request_id.split("/"))
+            group = self._groups[ticket]
+            group.trajectories[k] = self._trajectory(output.outputs[0], group.behaviours_K[k])
+            if len(group.trajectories) == len(group.behaviours_K):
+                del self._groups[ticket]
+                complete.append((ticket, tuple(group.trajectories[k] for k in range(len(group.behaviours_K)))))
+        return complete
+
+    def _submit(self, name: str, tokens: Sequence[int], params: Any, lora: Any) -> None:
+        self._engine.add_request(name, {"prompt_token_ids": list(tokens)}, params, lora_request=lora)
+
+    def _trajectory(self, output: CompletionOutput, behaviour: Behaviour) -> Trajectory:
+        tokens, logp = list(output.token_ids), np.array(output.logprobs.logprobs, np.float32)  # type: ignore[union-attr]
+        if output.finish_reason not in ("stop", "length") or len(logp) != len(tokens) or not np.isfinite(logp).all():
+            raise RuntimeError(
+                f"vLLM ended a sample with {output.finish_reason!r} and log-probs {logp[:8]}: the model's logits are not finite, "
+                "or the engine dropped the request"
+            )
+        self.tokens += len(tokens)
+        if output.finish_reason == "stop":
+            tokens = tokens[:-1]
+        else:
+            logp = np.append(logp, np.float32(0))
+        is_action_T = np.ones(len(tokens), bool)
+        stop = "sampled" if output.finish_reason == "stop" else "forced"
+        return Trajectory(np.array(tokens, np.int32), is_action_T, logp, stop, behaviour)
+
+    # -------------------------------------------------------------------------------------------------- installing
+
+    def install(self, adapter: Adapter) -> dict[str, float]:
+        """Makes `adapter` what the next sample is drawn with, and proves it by the canary.
+
+        Returns seconds, and in nats a token `canary_error` (mean distance from the learner's log-probs) and
+        `canary_signal` (mean distance of those from the base's: what the canary could have shown), NaN without a canary.
+
+        Raises:
+            AdapterError: the adapter is damaged, of another model or not plain LoRA: what was installed stays. Or its
+                canary is wrong: an adapter beside the base leaves the version before it in place; merged weights
+                leave `installed` at None, and nothing is sampled until another version is installed.
+            RuntimeError: groups are still being drawn.
+        """
+        if self.busy:
+            raise RuntimeError("groups are being drawn: an install would change the weights below them")
+        started = time.perf_counter()
+        adapter.verify(self.base_model)
+        if adapter.canary and len(adapter.canary.tokens_T) >= self.settings.max_model_len:
+            raise AdapterError(
+                f"adapter version {adapter.version}: a canary of {len(adapter.canary.tokens_T)} tokens needs an engine with "
+                f"max_model_len above that, not {self.settings.max_model_len}"
+            )
+        updates = self._base.by_weight(adapter.updates())
+        if self.settings.install == "merged":
+            # Fused layers (q, k and v; gate and up) load whole, and a module that this version leaves alone goes back
+            # to the base: so all that is beside any module ever adapted is written.
+            self._touched |= {name.rsplit(".", 2)[0] for name in updates}
+            self.installed = None
+            weights = self._base.merged(updates, self._touched)
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self._forget_prefixes()
+            error = self._canary(adapter, None)
+        else:
+            error = self._install_beside(adapter)
+        self.installed = adapter
+        signal = math.nan
+        if adapter.canary:
+            signal = float(np.mean(np.abs(np.subtract(adapter.canary.logp_T, adapter.canary.base_logp_T))))
+        return {"seconds": time.perf_counter() - started, "canary_error": error, "canary_signal": signal}
+
+    def _install_beside(self, adapter: Adapter) -> float:
+        """Loads a LoRA adapter under an id, name and folder that were never used: vLLM caches by each of them."""
+        from vllm.lora.request import LoRARequest
+
+        number = next(self._serial)
+        folder = adapter.materialise(self._folder / f"{number}")
+        lora = LoRARequest(f"version-{adapter.version}-{number}", number, str(folder))
+        stale = lora
+        try:
+            self._engine.add_lora(lora)
+            error = self._canary(adapter, lora)
+            stale, self._lora = self._lora, lora
+        finally:
+            if stale is not None:
+                self._engine.remove_lora(stale.lora_int_id)
+                shutil.rmtree(stale.lora_path)
+        self._forget_prefixes()
+        return error
+
+    def _canary(self, adapter: Adapter, lora: Any) -> float:
+        """Mean distance, nats a token, between the engine's log-probs of the canary and the learner's."""
+        import vllm
+
+        if adapter.canary is None:
+            return math.nan
+        tokens = adapter.canary.tokens_T
+        params = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, temperature=0.0)
+        self._submit("canary", tokens, params, lora)
+        done: list[RequestOutput] = []
+        while not done:
+            done = [output for output in self._engine.step() if output.finished]  # type: ignore[misc]
+        rows: Any = done[0].prompt_logprobs
+        logp_T = [row[token].logprob for row, token in zip(rows[1:], tokens[1:], strict=True)]
+        error = float(np.mean(np.abs(np.subtract(logp_T, adapter.canary.logp_T))))
+        # Written so that NaN fails too.
+        if not error <= self.settings.canary_tolerance:
+            raise AdapterError(
+                f"adapter version {adapter.version}: the engine's log-probs of the canary are {error:.4g} nats a token away from "
+                f"the learner's, and sampler.canary_tolerance is {self.settings.canary_tolerance:g}: the weights did not arrive"
+            )
+        return error
+
+    def _forget_prefixes(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache: samples would read keys and values of the weights before")
+
+    def close(self) -> None:
+        """Ends vLLM and frees its memory. No method may be called afterwards."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.installed = None
+        self._engine.engine_core.shutdown()
+        del self._llm, self._engine
+        shutil.rmtree(self._folder, ignore_errors=True)
+        cleanup_dist_env_and_memory()
+
+
+def _processor(constraints: Constraints) -> Any:
+    """A vLLM logits processor class that applies `constraints` and each request's behaviour to the whole batch."""
+    import torch
+    from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
+
+    from actors.behaviour import BehaviourLogits
+
+    class BehaviourProcessor(LogitsProcessor):
+        def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+            self.device = device
+            self.logits: BehaviourLogits | None = None
+            # Row of the batch -> temperature, epsilon, and the request's own growing list of output tokens.
+            self.rows: dict[int, tuple[float, float, list[int]]] = {}
+
+        def is_argmax_invariant(self) -> bool:
+            return False
+
+        def update_state(self, batch_update: Any) -> None:
+            def state(params: Any, _: Any, output: list[int]) -> tuple[float, float, list[int]] | None:
+                # The canary has no behaviour: it scores the model itself.
+                return (params.extra_args["temperature"], params.extra_args["epsilon"], output) if params.extra_args else None
+
+            process_dict_updates(self.rows, batch_update, state)
+
+        def apply(self, logits: torch.Tensor) -> torch.Tensor:
+            if not self.rows:
+                return logits
+            if len(self.rows) != len(logits):
+                raise RuntimeError(f"{len(self.rows)} behaviours for a batch of {len(logits)}: vLLM's batch is not the engine's")
+            if self.logits is None:
+                self.logits = BehaviourLogits(constraints, logits.shape[1], self.device)
+            temperature, epsilon, output = zip(*(self.rows[row] for row in range(len(logits))), strict=True)
+            no_stop = [len(tokens) < constraints.min_tokens for tokens in output]
+            columns = (torch.tensor(column, device=self.device) for column in (temperature, epsilon, no_stop))
+            return self.logits(logits, *columns)
+
+    return BehaviourProcessor

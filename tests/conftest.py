@@ -1,0 +1,19 @@
+"""Settings of every test: one thread (the machine is shared), no network, and the same generated examples each time."""
+
+from __future__ import annotations
+
+import os
+
+# Read when torch, transformers and the hub client are imported, which the test modules do after this file.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# No deadline: a slow machine is no failure. `tmp_path` is shared by the examples of one test, which is meant.
+settings.register_profile(
+    "headwater", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("headwater")

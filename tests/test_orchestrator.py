@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from learner.replay import Replay
+from system import checkpoint
+from system.config import Config, parse
+from system.orchestrator import Orchestrator
+from system.requests import Requests
+from system.trajectory import Request
+from tests.fakes import PROMPTS, FakeLearner, FakeSamplers, FakeTracker, dies
+
+
+def config(**learner: Any) -> Config:
+    settings = {"steps": 12, "warmup_steps": 0, "groups_per_update": 2, "checkpoint_every": 5, "max_staleness": 0} | learner
+    return parse({"task": {"kind": "random_number"}, "learner": settings, "sampler": {"samples_per_prompt": 3}})
+
+
+def orchestrator(tmp_path: Path, cfg: Config, samplers: FakeSamplers, learner: FakeLearner, **options: Any) -> Orchestrator:
+    requests = Requests(PROMPTS, cfg.sampler.samples_per_prompt, cfg.sampler.exploration, cfg.seed)
+    return Orchestrator(cfg, requests, samplers, learner, Replay(cfg.replay), FakeTracker(), tmp_path / "checkpoints", **options)
+
+
+def used(learner: FakeLearner) -> int:
+    return sum(len(group) for batch in learner.batches for group in batch)
+
+
+def test_a_synchronous_run_uses_only_samples_of_the_newest_adapter(tmp_path: Path) -> None:
+    samplers, learner = FakeSamplers(), FakeLearner()
+    loop = orchestrator(tmp_path, config(), samplers, learner)
+    loop.train()
+    assert learner.step == 12
+    assert samplers.issued == list(range(24))
+    assert set(loop.tracker.series("staleness")) == {0.0}  # type: ignore[attr-defined]
+    assert samplers.named_versions == [version for version in range(12) for _ in range(2)]
+
+
+@pytest.mark.parametrize(("max_staleness", "publish_every"), [(1, 1), (3, 1), (3, 2), (4, 5)])
+def test_staleness_stays_in_bounds_and_every_group_counts_once(tmp_path: Path, max_staleness: int, publish_every: int) -> None:
+    samplers = FakeSamplers(fate=lambda request: time.sleep(0.001 * (request.group_id % 3)))
+    learner = FakeLearner(during_update=lambda: time.sleep(0.004))
+    loop = orchestrator(tmp_path, config(steps=40, max_staleness=max_staleness, publish_every=publish_every), samplers, learner)
+    loop.train()
+    staleness = loop.tracker.series("staleness")  # type: ignore[attr-defined]
+    assert max(staleness) <= max_staleness
+    assert Counter(samplers.issued).most_common(1)[0][1] == 1
+    assert loop.counters.groups == 80
+    assert used(learner) == 80 * 3
+
+
+def test_sampling_goes_on_while_the_learner_works(tmp_path: Path) -> None:
+    sampled_during_update = threading.Event()
+    updating = threading.Event()
+
+    def fate(request: Request) -> None:
+        if updating.is_set():
+            sampled_during_update.set()
+
+    def during_update() -> None:
+        updating.set()
+        sampled_during_update.wait(10)
+
+    loop = orchestrator(tmp_path, config(max_staleness=1, steps=3), FakeSamplers(fate=fate), FakeLearner(during_update))
+    loop.train()
+    assert sampled_during_update.is_set()
+
+
+def test_the_capacity_gate_bounds_what_is_in_flight_or_unused(tmp_path: Path) -> None:
+    samplers, gate = FakeSamplers(workers=8), threading.Event()
+    learner = FakeLearner(during_update=lambda: (gate.wait(0.05), None)[1])
+    loop = orchestrator(tmp_path, config(max_staleness=2, groups_per_update=2, steps=10), samplers, learner)
+    seen: list[int] = []
+    loop.on_step = lambda loop, metrics, fresh: seen.append(len(samplers.issued) - loop.counters.groups)
+    loop.train()
+    assert 0 < max(seen) <= (2 + 1) * 2
+
+
+def test_a_dead_sampler_costs_no_group(tmp_path: Path) -> None:
+    lost = {4, 5, 11}
+
+    def fate(request: Request) -> None:
+        if request.group_id in lost:
+            lost.discard(request.group_id)
+            dies(f"sampler-{request.group_id}")
+
+    samplers, learner = FakeSamplers(fate=fate), FakeLearner()
+    loop = orchestrator(tmp_path, config(max_staleness=1), samplers, learner)
+    loop.train()
+    assert learner.step == 12
+    assert loop.counters.deaths == 3
+    assert loop.counters.reissued == 3
+    assert Counter(samplers.issued)[4] == 2
+    assert loop.counters.groups == 24
+
+
+def test_one_death_that_costs_several_requests_counts_once(tmp_path: Path) -> None:
+    lost = {0, 1, 2, 3}
+
+    def fate(request: Request) -> None:
+        if request.group_id in lost:
+            lost.discard(request.group_id)
+            dies("sampler-0")
+
+    loop = orchestrator(tmp_path, config(max_staleness=1), FakeSamplers(fate=fate), FakeLearner())
+    loop.train()
+    assert loop.counters.deaths == 1
+    assert loop.counters.reissued == 4
+
+
+def test_too_many_deaths_in_a_row_stop_the_run_with_the_cause(tmp_path: Path) -> None:
+    numbers = iter(range(1000))
+    samplers = FakeSamplers(fate=lambda request: dies(f"sampler-{next(numbers)}"))
+    with pytest.raises(RuntimeError, match=r"actors.max_deaths=3.*killed"):
+        orchestrator(tmp_path, config(), samplers, FakeLearner()).train()
+
+
+def test_a_sampler_that_refuses_ends_the_run_with_its_own_error(tmp_path: Path) -> None:
+    def fate(request: Request) -> None:
+        raise ValueError("reward is NaN for prompt-1")
+
+    with pytest.raises(ValueError, match="reward is NaN"):
+        orchestrator(tmp_path, config(), FakeSamplers(fate=fate), FakeLearner()).train()
+
+
+def test_a_learner_that_fails_ends_the_run_with_its_own_error(tmp_path: Path) -> None:
+    def during_update() -> None:
+        raise FloatingPointError("loss nan")
+
+    with pytest.raises(FloatingPointError, match="loss nan"):
+        orchestrator(tmp_path, config(), FakeSamplers(), FakeLearner(during_update)).train()
+
+
+def test_a_stop_leaves_a_checkpoint_and_resuming_ends_like_an_uninterrupted_run(tmp_path: Path) -> None:
+    cfg = config(steps=9)
+    whole = FakeLearner()
+    orchestrator(tmp_path / "whole", cfg, FakeSamplers(), whole).train()
+
+    first, stop = FakeLearner(), threading.Event()
+    loop = orchestrator(tmp_path / "cut", cfg, FakeSamplers(), first, should_stop=stop.is_set)
+    loop.on_step = lambda loop, metrics, fresh: stop.set() if loop.counters.step == 4 else None
+    loop.train()
+    assert loop.counters.step == 4
+
+    second, samplers = FakeLearner(), FakeSamplers()
+    again = orchestrator(tmp_path / "cut", cfg, samplers, second)
+    second.restore(again.restore(checkpoint.read_latest(tmp_path / "cut" / "checkpoints")), again.counters.step)
+    again.train()
+    assert second.step == 9
+    assert second.weights == whole.weights
+    assert again.counters.version > loop.counters.version
+    assert samplers.issued == list(range(8, 18))
+
+
+def test_groups_that_were_issued_and_not_used_are_issued_again_after_a_resume(tmp_path: Path) -> None:
+    cfg, stop = config(steps=30, max_staleness=3), threading.Event()
+    samplers = FakeSamplers(fate=lambda request: time.sleep(0.002))
+    loop = orchestrator(tmp_path, cfg, samplers, FakeLearner(), should_stop=stop.is_set)
+    loop.on_step = lambda loop, metrics, fresh: stop.set() if loop.counters.step == 7 else None
+    loop.train()
+    learner, rest = FakeLearner(), FakeSamplers()
+    again = orchestrator(tmp_path, cfg, rest, learner)
+    learner.restore(again.restore(checkpoint.read_latest(tmp_path / "checkpoints")), again.counters.step)
+    again.train()
+    assert Counter(rest.issued).most_common(1)[0][1] == 1
+    assert again.counters.groups == 60
+    assert set(samplers.issued) | set(rest.issued) == set(range(60 + again.counters.too_stale))
+
+
+def test_samples_of_one_prompt_share_one_group_in_an_update(tmp_path: Path) -> None:
+    learner = FakeLearner()
+    loop = orchestrator(tmp_path, config(groups_per_update=6, steps=2), FakeSamplers(), learner)
+    loop.train()
+    assert [len(batch) for batch in learner.batches] == [3, 3]
+    assert used(learner) == 2 * 6 * 3
+
+
+def test_evaluations_come_first_last_and_when_due(tmp_path: Path) -> None:
+    at: list[int] = []
+    loop = orchestrator(
+        tmp_path, config(evaluate_every=5), FakeSamplers(), FakeLearner(), evaluate=lambda loop: at.append(loop.counters.step)
+    )
+    loop.train()
+    assert at == [0, 5, 10, 12]

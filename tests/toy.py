@@ -1,0 +1,115 @@
+"""A posterior small enough to list: strings over {a, b} up to length 3, for two prompts of different Z.
+
+The policy is a table of logits, one row a state, so that training it tests the losses and nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from learner.losses import States
+from learner.states import node_log_reward, states_of
+from system.prefix_tree import PrefixTree
+from system.trajectory import Group, Prompt, Trajectory
+
+LETTERS, MAX_TOKENS = 2, 3
+STOP = LETTERS
+STRINGS = [s for n in range(MAX_TOKENS + 1) for s in itertools.product(range(LETTERS), repeat=n)]
+INDEX = {s: i for i, s in enumerate(STRINGS)}
+PROMPTS = [Prompt("first", (0,), (0,)), Prompt("second", (1,), (1,))]
+
+
+class Toy:
+    """`min_tokens` = 1 makes the root a state that cannot stop."""
+
+    def __init__(self, min_tokens: int = 0, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.min_tokens = min_tokens
+        # The second prompt's Z is e^5 times the first's: a loss that mixes prompts cannot fit both.
+        self.log_reward = [rng.normal(0.0, 1.5, len(STRINGS)), rng.normal(5.0, 1.5, len(STRINGS))]
+        self.logits = torch.zeros(2, len(STRINGS), LETTERS + 1, dtype=torch.float64, requires_grad=True)
+
+    def terminable(self, string: tuple[int, ...]) -> bool:
+        return len(string) >= self.min_tokens
+
+    def log_probs(self, prompt: int) -> Tensor:
+        """[states, letters + stop]: the masked policy."""
+        logits = self.logits[prompt]
+        masked = logits.clone()
+        for string, row in INDEX.items():
+            if len(string) == MAX_TOKENS:
+                masked[row, :STOP] = -torch.inf
+            if not self.terminable(string):
+                masked[row, STOP] = -torch.inf
+        return masked.log_softmax(-1)
+
+    def log_q(self, prompt: int) -> Tensor:
+        """[terminable strings]: log-probability of each outcome."""
+        table = self.log_probs(prompt)
+        values = []
+        for string in filter(self.terminable, STRINGS):
+            steps = [table[INDEX[string[:t]], letter] for t, letter in enumerate(string)]
+            values.append(torch.stack([*steps, table[INDEX[string], STOP]]).sum())
+        return torch.stack(values)
+
+    def target(self, prompt: int, temperature: float = 1.0) -> np.ndarray:
+        log_reward = np.array([self.log_reward[prompt][INDEX[s]] for s in STRINGS if self.terminable(s)]) / temperature
+        weights = np.exp(log_reward - log_reward.max())
+        return weights / weights.sum()
+
+    def log_z(self, prompt: int, temperature: float = 1.0) -> float:
+        log_reward = np.array([self.log_reward[prompt][INDEX[s]] for s in STRINGS if self.terminable(s)]) / temperature
+        return float(np.logaddexp.reduce(log_reward))
+
+    def total_variation(self, prompt: int) -> float:
+        return 0.5 * float(np.abs(self.log_q(prompt).detach().exp().numpy() - self.target(prompt)).sum())
+
+    def sample(self, prompt: int, k: int, rng: np.random.Generator, uniform: bool) -> list[tuple[int, ...]]:
+        """k strings, from the policy or from uniform choices at every state."""
+        table = self.log_probs(prompt).detach()
+        allowed = torch.isfinite(table).double()
+        probs = (allowed / allowed.sum(-1, keepdim=True) if uniform else table.exp()).numpy()
+        strings = []
+        for _ in range(k):
+            string: tuple[int, ...] = ()
+            while (letter := int(rng.choice(LETTERS + 1, p=probs[INDEX[string]]))) != STOP:
+                string += (letter,)
+            strings.append(string)
+        return strings
+
+    def group(self, prompt: int, strings: list[tuple[int, ...]]) -> Group:
+        """Rewards at every prefix that can stop; NaN elsewhere."""
+        trajectories, rewards = [], []
+        for string in strings:
+            tokens = np.array(string, np.int32)
+            trajectories.append(Trajectory(tokens, np.ones(len(string), bool), np.zeros(len(string) + 1, np.float32), "sampled"))
+            prefixes = [string[:t] for t in range(len(string) + 1)]
+            rewards.append(np.array([self.log_reward[prompt][INDEX[s]] if self.terminable(s) else np.nan for s in prefixes]))
+        return Group(PROMPTS[prompt], tuple(trajectories), tuple(rewards), 0, 0)
+
+    def states(self, prompt: int, group: Group, temperature: float = 1.0) -> States:
+        tree = PrefixTree.of(group.trajectories_K)
+        table = self.log_probs(prompt)
+        string_N: list[tuple[int, ...]] = [()]
+        for node in range(1, len(tree)):
+            string_N.append((*string_N[tree.parent_N[node]], int(tree.token_N[node])))
+        edge_N = [table.new_zeros(())] + [table[INDEX[s[:-1]], s[-1]] for s in string_N[1:]]
+        stop_N = [table[INDEX[s], STOP] if self.terminable(s) else table.new_zeros(()) for s in string_N]
+        return states_of(tree, node_log_reward(tree, group), torch.stack(edge_N), torch.stack(stop_N), temperature)
+
+    def set_to_posterior(self) -> None:
+        """The logits of the exact posterior: flow of each child, and the reward as the flow into the stop."""
+        with torch.no_grad():
+            for prompt in range(2):
+                flow: dict[tuple[int, ...], float] = {}
+                for string in sorted(STRINGS, key=len, reverse=True):
+                    own = self.log_reward[prompt][INDEX[string]] if self.terminable(string) else -np.inf
+                    below = [flow[(*string, letter)] for letter in range(LETTERS)] if len(string) < MAX_TOKENS else []
+                    flow[string] = float(np.logaddexp.reduce([own, *below]))
+                    row = self.logits[prompt, INDEX[string]]
+                    row[STOP] = own if np.isfinite(own) else 0.0
+                    row[:STOP] = torch.tensor(below or [0.0] * LETTERS, dtype=row.dtype)
