@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from system.constraints import Constraints
@@ -20,6 +22,13 @@ class BehaviourLogits:
         self._outside_V = outside_V.to(device) if outside_V.any() else None
         self._size = len(constraints.columns)
         self._stop = constraints.stop_token
+        self._min_tokens = constraints.min_tokens
+
+    def rows(self, logits_BV: torch.Tensor, rows_B: Sequence[tuple[float, float, Sequence[int]]]) -> torch.Tensor:
+        """As `__call__`, for rows given as temperature, epsilon and the tokens drawn so far."""
+        temperature, epsilon, tokens = zip(*rows_B, strict=True)
+        no_stop = [len(drawn) < self._min_tokens for drawn in tokens]
+        return self(logits_BV, *(torch.tensor(column, device=logits_BV.device) for column in (temperature, epsilon, no_stop)))
 
     def __call__(
         self, logits_BV: torch.Tensor, temperature_B: torch.Tensor, epsilon_B: torch.Tensor, no_stop_B: torch.Tensor

@@ -35,7 +35,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 def engine_environment(threads: int, gpu: bool) -> dict[str, str]:
     """Environment variables of a process with an engine. vLLM and OpenMP read them when they are first imported."""
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     if not gpu:
         environment |= {
             # By default vLLM pins its threads and leaves out cores; a small machine has none to leave out.
@@ -159,7 +159,7 @@ class Engine:
                 temperature=1.0, max_tokens=self.constraints.max_tokens, stop_token_ids=[self.constraints.stop_token],
                 ignore_eos=True, detokenize=False, logprobs=0, flat_logprobs=True,
                 seed=int(np.random.SeedSequence((request.seed, k)).generate_state(1)[0]),
-                extra_args={"temperature": behaviour.temperature, "epsilon": behaviour.epsilon},
+                extra_args={"behaviour": (behaviour.temperature, behaviour.epsilon)},
                 output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
             )  # fmt: skip
             self._submit(f"{ticket}/{k}", request.prompt.policy_tokens, params, self._lora)
@@ -186,8 +186,7 @@ class Engine:
         tokens, logp = list(output.token_ids), np.array(output.logprobs.logprobs, np.float32)  # type: ignore[union-attr]
         if output.finish_reason not in ("stop", "length") or len(logp) != len(tokens) or not np.isfinite(logp).all():
             raise RuntimeError(
-                f"vLLM ended a sample with {output.finish_reason!r} and log-probs {logp[:8]}: the model's logits are not finite, "
-                "or the engine dropped the request"
+                f"vLLM ended a sample with {output.finish_reason!r} and log-probs {logp[:8]} of {len(tokens)} tokens"
             )
         self.tokens += len(tokens)
         if output.finish_reason == "stop":
@@ -218,8 +217,7 @@ class Engine:
         adapter.verify(self.base_model)
         if adapter.canary and len(adapter.canary.tokens_T) >= self.settings.max_model_len:
             raise AdapterError(
-                f"adapter version {adapter.version}: a canary of {len(adapter.canary.tokens_T)} tokens needs an engine with "
-                f"max_model_len above that, not {self.settings.max_model_len}"
+                f"adapter version {adapter.version}: max_model_len is too short for its canary of {len(adapter.canary.tokens_T)}"
             )
         updates = self._base.by_weight(adapter.updates())
         if self.settings.install == "merged":
@@ -276,8 +274,8 @@ class Engine:
         # Written so that NaN fails too.
         if not error <= self.settings.canary_tolerance:
             raise AdapterError(
-                f"adapter version {adapter.version}: the engine's log-probs of the canary are {error:.4g} nats a token away from "
-                f"the learner's, and sampler.canary_tolerance is {self.settings.canary_tolerance:g}: the weights did not arrive"
+                f"adapter version {adapter.version}: the engine's canary is {error:.4g} nats a token away from the learner's, "
+                f"above sampler.canary_tolerance={self.settings.canary_tolerance:g}: these are not the published weights"
             )
         return error
 
@@ -298,14 +296,12 @@ class Engine:
 
 def _processor(constraints: Constraints) -> Any:
     """A vLLM logits processor class that applies `constraints` and each request's behaviour to the whole batch."""
-    import torch
     from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
 
     from actors.behaviour import BehaviourLogits
 
     class BehaviourProcessor(LogitsProcessor):
         def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-            self.device = device
             self.logits: BehaviourLogits | None = None
             # Row of the batch -> temperature, epsilon, and the request's own growing list of output tokens.
             self.rows: dict[int, tuple[float, float, list[int]]] = {}
@@ -316,20 +312,15 @@ def _processor(constraints: Constraints) -> Any:
         def update_state(self, batch_update: Any) -> None:
             def state(params: Any, _: Any, output: list[int]) -> tuple[float, float, list[int]] | None:
                 # The canary has no behaviour: it scores the model itself.
-                return (params.extra_args["temperature"], params.extra_args["epsilon"], output) if params.extra_args else None
+                return (*params.extra_args["behaviour"], output) if params.extra_args else None
 
             process_dict_updates(self.rows, batch_update, state)
 
         def apply(self, logits: torch.Tensor) -> torch.Tensor:
             if not self.rows:
                 return logits
-            if len(self.rows) != len(logits):
-                raise RuntimeError(f"{len(self.rows)} behaviours for a batch of {len(logits)}: vLLM's batch is not the engine's")
             if self.logits is None:
-                self.logits = BehaviourLogits(constraints, logits.shape[1], self.device)
-            temperature, epsilon, output = zip(*(self.rows[row] for row in range(len(logits))), strict=True)
-            no_stop = [len(tokens) < constraints.min_tokens for tokens in output]
-            columns = (torch.tensor(column, device=self.device) for column in (temperature, epsilon, no_stop))
-            return self.logits(logits, *columns)
+                self.logits = BehaviourLogits(constraints, logits.shape[1], logits.device)
+            return self.logits.rows(logits, [self.rows[row] for row in range(len(logits))])
 
     return BehaviourProcessor

@@ -112,8 +112,9 @@ class Adapter:
     def updates(self) -> dict[str, LoraUpdate]:
         """Module name -> what is added to its weight. Raises AdapterError for anything but plain LoRA."""
         for field, plain in PLAIN_LORA.items():
-            if (value := self.peft_config.get(field, plain)) not in (plain, None):
-                raise AdapterError(f"adapter version {self.version}: {field}={value!r} is not plain LoRA; use {field}={plain!r}")
+            value = self.peft_config.get(field)
+            if value and value != plain:
+                raise AdapterError(f"adapter version {self.version}: {field}={value!r} is no plain LoRA; use {field}={plain!r}")
         tensors = self.tensors()
         suffixes = (".lora_A.weight", ".lora_B.weight")
         modules = sorted({name.removesuffix(suffix) for name in tensors for suffix in suffixes if name.endswith(suffix)})

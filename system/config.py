@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -27,12 +27,21 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _yes_is_not_1(cls, values: Any) -> Any:
+        """YAML reads `yes` and `on` as true, which pydantic would take for the number 1."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, bool) and name in cls.model_fields and cls.model_fields[name].annotation is not bool:
+                raise ValueError(f"{name}={value} is a truth value; give a number, or put a text in quotes")
+        return values
+
 
 # ------------------------------------------------------------------------------------------------ what is trained
 
 
 class Model(Section):
-    path: str = "packaged:smollm2-135m-instruct"
+    path: str = Field("packaged:smollm2-135m-instruct", min_length=1)
     """`packaged:NAME` (a model that comes with a Python package), a folder in Hugging Face format, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -42,7 +51,7 @@ class Lora(Section):
     rank: int = Field(16, ge=1, le=512)
     alpha: float = Field(32.0, gt=0)
     """The update is (alpha / rank) * B A."""
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """Names of the linear modules that are adapted, as PEFT takes them. There is no dropout: log q must be exact."""
 
 
@@ -110,11 +119,13 @@ class RandomNumber(Section):
     @model_validator(mode="after")
     def _an_interval(self) -> RandomNumber:
         if self.high <= self.low:
-            raise ValueError(f"high={self.high} must be above low={self.low}")
+            raise ValueError(f"high={self.high} must be above low={self.low}; raise high or lower low")
         try:
             self.prompt.format(low=self.low, high=self.high)
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"prompt={self.prompt!r}: only {{low}} and {{high}} can be filled in") from error
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"prompt={self.prompt!r}: only {{low}} and {{high}} can be filled in; write {{{{ and }}}} for braces"
+            ) from error
         return self
 
 
@@ -139,7 +150,9 @@ class Continuation(Section):
     @model_validator(mode="after")
     def _lengths(self) -> Continuation:
         if self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: nothing could be sampled")
+            raise ValueError(
+                f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: nothing could be sampled; lower min_tokens"
+            )
         return self
 
 
@@ -229,7 +242,10 @@ class Replay(Section):
     def _shares(self) -> Replay:
         total = self.fresh + self.prioritised + self.uniform
         if abs(total - 1) > 1e-6:
-            raise ValueError(f"fresh + prioritised + uniform = {total:g}, but shares add up to 1")
+            raise ValueError(
+                f"fresh={self.fresh:g}, prioritised={self.prioritised:g} and uniform={self.uniform:g} add up to {total:g}, "
+                "but shares add up to 1; change one of them"
+            )
         return self
 
 
@@ -264,6 +280,15 @@ class RewardTemperature(Section):
     start: float = Field(1.0, gt=0)
     end: float = Field(1.0, gt=0)
     horizon: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _a_way_takes_steps(self) -> RewardTemperature:
+        if self.horizon == 0 and self.start != self.end:
+            raise ValueError(
+                f"start={self.start:g} would never be used: horizon=0 goes to end={self.end:g} at once; "
+                "set horizon, or set start and end to the same"
+            )
+        return self
 
     def at(self, step: int) -> float:
         done = 1.0 if self.horizon == 0 else min(1.0, step / self.horizon)
@@ -313,7 +338,7 @@ class Learner(Section):
     @classmethod
     def _betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
         if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas={list(betas)}: each must be in [0, 1)")
+            raise ValueError("each of the two must be in [0, 1), as in [0.9, 0.99]")
         return betas
 
     @model_validator(mode="after")
@@ -324,7 +349,9 @@ class Learner(Section):
                 f"no sample would be fresh enough between two versions; set max_staleness >= {self.publish_every - 1}"
             )
         if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} must be below steps={self.steps}; lower warmup_steps or raise steps"
+            )
         return self
 
 
@@ -392,14 +419,14 @@ class Config(Section):
             )
 
     def check_resources(self, cpus: float, gpus: float) -> None:
-        """Raises ConfigError if the learner and all samplers cannot be placed on a cluster with these resources."""
+        """Raises ConfigError if the learner and all samplers together need more than a cluster has."""
         for kind, have in (("cpus", cpus), ("gpus", gpus)):
             each, own = getattr(self.actors, kind), getattr(self.learner, kind)
             needed = own + self.actors.count * each
-            if needed > have:
+            if needed > have + 1e-9:
                 raise ConfigError(
                     f"actors.count={self.actors.count}: learner.{kind}={own:g} and {self.actors.count} x actors.{kind}={each:g} "
-                    f"need {needed:g} {kind}, but the cluster has {have:g}; lower actors.count or actors.{kind}"
+                    f"need {needed:g} {kind}, but the cluster has {have:g}; lower actors.count, actors.{kind} or learner.{kind}"
                 )
 
 
@@ -410,7 +437,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     """`["actors.count=2", "loss.kind=subtb"]` as a nested dict; a value is read as YAML.
 
     Raises:
-        ConfigError: an entry without `=`, or with an empty key.
+        ConfigError: an entry without `=` or with an empty key, a value that is not YAML, or a field of a plain value.
     """
     tree: dict[str, Any] = {}
     for override in overrides:
@@ -422,11 +449,11 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         for name in names[:-1]:
             node = node.setdefault(name, {})
             if not isinstance(node, dict):
-                raise ConfigError(f"override {override!r}: {name!r} was already set to a plain value")
+                raise ConfigError(f"override {override!r}: {name!r} was already set to a plain value; leave one of the two out")
         try:
             node[names[-1]] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
+            raise ConfigError(f"override {override!r}: the value is not YAML ({_where(error)}); put it in quotes") from error
     return tree
 
 
@@ -442,16 +469,72 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _readable(error: ValidationError) -> str:
+class _UniqueKeys(yaml.SafeLoader):
+    """A section that is written twice is an error: YAML itself would drop the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is set twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _where(error: yaml.YAMLError) -> str:
+    """What is wrong with a YAML text and where, on one line."""
+    mark = getattr(error, "problem_mark", None)
+    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return place + (getattr(error, "problem", None) or str(error).splitlines()[0])
+
+
+MESSAGES = {
+    "extra_forbidden": "no such field; check the spelling (--dry-run prints all fields)",
+    "missing": "must be set",
+    "model_type": "must be a section, a mapping of fields; leave it out for the defaults",
+    "model_attributes_type": "must be a section, a mapping of fields with a kind",
+    "string_type": "must be a text; put it in quotes",
+    "tuple_type": "must be a list, such as [a, b]",
+}
+"""By pydantic's type of error, where its own message does not say what to do."""
+
+
+def _field(location: Iterable[int | str], tree: Any) -> str:
+    """A field as the user writes it: pydantic's location has the kind of a section and the branch of a union as well."""
+    names, node = [], tree
+    for part in location:
+        is_kind = isinstance(node, dict) and part not in node and part == node.get("kind")
+        is_branch = isinstance(part, str) and not isinstance(node, dict)
+        if not is_kind and not is_branch:
+            names.append(str(part))
+            known = part in node if isinstance(node, dict) else isinstance(node, (list, tuple)) and int(part) < len(node)
+            node = node[part] if known else None
+    return ".".join(names)
+
+
+def _kinds(union: Any) -> str:
+    return ", ".join(section.model_fields["kind"].default for section in get_args(get_args(union)[0]))
+
+
+def _readable(error: ValidationError, tree: dict[str, Any]) -> str:
     lines = []
     for problem in error.errors():
-        field = ".".join(str(part) for part in problem["loc"]) or "config"
-        shown = "" if isinstance(problem["input"], (dict, BaseModel)) else f"={problem['input']!r}"
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = "no such field; check the spelling (--dry-run prints all fields)"
-        lines.append(f"{field}{shown}: {message}")
+        kind, field, value = problem["type"], _field(problem["loc"], tree), problem["input"]
+        message = MESSAGES.get(kind, problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be"))
+        about_section = isinstance(value, (dict, BaseModel)) and (kind == "value_error" or kind.startswith("union_tag"))
+        shown = "" if about_section or kind == "missing" else f"={_short(repr(value))}"
+        if kind == "union_tag_invalid":
+            field, shown = f"{field}.kind", f"={problem['ctx']['tag']!r}"
+            message = f"must be one of {problem['ctx']['expected_tags']}"
+        elif kind == "union_tag_not_found" or (kind == "missing" and field == "task"):
+            union = {"task": Task, "loss": Loss}.get(field, Reward)
+            field, message = f"{field}.kind", f"must be set, to one of {_kinds(union)}"
+        lines.append(f"{field or 'config'}{shown}: {message}")
     return "\n".join(lines)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def parse(tree: Any) -> Config:
@@ -461,23 +544,29 @@ def parse(tree: Any) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_readable(error)) from error
+        raise ConfigError(_readable(error, tree)) from error
 
 
 def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
     """Reads a YAML file, lays the overrides on it, and validates the result.
 
     Raises:
-        ConfigError: the file is missing or not YAML, or a value is wrong.
+        ConfigError: the file is missing, not UTF-8 or not YAML, or a value is wrong.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {str(path)!r} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {str(path)!r} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(
+            f"config {str(path)!r} cannot be read: {error.strerror}; name a YAML file, such as deploy/configs/random_number.yaml"
+        ) from error
     try:
-        tree = yaml.safe_load(text) or {}
+        tree = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
-        raise ConfigError(f"config {str(path)!r} is not YAML: {error}") from error
+        raise ConfigError(f"config {str(path)!r} is not YAML ({_where(error)}); correct it there") from error
+    if tree is None:
+        tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"config {str(path)!r} is a {type(tree).__name__}, but must be a mapping of sections")
     return parse(_merged(tree, parse_overrides(overrides)))
@@ -485,7 +574,7 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
 
 def dump(config: Config) -> str:
     """The resolved config as YAML, which `load` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -495,6 +584,8 @@ def flatten(config: Config) -> dict[str, Any]:
         if isinstance(node, dict):
             for key, value in node.items():
                 yield from leaves(f"{prefix}.{key}" if prefix else key, value)
+        elif isinstance(node, list) and any(isinstance(item, dict) for item in node):
+            yield from leaves(prefix, {str(index): item for index, item in enumerate(node)})
         else:
             yield prefix, node
 

@@ -179,7 +179,7 @@ class LanguageModel:
         for index, piece in enumerate(pieces):
             edge_N = np.concatenate([[0.0], values[2 * index]])
             suffix_N = np.full(len(piece.tree), np.nan)
-            suffix_N[piece.branch_N] = values[2 * index + 1].reshape(-1, len(piece.suffix)).sum(-1)
+            suffix_N[piece.branch_N] = values[2 * index + 1].reshape(piece.branch_N.sum(), len(piece.suffix)).sum(-1)
             scores.append((edge_N, suffix_N))
         return scores
 

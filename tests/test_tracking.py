@@ -47,6 +47,11 @@ def history(uri: str, run: Run, name: str) -> list[tuple[int, float]]:
     return sorted((point.step, point.value) for point in points)
 
 
+def datasets(run: Run) -> list[Any]:
+    assert run.inputs is not None
+    return [given.dataset for given in run.inputs.dataset_inputs]
+
+
 def wait_until(condition: Any, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -82,8 +87,8 @@ def test_all_that_a_run_logs_reaches_mlflow(tmp_path, database, monkeypatch):
     assert run.data.metrics["lowest"] == -sys.float_info.max
     assert run.data.metrics["system/node-1/cpu_percent"] == 50.0
     assert run.data.tags["git"] == "abc"
-    (given,) = run.inputs.dataset_inputs
-    assert given.dataset.name == "prompts" and json.loads(given.dataset.profile) == {"num_rows": 2}
+    (dataset,) = datasets(run)
+    assert dataset.name == "prompts" and json.loads(dataset.profile) == {"num_rows": 2}
     path = client.download_artifacts(run.info.run_id, "datasets/prompts.json", str(tmp_path))
     assert json.loads(Path(path).read_text()) == {"columns": ["id", "text"], "data": [["a", "one"], ["b", "two"]]}
     table = client.load_table(run.info.experiment_id, "tables/samples/000050.json", [run.info.run_id])
@@ -95,17 +100,18 @@ def test_all_that_a_run_logs_reaches_mlflow(tmp_path, database, monkeypatch):
 
 
 def test_a_resumed_run_goes_on_without_gaps_or_duplicates(tmp_path, database):
-    for part, status in enumerate(("FAILED", "FINISHED")):
+    for part in range(2):
         tracker = Tracker(tmp_path, config(database, "resumed", learner={"steps": 10 * (part + 1)}), resume=part > 0)
         tracker.dataset("prompts", [{"id": "a", "text": "one"}])
         for step in range(part * 5, part * 5 + 5):
             tracker.metrics({"loss": float(step)}, step)
-        tracker.close(status)
+        tracker.close("FINISHED" if part else "FAILED")
+        assert (tracker.lag(), tracker.refused) == (0, 0)
     run = recorded(database, "resumed")
-    assert run.info.status == "FINISHED" and tracker.refused == 0
+    assert run.info.status == "FINISHED"
     assert history(database, run, "loss") == [(step, float(step)) for step in range(10)]
     assert run.data.params["learner.steps"] == "10" and run.data.tags["resumed.learner.steps"] == "20"
-    assert len(run.inputs.dataset_inputs) == 1
+    assert len(datasets(run)) == 1
 
 
 def test_what_is_sent_twice_counts_once(tmp_path, database):
@@ -123,7 +129,7 @@ def test_what_is_sent_twice_counts_once(tmp_path, database):
     run = recorded(database, "twice")
     assert run.info.run_id == first.info.run_id and run.info.end_time == first.info.end_time
     assert history(database, run, "loss") == [(step, float(step)) for step in range(5)]
-    assert len(history(database, run, "nan")) == 5 and len(run.inputs.dataset_inputs) == 1
+    assert len(history(database, run, "nan")) == 5 and len(datasets(run)) == 1
     assert json.loads((tmp_path / "tracking.json").read_text())["refused"] == 0
 
 
@@ -426,7 +432,7 @@ def test_nothing_is_lost_when_the_server_is_down_comes_up_dies_and_returns(tmp_p
     assert replay(early) == 0
     run, client = recorded(server.uri, "early"), MlflowClient(server.uri)
     assert history(server.uri, run, "loss") == [(step, float(step)) for step in range(20)]
-    assert run.data.params["learner.lr"] == "0.001" and len(run.inputs.dataset_inputs) == 1
+    assert run.data.params["learner.lr"] == "0.001" and len(datasets(run)) == 1
     table = client.download_artifacts(run.info.run_id, "tables/samples/000000.json", str(tmp_path))
     assert json.loads(Path(table).read_text()) == {"columns": ["text"], "data": [["z"]]}
 

@@ -1,0 +1,39 @@
+"""A sampler with its reward, from the config of a run and the problem of its task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from actors import rewards
+from actors.sampler import Sampler
+from system.config import Config
+from system.language_model import LanguageModel, load_pretrained, load_tokenizer, resolve_device
+from system.models import locate
+from system.tasks.problem import Problem
+
+
+def build_sampler(config: Config, problem: Problem, on_death: Callable[[], None] = lambda: None) -> Sampler:
+    """Loads the engine, and the frozen model too if the reward needs one.
+
+    Raises:
+        ConfigError: the model or the reward of the config cannot be had.
+        ValueError: vLLM cannot run the model with these settings.
+    """
+    folder = locate(config.model)
+    tokenizer = load_tokenizer(folder)
+    model = None
+    if rewards.needs_language_model(config.task.reward):
+        device = resolve_device("auto" if config.actors.gpus else "cpu")
+        model = LanguageModel(load_pretrained(folder, getattr(torch, config.sampler.reward_dtype), device))
+    reward = rewards.build(
+        config.task.reward,
+        model=model,
+        stop=problem.reward_stop,
+        decode=tokenizer.decode,
+        token_budget=config.sampler.token_budget,
+    )
+    return Sampler.build(
+        config, folder, problem.constraints, reward, longest_prompt=problem.longest_prompt, on_death=on_death
+    )

@@ -1,0 +1,250 @@
+"""The sampler: groups of trajectories with their rewards, drawn by an engine that follows the learner's versions.
+
+One thread owns the engine. Callers queue work and wait, so groups of several callers overlap in the engine, and the
+reward of one is computed while others are drawn.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import psutil
+
+from actors.engine import BLOCK, Engine, EngineSettings
+from system.adapters import Adapter, AdapterError
+from system.config import Config
+from system.constraints import Constraints
+from system.trajectory import Group, Prompt, Request, Trajectory
+
+SHORTEST_CONTEXT = 128
+"""Tokens that an engine holds at least, so that an adapter's canary fits."""
+
+
+class EngineDied(RuntimeError):
+    """The engine's thread ended by an error, or the sampler was closed: what was asked for will not come."""
+
+
+class Reward(Protocol):
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+        """K arrays float64 [T + 1], nats."""
+        ...
+
+
+@dataclass
+class _Job:
+    """Work for the engine's thread: a group to draw, or with no request an adapter to install."""
+
+    request: Request | None
+    adapter: Adapter
+    done: Future[Any] = field(default_factory=Future)
+    version: int = -1
+
+
+class Sampler:
+    """Thread-safe. Versions are drained: what runs finishes, the new version is installed, what waits starts.
+
+    So each group has one version, and `adapter_version` names it.
+    """
+
+    def __init__(self, engine: Engine, reward: Reward, on_death: Callable[[], None] = lambda: None) -> None:
+        """Owns `engine` from now on. `on_death` is called once, after all callers were told, if the engine's thread fails."""
+        self._engine, self._reward, self._on_death = engine, reward, on_death
+        self._queue: deque[_Job] = deque()
+        self._running: dict[int, _Job] = {}
+        self._wake = threading.Condition()
+        self._ended: str | None = None
+        self._started = time.perf_counter()
+        self._seconds = {"generate": 0.0, "reward": 0.0, "install": 0.0}
+        self._groups = 0
+        self._installed: dict[str, float] = {"seconds": math.nan, "canary_error": math.nan, "canary_signal": math.nan}
+        # One thread for all rewards: each thread that computes would get OpenMP threads of its own.
+        self._rewards = ThreadPoolExecutor(1, thread_name_prefix="reward")
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def build(
+        cls,
+        config: Config,
+        folder: Path,
+        constraints: Constraints,
+        reward: Reward,
+        *,
+        longest_prompt: int,
+        on_death: Callable[[], None] = lambda: None,
+    ) -> Sampler:
+        """A sampler for a run. `folder` holds the model's files; `longest_prompt` is in tokens.
+
+        Raises:
+            ValueError: vLLM cannot run this model with these settings.
+        """
+        import torch
+
+        section = config.sampler
+        install = section.install
+        if install == "auto":
+            install = "adapter" if torch.cuda.is_available() else "merged"
+        context = max(SHORTEST_CONTEXT, longest_prompt + constraints.max_tokens)
+        settings = EngineSettings(
+            max_model_len=math.ceil(context / BLOCK) * BLOCK,
+            install=install,
+            dtype=section.dtype,
+            max_num_seqs=section.max_num_seqs,
+            kv_cache_mb=section.kv_cache_mb,
+            gpu_memory_utilization=section.gpu_memory_utilization,
+            canary_tolerance=section.resolved_canary_tolerance,
+            max_lora_rank=config.lora.rank,
+            threads=config.actors.threads,
+            seed=config.seed,
+        )
+        return cls(Engine(folder, config.model.path, constraints, settings), reward, on_death)
+
+    # --------------------------------------------------------------------------------------------- for any thread
+
+    def sample(self, request: Request, adapter: Adapter) -> Group:
+        """Draws a group under `adapter`, or under a newer version if that is installed already, and scores it.
+
+        Blocks until the group is done. `Group.adapter_version` names the version that drew it.
+
+        Raises:
+            ValueError: the request does not fit the engine.
+            AdapterError: `adapter` had to be installed and was refused.
+            EngineDied: the engine failed, now or earlier, or the sampler is closed.
+            Exception: what the reward raised.
+        """
+        self._engine.check(request)
+        job = _Job(request, adapter)
+        trajectories_K = self._submit(job)
+        log_reward_K = self._rewards.submit(self._score, request.prompt, trajectories_K).result()
+        return Group(request.prompt, trajectories_K, tuple(log_reward_K), job.version, request.group_id)
+
+    def install(self, adapter: Adapter) -> dict[str, float]:
+        """Installs `adapter` unless it or a newer version is there. Returns `version` and what `Engine.install` measured.
+
+        Raises:
+            AdapterError: it was refused.
+            EngineDied: as `sample`.
+        """
+        return self._submit(_Job(None, adapter))
+
+    def stats(self) -> dict[str, float]:
+        """Totals since the start and the state of the last install; seconds, tokens, nats, bytes."""
+        elapsed = time.perf_counter() - self._started
+        installed = self._engine.installed
+        return {
+            "tokens": float(self._engine.tokens),
+            "groups": float(self._groups),
+            "generate_seconds": self._seconds["generate"],
+            "reward_seconds": self._seconds["reward"],
+            "install_seconds": self._seconds["install"],
+            "last_install_seconds": self._installed["seconds"],
+            "canary_error": self._installed["canary_error"],
+            "canary_signal": self._installed["canary_signal"],
+            "version": float(installed.version) if installed else -1.0,
+            "busy": (self._seconds["generate"] + self._seconds["install"]) / elapsed,
+            "rss_bytes": float(psutil.Process().memory_info().rss),
+        }
+
+    def close(self) -> None:
+        """Ends the engine; callers that still wait get EngineDied. May be called twice."""
+        with self._wake:
+            self._ended = self._ended or "the sampler was closed"
+            self._wake.notify()
+        self._thread.join()
+        self._rewards.shutdown()
+
+    def _submit(self, job: _Job) -> Any:
+        with self._wake:
+            if self._ended:
+                raise EngineDied(self._ended)
+            self._queue.append(job)
+            self._wake.notify()
+        return job.done.result()
+
+    def _score(self, prompt: Prompt, trajectories_K: tuple[Trajectory, ...]) -> list[np.ndarray]:
+        started = time.perf_counter()
+        try:
+            return self._reward.score(prompt, trajectories_K)
+        finally:
+            self._seconds["reward"] += time.perf_counter() - started
+
+    # -------------------------------------------------------------------------------------- in the engine's thread
+
+    def _run(self) -> None:
+        died = False
+        try:
+            while self._admit():
+                started = time.perf_counter()
+                for ticket, trajectories_K in self._engine.step():
+                    self._groups += 1
+                    self._running.pop(ticket).done.set_result(trajectories_K)
+                self._seconds["generate"] += time.perf_counter() - started
+            self._engine.close()
+        # A border: whatever ended this thread must reach those who wait for it, and `on_death`.
+        except BaseException as error:
+            died = True
+            self._ended = f"the engine died: {type(error).__name__}: {error}"
+        with self._wake:
+            self._ended = self._ended or "the sampler was closed"
+            waiting = [*self._running.values(), *self._queue]
+            self._running, self._queue = {}, deque()
+        for job in waiting:
+            job.done.set_exception(EngineDied(self._ended))
+        if died:
+            self._on_death()
+
+    def _admit(self) -> bool:
+        """Waits for work and hands the engine all that may start now. False when the sampler is closed."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._queue or self._running or self._ended)
+            if self._ended:
+                return False
+        while self._queue:
+            job = self._queue[0]
+            if not self._serves(job.adapter):
+                if self._running:
+                    # Drain: what runs was drawn from the weights that are installed.
+                    return True
+                if not self._install(job):
+                    continue
+            self._start(job)
+            self._queue.popleft()
+        return True
+
+    def _serves(self, adapter: Adapter) -> bool:
+        """What is installed is `adapter`, or newer."""
+        installed = self._engine.installed
+        if installed is None:
+            return False
+        return adapter.version < installed.version or (adapter.version, adapter.sha256) == (installed.version, installed.sha256)
+
+    def _install(self, job: _Job) -> bool:
+        started = time.perf_counter()
+        try:
+            self._installed = self._engine.install(job.adapter)
+        # A border: a refused adapter is the caller's to hear of; the engine says by `installed` what is left.
+        except AdapterError as error:
+            self._queue.popleft()
+            job.done.set_exception(error)
+            return False
+        finally:
+            self._seconds["install"] += time.perf_counter() - started
+        return True
+
+    def _start(self, job: _Job) -> None:
+        installed = self._engine.installed
+        assert installed is not None
+        if job.request is None:
+            job.done.set_result({"version": float(installed.version), **self._installed})
+            return
+        job.version = installed.version
+        self._running[self._engine.add(job.request)] = job

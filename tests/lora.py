@@ -1,0 +1,104 @@
+"""Small models that vLLM can run, adapters for them made with PEFT, and the behaviour's log-probs from their definition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+
+from system.adapters import Adapter, Canary
+from system.constraints import Constraints
+from system.trajectory import Behaviour, Prompt, Trajectory
+from tests import tiny
+
+VOCABULARY = 64
+NAME = "tiny"
+"""What adapters call their base model."""
+CANARY = tuple(range(10, 50, 2))
+TARGETS: dict[str, tuple[str, ...]] = {
+    "llama": ("q_proj", "v_proj", "up_proj", "down_proj"),
+    "gpt2": ("c_attn", "c_proj", "c_fc"),
+}
+"""Of llama, a part of each fused group: q and v of qkv, up of gate and up."""
+
+
+def folder(parent: Path, kind: str) -> Path:
+    """As `tiny.folder`, with heads of 32 dimensions: the smallest that vLLM computes on CPU."""
+    if kind == "llama":
+        config = LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=tiny.CONTEXT, initializer_range=0.2, bos_token_id=1,
+            eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
+        )  # fmt: skip
+    else:
+        config = GPT2Config(
+            vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=2, n_positions=tiny.CONTEXT, initializer_range=0.2,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return tiny.save(model.eval(), parent / kind)
+
+
+def load(path: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).requires_grad_(False).eval()
+
+
+def adapted(path: Path, targets: Sequence[str], seed: int, scale: float = 0.2) -> PeftModel:
+    """The model with random LoRA weights of rank 4; with scale 0 it is the base."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), task_type="CAUSAL_LM")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = get_peft_model(load(path), config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(0, scale)
+    return model.eval()  # type: ignore[return-value]
+
+
+def token_log_probs(model: torch.nn.Module, tokens: Sequence[int]) -> np.ndarray:
+    """float64 [T - 1]: log p of each token but the first, given those before it."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([list(tokens)])).logits[0].double()
+    return logits[:-1].log_softmax(-1).gather(1, torch.tensor(list(tokens[1:]))[:, None])[:, 0].numpy()
+
+
+def publish(version: int, model: PeftModel, canary: Sequence[int] = CANARY) -> Adapter:
+    """The adapter as a learner publishes it, with a true canary."""
+    tensors = {name: tensor.numpy() for name, tensor in get_peft_model_state_dict(model).items()}
+    config = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in model.peft_config["default"].to_dict().items()
+    }
+    with model.disable_adapter():
+        base = token_log_probs(model, canary)
+    proof = Canary(tuple(canary), tuple(token_log_probs(model, canary)), tuple(base))
+    return Adapter.publish(version, version, tensors, config | {"base_model_name_or_path": NAME}, NAME, proof)
+
+
+def next_log_probs(
+    model: torch.nn.Module, constraints: Constraints, prompt: Prompt, tokens_T: np.ndarray, behaviour: Behaviour
+) -> torch.Tensor:
+    """float64 [T + 1, V]: log of (1 - eps) softmax(logits / temperature) + eps uniform, over the support at each depth."""
+    context = [*prompt.policy_tokens, *tokens_T.tolist()]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([context])).logits[0, len(prompt.policy_tokens) - 1 :].double()
+    support = torch.zeros(logits.shape, dtype=torch.bool)
+    support[:, constraints.columns] = True
+    support[: constraints.min_tokens, constraints.stop_token] = False
+    probs = (logits / behaviour.temperature).masked_fill(~support, -torch.inf).softmax(-1)
+    return ((1 - behaviour.epsilon) * probs + behaviour.epsilon * support / support.sum(-1, keepdim=True)).log()
+
+
+def drawn_log_probs(model: torch.nn.Module, constraints: Constraints, prompt: Prompt, trajectory: Trajectory) -> np.ndarray:
+    """float64 [T + 1]: what `Trajectory.logp_T` has to be."""
+    logp = next_log_probs(model, constraints, prompt, trajectory.tokens_T, trajectory.behaviour)
+    drawn = [*trajectory.tokens_T.tolist(), constraints.stop_token]
+    result = logp[torch.arange(len(drawn)), drawn].numpy()
+    if trajectory.stop == "forced":
+        result[-1] = 0.0
+    return result

@@ -1,0 +1,408 @@
+"""The config: what is refused and how the message reads, overrides, and the way to YAML and back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from system.config import Config, ConfigError, RewardTemperature, dump, flatten, load, parse, parse_overrides
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGED = sorted((ROOT / "deploy" / "configs").glob("*.yaml"))
+NUMBER = {"kind": "random_number"}
+CONTINUATION = {"kind": "continuation"}
+FUNCTION = {"kind": "function", "path": "package.module:name"}
+
+
+def with_field(field: str, value: Any, task: dict[str, Any] = NUMBER) -> dict[str, Any]:
+    """The smallest config tree, with one field set."""
+    tree: dict[str, Any] = {"task": copy.deepcopy(task)}
+    *sections, name = field.split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+    node[name] = value
+    return tree
+
+
+def refusal(tree: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(tree)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "fix"),
+    [
+        ("seed", -1, "greater than or equal to 0"),
+        ("name", "a/b", "pattern"),
+        ("name", "../up", "pattern"),
+        ("name", 7, "put it in quotes"),
+        ("model.path", "", "at least 1 character"),
+        ("model.path", None, "put it in quotes"),
+        ("lora.rank", 0, "greater than or equal to 1"),
+        ("lora.alpha", 0, "greater than 0"),
+        ("lora.targets", [], "at least 1 item"),
+        ("lora.targets", "q_proj", "must be a list"),
+        ("task.floor", -1, "less than or equal to -5"),
+        ("task.high", 10000, "less than or equal to 9999"),
+        ("task.stop", "", "at least 1 character"),
+        ("sampler.samples_per_prompt", 1, "greater than or equal to 2"),
+        ("sampler.dtype", "int8", "'float32' or 'bfloat16'"),
+        ("sampler.exploration.epsilon", 1, "less than 1"),
+        ("sampler.exploration.temperature", [1.0, float("nan")], "finite number"),
+        ("sampler.gpu_memory_utilization", 1.5, "less than or equal to 1"),
+        ("actors.count", 0, "greater than or equal to 1"),
+        ("actors.cpus", -1, "greater than or equal to 0"),
+        ("replay.capacity", 0, "greater than or equal to 1"),
+        ("learner.lr", 0, "greater than 0"),
+        ("learner.lr", float("nan"), "finite number"),
+        ("learner.lr", float("inf"), "finite number"),
+        ("learner.lr", "fast", "valid number"),
+        ("learner.steps", 1.5, "valid integer"),
+        ("learner.betas", [0.9, 1.0], "each of the two must be in [0, 1)"),
+        ("learner.decay", "exp", "'constant', 'linear' or 'cosine'"),
+        ("learner.device", "tpu", "auto|cpu|cuda"),
+        ("learner.reward_temperature.start", 0, "greater than 0"),
+        ("cluster.dashboard", "maybe", "valid boolean"),
+        ("tracking.experiment", "", "at least 1 character"),
+        ("loss.kind", "ppo", "'pooled', 'vargrad', 'tb', 'db', 'subtb'"),
+        ("task.kind", "chess", "'random_number', 'continuation'"),
+        ("learner", 3, "must be a section"),
+        ("learner", None, "leave it out for the defaults"),
+        ("loss", "pooled", "a mapping of fields with a kind"),
+        ("learner.lrr", 1, "check the spelling"),
+        ("foo", 1, "check the spelling"),
+        ("task.reward", {"kind": "verifier"}, "'lm_posterior', 'function', 'product'"),
+    ],
+)
+def test_a_bad_value_is_refused_by_field_value_and_fix(field: str, value: Any, fix: str) -> None:
+    message = refusal(with_field(field, value))
+    at, shown = (f"{field}.kind", value["kind"]) if isinstance(value, dict) else (field, value)
+    item = next((v for v in value if not 0 <= v < 1e9), None) if at.endswith("temperature") else None
+    assert any(
+        line.startswith((f"{at}={shown!r}", f"{at}.1={item!r}")) and fix in line for line in message.splitlines()
+    ), message
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        (with_field("learner.warmup_steps", 100), ["learner: warmup_steps=100", "steps=100", "lower warmup_steps"]),
+        (with_field("learner.publish_every", 4), ["learner: max_staleness=1", "publish_every - 1 = 3", "set max_staleness >= 3"]),
+        (with_field("replay.fresh", 0.5), ["replay: fresh=0.5, prioritised=0 and uniform=0", "add up to 0.5", "change one"]),
+        (with_field("sampler.exploration.temperature", [2, 1]), ["sampler.exploration: temperature=[2.0, 1.0]", "low <= high"]),
+        (with_field("task.high", 5) | {"task": NUMBER | {"low": 5, "high": 5}}, ["task: high=5", "low=5", "raise high"]),
+        (with_field("task.prompt", "{name}"), ["task: prompt='{name}'", "only {low} and {high}"]),
+        (with_field("task.prompt", "{low.x}"), ["task: prompt='{low.x}'", "only {low} and {high}"]),
+        (with_field("task.prompt", "{low[0]}"), ["task: prompt='{low[0]}'", "only {low} and {high}"]),
+        (with_field("task.prompt", "a { b"), ["task: prompt='a { b'", "write {{ and }} for braces"]),
+        (with_field("task.min_tokens", 31, CONTINUATION), ["task: min_tokens=31", "max_tokens=30", "lower min_tokens"]),
+        (with_field("task.reward.path", "a.b") | {"task": NUMBER | {"reward": FUNCTION | {"path": "a.b"}}},
+         ["task.reward.path='a.b'", "pattern"]),
+        (with_field("task.reward.of", [FUNCTION]) | {"task": NUMBER | {"reward": {"kind": "product", "of": [FUNCTION]}}},
+         ["task.reward.of=", "at least 2 items"]),
+        (with_field("learner.reward_temperature.start", 2.0), ["learner.reward_temperature: start=2", "horizon=0", "set horizon"]),
+        (with_field("learner.steps", True), ["learner: steps=True", "truth value", "give a number"]),
+        (with_field("loss.decay", 0.5), ["loss.kind: must be set, to one of pooled, vargrad, tb, db, subtb"]),
+        (with_field("task.reward.beta", 2.0), ["task.reward.kind: must be set, to one of lm_posterior, function, product"]),
+        ({"task": {}}, ["task.kind: must be set, to one of random_number, continuation"]),
+        ({}, ["task.kind: must be set, to one of random_number, continuation"]),
+        (None, ["a mapping of sections, not NoneType"]),
+        ([NUMBER], ["a mapping of sections, not list"]),
+    ],
+)  # fmt: skip
+def test_what_contradicts_itself_is_refused_with_both_values_and_a_fix(tree: Any, expected: list[str]) -> None:
+    message = refusal(tree)
+    assert all(piece in message for piece in expected), message
+
+
+@pytest.mark.parametrize("loss", ["db", "subtb", "tb"])
+def test_a_loss_inside_a_trajectory_wants_a_reward_there(loss: str) -> None:
+    product = {"kind": "product", "of": [{"kind": "lm_posterior"}, FUNCTION]}
+    for reward in (FUNCTION, product):
+        message = refusal({"task": NUMBER | {"reward": reward}, "loss": {"kind": loss}})
+        assert f"loss.kind={loss}" in message
+        assert f"task.reward.kind={reward['kind']}" in message
+        assert "use loss.kind=vargrad or pooled" in message
+    everywhere = FUNCTION | {"every_prefix": True}
+    for reward in (everywhere, product | {"of": [{"kind": "lm_posterior"}, everywhere]}, {"kind": "lm_posterior"}):
+        assert parse({"task": NUMBER | {"reward": reward}, "loss": {"kind": loss}}).loss.kind == loss
+
+
+@pytest.mark.parametrize("loss", ["pooled", "vargrad"])
+def test_a_loss_across_the_group_takes_terminal_rewards(loss: str) -> None:
+    assert not parse({"task": NUMBER | {"reward": FUNCTION}, "loss": {"kind": loss}}).task.reward.every_prefix
+
+
+def test_every_wrong_field_has_a_line() -> None:
+    message = refusal({"task": NUMBER, "seed": -1, "learner": {"lr": -1, "stepz": 3}, "actors": {"count": 0}})
+    assert [line.split("=")[0] for line in message.splitlines()] == ["seed", "actors.count", "learner.lr", "learner.stepz"] or sorted(
+        line.split("=")[0] for line in message.splitlines()
+    ) == ["actors.count", "learner.lr", "learner.stepz", "seed"]
+
+
+def test_a_long_value_is_shortened_in_the_message() -> None:
+    assert len(refusal(with_field("learner.decay", "x" * 10_000))) < 300
+
+
+def test_lengths_are_checked_against_the_model() -> None:
+    config = parse(with_field("task.max_tokens", 30, CONTINUATION))
+    config.check_lengths(context_length=128, longest_prompt=97)  # 97 + 30 + the stop
+    with pytest.raises(ConfigError) as caught:
+        config.check_lengths(context_length=128, longest_prompt=98)
+    message = str(caught.value)
+    assert all(piece in message for piece in ("task.max_tokens=30", "98 tokens", "129", config.model.path, "128", "shorten"))
+
+
+def test_resources_are_checked_against_the_cluster() -> None:
+    config = parse({"task": NUMBER, "actors": {"count": 3, "cpus": 2, "gpus": 0.5}, "learner": {"cpus": 1, "gpus": 1}})
+    config.check_resources(cpus=7, gpus=2.5)
+    with pytest.raises(ConfigError, match=r"actors.count=3: learner.cpus=1 and 3 x actors.cpus=2 need 7 cpus.* has 6; lower"):
+        config.check_resources(cpus=6, gpus=2.5)
+    with pytest.raises(ConfigError, match=r"learner.gpus=1 and 3 x actors.gpus=0.5 need 2.5 gpus.* has 0; lower .*learner.gpus"):
+        config.check_resources(cpus=7, gpus=0)
+
+
+def test_thirds_of_a_gpu_fill_it() -> None:
+    config = parse({"task": NUMBER, "actors": {"count": 3, "gpus": 0.1}, "learner": {"gpus": 0.1}})
+    config.check_resources(cpus=10, gpus=0.4)  # 0.1 + 3 * 0.1 is 0.4 and a rounding error
+
+
+# ----------------------------------------------------------------------------------------------------- overrides
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "learner..lr=1", ".lr=1", "learner.=1", ""])
+def test_an_override_that_is_no_assignment_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match="is not of the form key=value, such as actors.count=2") as caught:
+        parse_overrides([override])
+    assert repr(override) in str(caught.value)
+
+
+def test_an_override_with_a_value_that_is_no_yaml_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"override 'task.illegal=\[a': the value is not YAML .*; put it in quotes"):
+        parse_overrides(["task.illegal=[a"])
+
+
+def test_a_plain_value_cannot_be_used_as_a_section() -> None:
+    with pytest.raises(ConfigError, match=r"override 'learner.lr.x=2': 'lr' was already set to a plain value"):
+        parse_overrides(["learner.lr=1", "learner.lr.x=2"])
+
+
+def test_a_value_may_contain_an_equals_sign_and_the_last_of_two_counts() -> None:
+    assert parse_overrides(["task.prompt=a=b", "seed=1", "seed=2"]) == {"task": {"prompt": "a=b"}, "seed": 2}
+
+
+def test_overrides_are_laid_on_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "task: {kind: random_number, high: 50}\nlearner: {steps: 10, warmup_steps: 2}\n")
+    config = load(path, ["learner.lr=1e-4", "learner.warmup_steps=3", "actors.count=2", "task.high=60"])
+    assert (config.learner.lr, config.learner.steps, config.learner.warmup_steps) == (1e-4, 10, 3)
+    assert (config.actors.count, config.task.max_tokens) == (2, 2)
+
+
+def test_another_kind_starts_a_section_afresh(tmp_path: Path) -> None:
+    path = write(tmp_path, "task: {kind: continuation, max_tokens: 9}\nloss: {kind: subtb, decay: 0.5}\n")
+    assert load(path, ["loss.kind=subtb"]).loss == load(path).loss
+    assert load(path, ["loss.kind=pooled"]).loss.kind == "pooled"  # subtb's decay would be an unknown field
+    assert load(path, ["task.kind=random_number", "task.high=7"]).task.max_tokens == 1
+
+
+def test_an_override_through_a_plain_value_of_the_file_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "task: {kind: random_number}\nname: here\n")
+    with pytest.raises(ConfigError, match=r"name=\{'x': 3\}: must be a text"):
+        load(path, ["name.x=3"])
+
+
+KEYS = st.text("abcde", min_size=1, max_size=3)
+VALUES = st.one_of(st.integers(), st.booleans(), st.none(), st.floats(allow_nan=False), st.text("xyz= .", max_size=5))
+
+
+@given(st.dictionaries(KEYS, st.one_of(VALUES, st.dictionaries(KEYS, VALUES, min_size=1))))
+def test_overrides_say_any_tree(tree: dict[str, Any]) -> None:
+    """One `a.b=value` for each leaf, with the value as YAML, gives the tree back."""
+    def plain(value: Any) -> str:
+        return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+
+    overrides = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            overrides += [f"{key}.{inner}={plain(leaf)}" for inner, leaf in value.items()]
+        else:
+            overrides.append(f"{key}={plain(value)}")
+    assert parse_overrides(overrides) == tree
+
+
+@given(st.lists(st.text(max_size=12), max_size=4))
+def test_overrides_are_read_or_refused_but_never_crash(overrides: list[str]) -> None:
+    try:
+        assert isinstance(parse_overrides(overrides), dict)
+    except ConfigError as error:
+        assert "override" in str(error)
+
+
+# --------------------------------------------------------------------------------------------------------- files
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no.yaml' cannot be read: No such file or directory; name a YAML file"):
+        load(tmp_path / "no.yaml")
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory; name a YAML file"):
+        load(tmp_path)
+
+
+def test_a_file_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("name: caf\xe9".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin.yaml' is not UTF-8 \(byte 9\); save it as UTF-8"):
+        load(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("- a\n- b", "is a list, but must be a mapping"),
+        ("hello", "is a str, but must be a mapping"),
+        ("[]", "is a list, but must be a mapping"),
+        ("0", "is a int, but must be a mapping"),
+        ("a: [1", r"is not YAML \(line 1, column 6: .*\); correct it"),
+        ("name: a\nseed: 1\nname: b", r"line 3, column 1: 'name' is set twice"),
+        ("learner: {lr: 1, lr: 2}", "'lr' is set twice"),
+        ("name: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("", "task.kind: must be set"),
+    ],
+)
+def test_a_file_that_is_no_mapping_of_sections_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        load(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("path", PACKAGED, ids=lambda path: path.stem)
+def test_every_packaged_config_loads_under_its_own_name(path: Path) -> None:
+    config = load(path)
+    assert config.name == path.stem
+    assert parse(yaml.safe_load(dump(config))) == config
+
+
+def test_there_are_packaged_configs() -> None:
+    assert {"random_number", "continuation"} <= {path.stem for path in PACKAGED}
+
+
+# ------------------------------------------------------------------------------------------------ dump and flatten
+
+
+@given(
+    prompt=st.text(min_size=1).filter(lambda text: "{" not in text and "}" not in text),
+    lr=st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False),
+    illegal=st.lists(st.text(), max_size=4),
+)
+@example(prompt="123", lr=1e-5, illegal=["\n", "\r", "yes", "“", "\ufeff", "\x85", "1e-3", "null"])
+def test_dump_and_load_give_the_config_back(tmp_path: Path, prompt: str, lr: float, illegal: list[str]) -> None:
+    for task in (NUMBER | {"prompt": prompt}, CONTINUATION | {"illegal": illegal}):
+        config = parse({"task": task, "learner": {"lr": lr}, "loss": {"kind": "subtb", "decay": 0.5}})
+        assert load(write(tmp_path, dump(config))) == config
+
+
+def test_a_product_of_rewards_survives_dump_and_load(tmp_path: Path) -> None:
+    reward = {"kind": "product", "of": [{"kind": "lm_posterior"}, FUNCTION | {"beta": 0.5}]}
+    config = parse({"task": CONTINUATION | {"reward": reward}, "lora": {"targets": ["q_proj"]}})
+    assert load(write(tmp_path, dump(config))) == config
+
+
+def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of a section tree by attribute access, sections in lists included."""
+    if isinstance(node, BaseModel):
+        fields = type(node).model_fields
+        return {key: v for name in fields for key, v in leaves(getattr(node, name), f"{prefix}.{name}" if prefix else name).items()}
+    if isinstance(node, tuple) and any(isinstance(item, BaseModel) for item in node):
+        return {key: v for i, item in enumerate(node) for key, v in leaves(item, f"{prefix}.{i}").items()}
+    return {prefix: list(node) if isinstance(node, tuple) else node}
+
+
+def test_flatten_has_every_leaf_by_its_path() -> None:
+    product = {"kind": "product", "of": [{"kind": "lm_posterior"}, FUNCTION]}
+    for task in (NUMBER, CONTINUATION, CONTINUATION | {"reward": product}):
+        config = parse({"task": task})
+        assert flatten(config) == leaves(config)
+        assert flatten(config)["learner.lr"] == config.learner.lr
+    assert flatten(config)["task.reward.of.1.path"] == FUNCTION["path"]
+
+
+def test_nothing_in_a_config_can_be_changed() -> None:
+    config = parse({"task": NUMBER})
+    for section, field in ((config, "seed"), (config.learner, "lr"), (config.task, "high"), (config.task.reward, "beta")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, field, 1)
+
+
+def test_an_error_crosses_process_borders_whole() -> None:
+    error = pickle.loads(pickle.dumps(ConfigError("learner.lr=0: must be greater than 0")))
+    assert isinstance(error, ConfigError)
+    assert str(error) == "learner.lr=0: must be greater than 0"
+
+
+def test_the_reward_temperature_moves_linearly_and_stays() -> None:
+    schedule = RewardTemperature(start=2.0, end=1.0, horizon=10)
+    assert [schedule.at(step) for step in (0, 5, 10, 99)] == [2.0, 1.5, 1.0, 1.0]
+    assert RewardTemperature(start=0.8, end=0.8).at(0) == 0.8
+
+
+def test_every_field_that_is_not_a_section_and_not_plain_has_help() -> None:
+    """--dry-run prints values alone: what a kind of section is for stands in its docstring."""
+    assert Config.model_fields["seed"].description is None
+    assert "adapter versions" in str(parse({"task": NUMBER}).learner.__class__.model_fields["publish_every"].description)
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+def job(*arguments: str, cwd: Path, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *options, str(ROOT / "deploy" / "job.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_dry_run_prints_a_config_that_loads_and_imports_nothing_heavy(tmp_path: Path, elsewhere: bool) -> None:
+    path = ROOT / "deploy/configs/random_number.yaml"
+    cwd, name = (tmp_path, str(path)) if elsewhere else (ROOT, "deploy/configs/random_number.yaml")
+    done = job("--dry-run", name, "actors.count=2", cwd=cwd, options=("-X", "importtime"))
+    assert done.returncode == 0, done.stderr
+    assert load(write(tmp_path, done.stdout)) == load(path, ["actors.count=2"])
+    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert "pydantic" in imported
+    assert not imported & {"torch", "ray", "vllm", "mlflow", "transformers", "peft", "numpy"}
+    assert list(tmp_path.iterdir()) == [tmp_path / "config.yaml"]
+
+
+def test_a_config_error_ends_the_job_with_code_2_and_one_readable_line(tmp_path: Path) -> None:
+    done = job("--dry-run", str(ROOT / "deploy/configs/random_number.yaml"), "learner.lrr=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    [line] = done.stderr.splitlines()
+    assert line.startswith("config error: learner.lrr=1: no such field")
+
+
+def test_the_job_without_a_config_says_what_it_needs(tmp_path: Path) -> None:
+    done = job(cwd=tmp_path)
+    assert done.returncode == 2
+    assert "a config file is needed, such as deploy/configs/random_number.yaml" in done.stderr
+    done = job("--dry-run", "--resume", "nothing", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--resume 'nothing': no such run" in done.stderr

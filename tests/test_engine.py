@@ -1,0 +1,216 @@
+"""The engine on a real vLLM, against plain transformers and PEFT. One engine at a time: a process has room for one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from actors.behaviour import BehaviourLogits
+from actors.engine import Engine, EngineSettings
+from system.adapters import Adapter, AdapterError
+from system.constraints import Constraints
+from system.trajectory import Behaviour, Prompt, Request, Trajectory
+from tests import lora
+
+CONSTRAINTS = Constraints.of(stop_token=5, min_tokens=2, max_tokens=6, vocab_size=lora.VOCABULARY, allowed=range(2, 32))
+BEHAVIOURS = (Behaviour(), Behaviour(0.5), Behaviour(2.0), Behaviour(1.0, 0.3), Behaviour(1.7, 0.2))
+SHORT = Prompt("short", (1, 7, 9), (1,))
+LONG = Prompt("long", tuple(3 + i % 50 for i in range(80)), (1,))
+"""Two full blocks of the KV cache and a part of a third."""
+
+
+@dataclass
+class Case:
+    folder: Path
+    kind: str
+    engine: Engine
+
+    def draw(self, *requests: Request) -> list[tuple[Trajectory, ...]]:
+        tickets = [self.engine.add(request) for request in requests]
+        done: dict[int, tuple[Trajectory, ...]] = {}
+        while self.engine.busy:
+            done |= dict(self.engine.step())
+        return [done[ticket] for ticket in tickets]
+
+    def version(self, number: int, scale: float = 0.2) -> tuple[Adapter, torch.nn.Module]:
+        model = lora.adapted(self.folder, lora.TARGETS[self.kind], seed=number, scale=scale)
+        return lora.publish(number, model), model
+
+    def largest_error(self, model: torch.nn.Module, seed: int = 1) -> float:
+        """Nats, between the log-probs of fresh draws and those of `model` for the same tokens."""
+        prompts = (SHORT, LONG)
+        groups = self.draw(*(Request(i, prompt, BEHAVIOURS * 2, seed) for i, prompt in enumerate(prompts)))
+        return max(
+            float(np.abs(lora.drawn_log_probs(model, CONSTRAINTS, prompt, trajectory) - trajectory.logp_T).max())
+            for prompt, group in zip(prompts, groups, strict=True)
+            for trajectory in group
+        )
+
+
+@pytest.fixture(scope="module", params=[("llama", "merged"), ("gpt2", "merged"), ("llama", "adapter")], ids="-".join)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    kind, install = request.param
+    folder = lora.folder(tmp_path_factory.mktemp(install), kind)
+    engine = Engine(
+        folder, lora.NAME, CONSTRAINTS, EngineSettings(max_model_len=96, install=install, kv_cache_mb=16, max_lora_rank=4)
+    )
+    yield Case(folder, kind, engine)
+    engine.close()
+
+
+def test_nothing_is_drawn_before_an_adapter_is_installed(case: Case) -> None:
+    with pytest.raises(RuntimeError, match="no adapter is installed"):
+        case.engine.add(Request(0, SHORT, BEHAVIOURS, 0))
+    assert not case.engine.busy
+
+
+def test_log_probs_of_every_behaviour_are_those_of_the_definition(case: Case) -> None:
+    adapter, model = case.version(0)
+    case.engine.install(adapter)
+    groups = case.draw(*(Request(i, prompt, BEHAVIOURS * 8, i) for i, prompt in enumerate((SHORT, LONG))))
+    stops = {trajectory.stop for group in groups for trajectory in group}
+    assert stops == {"sampled", "forced"}
+    for prompt, group in zip((SHORT, LONG), groups, strict=True):
+        assert [trajectory.behaviour for trajectory in group] == list(BEHAVIOURS * 8)
+        for trajectory in group:
+            expected = lora.drawn_log_probs(model, CONSTRAINTS, prompt, trajectory)
+            np.testing.assert_allclose(trajectory.logp_T, expected, atol=1e-3)
+
+
+def test_the_support_is_never_left_and_lengths_are_kept(case: Case) -> None:
+    case.engine.install(case.version(0)[0])
+    (group,) = case.draw(Request(0, SHORT, (Behaviour(3.0, 0.5),) * 150, 3))
+    for trajectory in group:
+        CONSTRAINTS.column_of(trajectory.tokens_T)
+        assert CONSTRAINTS.stop_token not in trajectory.tokens_T
+        assert CONSTRAINTS.min_tokens <= len(trajectory) <= CONSTRAINTS.max_tokens
+        assert (trajectory.stop == "forced") == (len(trajectory) == CONSTRAINTS.max_tokens)
+    # The model's own end of sequence, 2, is an ordinary token here, and ends nothing.
+    assert any(2 in trajectory.tokens_T[:-1] for trajectory in group)
+
+
+def test_tokens_are_drawn_as_often_as_their_log_probs_say(case: Case) -> None:
+    adapter, model = case.version(0)
+    case.engine.install(adapter)
+    for behaviour in (Behaviour(), Behaviour(2.0, 0.3)):
+        (group,) = case.draw(Request(0, SHORT, (behaviour,) * 1500, 4))
+        counts = np.bincount([trajectory.tokens_T[0] for trajectory in group], minlength=lora.VOCABULARY)
+        due = lora.next_log_probs(model, CONSTRAINTS, SHORT, np.zeros(0, np.int32), behaviour)[0].exp().numpy()
+        # The expected total variation of 1500 exact draws over these 29 tokens is at most 0.055.
+        assert 0.5 * np.abs(counts / len(group) - due).sum() < 0.08
+
+
+def test_a_seed_repeats_its_draws_and_another_does_not(case: Case) -> None:
+    case.engine.install(case.version(0)[0])
+    behaviours = (Behaviour(),) * 8
+    first, again, other = (case.draw(Request(0, LONG, behaviours, seed))[0] for seed in (11, 11, 12))
+    assert [t.key for t in first] == [t.key for t in again] != [t.key for t in other]
+    assert len({t.key for t in first}) > 1
+
+
+def test_more_prompt_tokens_than_a_step_holds_are_drawn_too(case: Case) -> None:
+    adapter, model = case.version(0)
+    case.engine.install(adapter)
+    prompts = [Prompt(str(i), (*((i * 7 + j * 3) % 60 for j in range(89)), i), (1,)) for i in range(60)]
+    groups = case.draw(*(Request(i, prompt, (Behaviour(),), i) for i, prompt in enumerate(prompts)))
+    for prompt, (trajectory,) in zip(prompts, groups, strict=True):
+        np.testing.assert_allclose(trajectory.logp_T, lora.drawn_log_probs(model, CONSTRAINTS, prompt, trajectory), atol=1e-3)
+
+
+def test_each_installed_version_is_what_peft_computes(case: Case) -> None:
+    (first, first_model), (second, second_model), (zero, _) = case.version(1), case.version(2), case.version(3, scale=0.0)
+    base = lora.load(case.folder)
+    for adapter, right, wrong in ((first, first_model, base), (second, second_model, first_model), (zero, base, second_model)):
+        measured = case.engine.install(adapter)
+        assert case.engine.installed is adapter
+        assert measured["canary_error"] < 1e-4
+        assert measured["seconds"] > 0
+        assert case.largest_error(right) < 1e-3
+        assert case.largest_error(wrong) > 0.05
+        assert measured["canary_signal"] == pytest.approx(0, abs=1e-6) if adapter is zero else measured["canary_signal"] > 0.05
+
+
+def test_modules_that_a_version_leaves_alone_go_back_to_the_base(case: Case) -> None:
+    case.engine.install(case.version(1)[0])
+    model = lora.adapted(case.folder, lora.TARGETS[case.kind][:1], seed=5)
+    case.engine.install(lora.publish(2, model))
+    assert case.largest_error(model) < 1e-3
+
+
+def test_an_adapter_that_cannot_be_trusted_changes_nothing(case: Case) -> None:
+    good, model = case.version(1)
+    case.engine.install(good)
+    bad = case.version(2)[0]
+    damaged = replace(bad, weights=bad.weights.copy())
+    damaged.weights[-1] ^= 1
+    dora = Adapter.publish(2, 2, bad.tensors(), bad.peft_config | {"use_dora": True}, lora.NAME, bad.canary)
+    stray = {name.replace("layers.1", "layers.9").replace("h.1", "h.9"): tensor for name, tensor in bad.tensors().items()}
+    refused = {
+        "damaged": damaged,
+        "belongs to": replace(bad, base_model="another"),
+        "use_dora": dora,
+        "no weight of its own": Adapter.publish(2, 2, stray, bad.peft_config, lora.NAME, bad.canary),
+    }
+    for message, adapter in refused.items():
+        with pytest.raises(AdapterError, match=message):
+            case.engine.install(adapter)
+        assert case.engine.installed is good
+    assert case.largest_error(model) < 1e-3
+
+
+def test_a_wrong_canary_is_refused_and_nothing_is_drawn_from_it(case: Case) -> None:
+    good, model = case.version(1)
+    case.engine.install(good)
+    other, lying = case.version(2)[0], case.version(3)[0]
+    lying = replace(lying, canary=other.canary)
+    with pytest.raises(AdapterError, match=r"version 3: .*canary is \d\.\d+ nats a token"):
+        case.engine.install(lying)
+    if case.engine.settings.install == "adapter":
+        assert case.engine.installed is good
+    else:
+        with pytest.raises(RuntimeError, match="no adapter is installed"):
+            case.engine.add(Request(0, SHORT, BEHAVIOURS, 0))
+        case.engine.install(good)
+    assert case.largest_error(model) < 1e-3
+
+
+def test_an_install_below_running_groups_is_an_error(case: Case) -> None:
+    adapter = case.version(1)[0]
+    case.engine.install(adapter)
+    case.engine.add(Request(0, SHORT, BEHAVIOURS, 0))
+    with pytest.raises(RuntimeError, match="being drawn"):
+        case.engine.install(adapter)
+    while case.engine.busy:
+        case.engine.step()
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request(0, Prompt("p", (1,) * 91, (1,)), BEHAVIOURS, 0), "max_model_len"),
+        (Request(0, Prompt("p", (1, 64), (1,)), BEHAVIOURS, 0), "outside the vocabulary"),
+        (Request(0, SHORT, (), 0), "no samples"),
+        (Request(0, SHORT, (Behaviour(0.0),), 0), "temperature > 0"),
+    ],
+)
+def test_a_request_that_does_not_fit_is_refused(case: Case, request_: Request, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        case.engine.check(request_)
+
+
+def test_under_the_minimum_length_the_uniform_share_goes_to_other_tokens() -> None:
+    constraints = Constraints.of(stop_token=3, min_tokens=1, max_tokens=4, vocab_size=6, allowed=[0, 1, 4])
+    logits = torch.tensor([[1.0, 2.0, 50.0, 9.0, 3.0, 50.0, 50.0]] * 2)
+    drawn = BehaviourLogits(constraints, width=7, device=torch.device("cpu")).rows(logits, [(1.0, 0.6, []), (1.0, 0.6, [1])])
+    probs = drawn.softmax(-1)
+    assert probs[:, [2, 5, 6]].sum() == 0
+    assert probs[0, 3] == 0
+    soft = torch.tensor([1.0, 2.0, 3.0]).softmax(0)
+    torch.testing.assert_close(probs[0, [0, 1, 4]], 0.4 * soft + 0.6 / 3)
+    soft = torch.tensor([1.0, 2.0, 9.0, 3.0]).softmax(0)
+    torch.testing.assert_close(probs[1, [0, 1, 3, 4]], 0.4 * soft + 0.6 / 4)

@@ -1,0 +1,120 @@
+"""Packed log-probs against one sequence at a time through the model's own forward."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from system.config import ConfigError
+from system.constraints import Constraints
+from system.language_model import LanguageModel, resolve_device
+from system.prefix_tree import Packed, PrefixTree
+from tests import tiny
+from tests.test_prefix_tree import trajectory
+
+VOCAB = 64
+CONTEXTS = [[3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7, 9, 3, 2, 38, 4], [27, 18, 28]]
+
+
+@pytest.fixture(params=["llama", "gpt2", "gemma3"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return tiny.KINDS[request.param](VOCAB)
+
+
+def random_samples(rng: np.random.Generator, count: int = 8) -> list:
+    """Sequences that share beginnings, with tool tokens in the middle, longer than Gemma's window of 8."""
+    stem = rng.integers(5, VOCAB, 6).tolist()
+    result = []
+    for _ in range(count):
+        tokens = stem[: rng.integers(0, 7)] + rng.integers(5, VOCAB, rng.integers(0, 9)).tolist()
+        result.append(trajectory(tokens, (rng.random(len(tokens)) < 0.8).tolist()))
+    return result
+
+
+def own_log_probs(model: PreTrainedModel, tokens: list[int]) -> np.ndarray:
+    """[T, V]: row t predicts token t + 1, by an ordinary forward of this sequence alone."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([tokens])).logits[0].float().log_softmax(-1).double().numpy()
+
+
+@pytest.mark.parametrize("suffix", [[], [11], [11, 12, 13]])
+def test_packed_scores_equal_one_sequence_at_a_time(model: PreTrainedModel, suffix: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    samples_G = [random_samples(rng), random_samples(rng)]
+    pieces = [Packed.of(PrefixTree.of(s), c, suffix) for s, c in zip(samples_G, CONTEXTS, strict=True)]
+    scores = LanguageModel(model, logits_chunk=7).score(pieces)
+    for samples, context, piece, (edge_N, suffix_N) in zip(samples_G, CONTEXTS, pieces, scores, strict=True):
+        for sample, nodes_T in zip(samples, piece.tree.nodes_K, strict=True):
+            tokens = sample.tokens_T.tolist()
+            for t in range(len(tokens) + 1):
+                full = context + tokens[:t] + suffix
+                table = own_log_probs(model, full)
+                at = len(context) - 1
+                expected = [table[at + i, token] for i, token in enumerate(tokens[:t])]
+                assert edge_N[nodes_T[1 : t + 1]] == pytest.approx(expected, abs=1e-4)
+                if suffix:
+                    ending = sum(table[at + t + i, token] for i, token in enumerate(suffix))
+                    assert suffix_N[nodes_T[t]] == pytest.approx(ending, abs=1e-4)
+
+
+def test_chunks_change_neither_values_nor_gradients(model: PreTrainedModel) -> None:
+    samples = random_samples(np.random.default_rng(1))
+    piece = Packed.of(PrefixTree.of(samples), CONTEXTS[0])
+    parameter = next(p for name, p in model.named_parameters() if "mlp" in name and p.ndim == 2)
+    parameter.requires_grad_(True)
+    results = []
+    for chunk in (3, 1000):
+        language_model = LanguageModel(model, chunk)
+        values = language_model.log_probs(language_model.hidden([piece]), *piece.edge_queries())
+        (gradient,) = torch.autograd.grad(values.square().sum(), parameter)
+        results.append((values.detach(), gradient))
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
+    assert torch.allclose(results[0][1], results[1][1], rtol=1e-4, atol=1e-4)
+
+
+def test_log_probs_follow_the_support(model: PreTrainedModel) -> None:
+    allowed, stop = [5, 6, 7, 8], 9
+    constraints = Constraints.of(stop_token=stop, min_tokens=2, max_tokens=4, vocab_size=VOCAB, allowed=allowed)
+    tokens = [5, 7, 7]
+    piece = Packed.of(PrefixTree.of([trajectory(tokens)]), CONTEXTS[1])
+    language_model = LanguageModel(model)
+    depth = np.arange(len(tokens) + 1)
+    positions = np.concatenate([piece.start_N[:-1], piece.start_N[2:]])
+    targets = np.array([*tokens, stop, stop])
+    may_stop = constraints.may_stop(np.concatenate([depth[:-1], depth[2:]]))
+    with torch.no_grad():
+        got = language_model.log_probs(language_model.hidden([piece]), positions, targets, constraints, may_stop, temperature=1.7)
+    table = own_log_probs(model, CONTEXTS[1] + tokens)
+    for value, position, target in zip(got.numpy(), positions, targets, strict=True):
+        support = allowed + [stop] * int(position - piece.start_N[0] >= 2)
+        logits = table[position, support] / 1.7
+        assert value == pytest.approx(logits[support.index(target)] - np.logaddexp.reduce(logits), abs=1e-4)
+
+
+def test_a_target_outside_the_support_is_refused() -> None:
+    constraints = Constraints.of(stop_token=9, min_tokens=0, max_tokens=4, vocab_size=VOCAB, allowed=[5, 6])
+    piece = Packed.of(PrefixTree.of([trajectory([5, 7])]), CONTEXTS[1])
+    language_model = LanguageModel(tiny.llama(VOCAB))
+    with pytest.raises(ValueError, match=r"\[7\].*support"):
+        language_model.log_probs(language_model.hidden([piece]), *piece.edge_queries(), constraints)
+
+
+def test_a_model_that_computes_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.llama(VOCAB)
+    plain = type(model).forward
+
+    def scaled(self, *args, **kwargs):
+        output = plain(self, *args, **kwargs)
+        output.logits = output.logits * 0.5
+        return output
+
+    monkeypatch.setattr(type(model), "forward", scaled)
+    with pytest.raises(ConfigError, match="not supported"):
+        LanguageModel(model)
+
+
+def test_a_cuda_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"cuda:97.*use auto or cpu"):
+        resolve_device("cuda:97")

@@ -1,0 +1,331 @@
+"""The sampler: versions on a real vLLM, and what its threads do around an engine that the test controls."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from actors.sampler import EngineDied, Sampler
+from system.adapters import Adapter, AdapterError
+from system.config import parse
+from system.constraints import Constraints
+from system.trajectory import Behaviour, Prompt, Request, Trajectory
+from tests import lora
+
+CONSTRAINTS = Constraints.of(stop_token=5, min_tokens=1, max_tokens=8, vocab_size=lora.VOCABULARY, allowed=range(3, 40))
+PROMPT = Prompt("p", (1, 7, 9), (1,))
+BEHAVIOURS = (Behaviour(), Behaviour(1.5), Behaviour(1.0, 0.2))
+SECONDS = 30
+"""Longest wait in a test for a thread that should answer at once."""
+
+
+class Lengths:
+    """log R = -T, from a minimum of one token on."""
+
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+        return [np.array([np.nan, *np.arange(-1.0, -len(t) - 1, -1)]) for t in trajectories_K]
+
+
+def request_of(group_id: int) -> Request:
+    return Request(group_id, PROMPT, BEHAVIOURS, seed=group_id)
+
+
+# ------------------------------------------------------------------------------------------------- on a real vLLM
+
+
+class Real:
+    def __init__(self, folder: Path) -> None:
+        tree = {
+            "model": {"path": lora.NAME},
+            "lora": {"rank": 4},
+            "task": {"kind": "random_number"},
+            "sampler": {"kv_cache_mb": 16, "install": "merged"},
+        }
+        self.models = [lora.adapted(folder, lora.TARGETS["llama"], seed=number) for number in range(4)]
+        self.adapters = [lora.publish(number, model) for number, model in enumerate(self.models)]
+        self.sampler = Sampler.build(parse(tree), folder, CONSTRAINTS, Lengths(), longest_prompt=10)
+
+    def drawn_by(self, trajectories_K: Sequence[Trajectory]) -> set[int]:
+        """Versions whose log-probs are those of the trajectories."""
+        errors = [
+            max(float(np.abs(lora.drawn_log_probs(model, CONSTRAINTS, PROMPT, t) - t.logp_T).max()) for t in trajectories_K)
+            for model in self.models
+        ]
+        return {version for version, error in enumerate(errors) if error < 1e-3}
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
+    real = Real(lora.folder(tmp_path_factory.mktemp("real"), "llama"))
+    yield real
+    real.sampler.close()
+
+
+def test_concurrent_groups_name_the_version_that_drew_them(real: Real) -> None:
+    def client(number: int) -> list[Any]:
+        versions = np.sort(np.random.default_rng(number).integers(0, 3, size=6))
+        return [(v, real.sampler.sample(request_of(100 * number + i), real.adapters[v])) for i, v in enumerate(versions)]
+
+    with ThreadPoolExecutor(4) as clients:
+        answers = [answer for batch in clients.map(client, range(4)) for answer in batch]
+    assert sorted(group.group_id for _, group in answers) == sorted(100 * n + i for n in range(4) for i in range(6))
+    for wanted, group in answers:
+        assert group.adapter_version >= wanted
+        assert real.drawn_by(group.trajectories_K) == {group.adapter_version}
+        assert [t.behaviour for t in group.trajectories_K] == list(BEHAVIOURS)
+        for trajectory, log_reward_T in zip(group.trajectories_K, group.log_reward_K, strict=True):
+            np.testing.assert_array_equal(log_reward_T[1:], -np.arange(1.0, len(trajectory) + 1))
+    assert {group.adapter_version for _, group in answers} == {0, 1, 2}
+
+
+def test_an_older_version_is_served_by_the_newer_and_says_so(real: Real) -> None:
+    real.sampler.install(real.adapters[2])
+    group = real.sampler.sample(request_of(1), real.adapters[0])
+    assert group.adapter_version == 2
+    assert real.drawn_by(group.trajectories_K) == {2}
+
+
+def test_a_refused_version_reaches_its_caller_and_the_known_ones_are_still_drawn(real: Real) -> None:
+    real.sampler.install(real.adapters[2])
+    lying = replace(real.adapters[3], canary=real.adapters[1].canary)
+    with pytest.raises(AdapterError, match="version 3"):
+        real.sampler.sample(request_of(2), lying)
+    assert real.sampler.stats()["version"] == -1
+    # Its merged weights are in the engine now, and must not be drawn from under any name.
+    group = real.sampler.sample(request_of(3), real.adapters[2])
+    assert group.adapter_version == 2
+    assert real.drawn_by(group.trajectories_K) == {2}
+    damaged = replace(real.adapters[3], weights=real.adapters[3].weights[:-4])
+    with pytest.raises(AdapterError, match="damaged"):
+        real.sampler.install(damaged)
+    assert real.sampler.stats()["version"] == 2
+    assert real.sampler.sample(request_of(4), real.adapters[3]).adapter_version == 3
+
+
+def test_a_version_that_is_published_again_with_other_weights_is_installed(real: Real) -> None:
+    real.sampler.install(real.adapters[3])
+    again = lora.publish(3, real.models[1])
+    group = real.sampler.sample(request_of(5), again)
+    assert group.adapter_version == 3
+    assert real.drawn_by(group.trajectories_K) == {1}
+
+
+def test_stats_count_what_was_done(real: Real) -> None:
+    measured = real.sampler.install(lora.publish(10, real.models[0]))
+    assert measured["version"] == 10
+    before = real.sampler.stats()
+    group = real.sampler.sample(request_of(6), real.adapters[0])
+    after = real.sampler.stats()
+    assert after["groups"] == before["groups"] + 1
+    stops = sum(t.stop == "sampled" for t in group.trajectories_K)
+    assert after["tokens"] == before["tokens"] + group.tokens + stops
+    assert after["generate_seconds"] > before["generate_seconds"]
+    assert after["canary_error"] == measured["canary_error"] < 1e-3 < after["canary_signal"]
+    assert 0 < after["busy"] < 1
+    assert after["rss_bytes"] > 1e8
+
+
+# --------------------------------------------------------------------------------- around an engine of the test's own
+
+
+class ScriptedEngine:
+    """Finishes a group on each step; `before_step` may block or raise, and a version in `refuse` is refused."""
+
+    def __init__(self, before_step: Callable[[], None] = lambda: None, refuse: Sequence[int] = ()) -> None:
+        self.before_step, self.refuse = before_step, refuse
+        self.installed: Adapter | None = None
+        self.tokens, self.ticket = 0, 0
+        self.running: list[tuple[int, Request]] = []
+        self.log: list[str] = []
+        self.closed = False
+
+    def check(self, request: Request) -> None:
+        if not request.behaviours_K:
+            raise ValueError("no samples")
+
+    def add(self, request: Request) -> int:
+        assert self.installed is not None
+        self.log.append(f"start {request.group_id} on {self.installed.version}")
+        self.ticket += 1
+        self.running.append((self.ticket, request))
+        return self.ticket
+
+    def step(self) -> list[tuple[int, tuple[Trajectory, ...]]]:
+        self.before_step()
+        ticket, request = self.running.pop(0)
+        self.log.append(f"end {request.group_id}")
+        one = Trajectory(np.array([3], np.int32), np.ones(1, bool), np.zeros(2, np.float32), "sampled")
+        return [(ticket, (one,) * len(request.behaviours_K))]
+
+    def install(self, adapter: Adapter) -> dict[str, float]:
+        assert not self.running
+        self.log.append(f"install {adapter.version}")
+        if adapter.version in self.refuse:
+            self.installed = None
+            raise AdapterError(f"version {adapter.version} is refused")
+        self.installed = adapter
+        return {"seconds": 0.0, "canary_error": 0.0, "canary_signal": 0.0}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def adapter_of(version: int) -> Adapter:
+    return Adapter.publish(version, version, {}, {}, lora.NAME)
+
+
+class Held:
+    """A sampler whose engine stands still before each step until `release`."""
+
+    def __init__(self, on_death: Callable[[], None] = lambda: None, refuse: Sequence[int] = ()) -> None:
+        self.gate = threading.Semaphore(0)
+        self.error: BaseException | None = None
+        self.reached = threading.Semaphore(0)
+        self.engine = ScriptedEngine(self._before_step, refuse)
+        engine: Any = self.engine
+        self.sampler = Sampler(engine, Lengths(), on_death)
+        self._clients = ThreadPoolExecutor(16)
+
+    def _before_step(self) -> None:
+        self.reached.release()
+        assert self.gate.acquire(timeout=SECONDS)
+        if self.error:
+            raise self.error
+
+    def sample(self, group_id: int, version: int) -> Future[Any]:
+        """In a thread of its own; returns once it is queued, so that the order of requests is that of the calls."""
+        before = len(self.sampler._queue) + len(self.engine.log)
+        future = self._clients.submit(self.sampler.sample, request_of(group_id), adapter_of(version))
+        deadline = threading.Event()
+        while len(self.sampler._queue) + len(self.engine.log) == before and not future.done():
+            deadline.wait(0.001)
+        return future
+
+    def release(self, steps: int = 100) -> None:
+        self.gate.release(steps)
+
+
+def test_running_groups_finish_before_a_newer_version_is_installed() -> None:
+    held = Held()
+    futures = [held.sample(0, 1)]
+    assert held.reached.acquire(timeout=SECONDS)
+    futures += [held.sample(1, 1), held.sample(2, 2), held.sample(3, 1)]
+    held.release()
+    versions = [future.result(SECONDS).adapter_version for future in futures]
+    held.sampler.close()
+    assert versions == [1, 1, 2, 2]
+    log = held.engine.log
+    assert log.index("install 2") > max(log.index("end 0"), log.index("end 1"))
+    assert log.index("start 2 on 2") > log.index("install 2")
+    assert held.engine.closed
+
+
+def test_every_waiting_caller_learns_that_the_engine_died() -> None:
+    told = threading.Event()
+    held = Held(on_death=told.set)
+    futures = [held.sample(0, 1)]
+    assert held.reached.acquire(timeout=SECONDS)
+    futures += [held.sample(number, version) for number, version in ((1, 1), (2, 2), (3, 1))]
+    held.error = MemoryError("KV cache")
+    held.release()
+    for future in futures:
+        error = future.exception(SECONDS)
+        assert isinstance(error, EngineDied)
+        assert "MemoryError: KV cache" in str(error)
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert told.wait(SECONDS)
+    with pytest.raises(EngineDied, match="KV cache"):
+        held.sampler.sample(request_of(9), adapter_of(1))
+    held.sampler.close()
+
+
+def test_a_refused_version_fails_its_own_callers_alone() -> None:
+    told = threading.Event()
+    held = Held(on_death=told.set, refuse=[2])
+    first = held.sample(0, 1)
+    assert held.reached.acquire(timeout=SECONDS)
+    refused, after = held.sample(1, 2), held.sample(2, 1)
+    held.release()
+    assert first.result(SECONDS).adapter_version == 1
+    assert isinstance(refused.exception(SECONDS), AdapterError)
+    assert after.result(SECONDS).adapter_version == 1
+    assert held.engine.log[-4:] == ["install 2", "install 1", "start 2 on 1", "end 2"]
+    held.sampler.close()
+    assert not told.is_set()
+
+
+def test_the_engine_goes_on_while_a_reward_is_computed() -> None:
+    computing, finish = threading.Event(), threading.Event()
+
+    class Slow(Lengths):
+        def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+            computing.set()
+            assert finish.wait(SECONDS)
+            return super().score(prompt, trajectories_K)
+
+    engine: Any = ScriptedEngine()
+    sampler = Sampler(engine, Slow())
+    with ThreadPoolExecutor(2) as clients:
+        first = clients.submit(sampler.sample, request_of(0), adapter_of(1))
+        assert computing.wait(SECONDS)
+        second = clients.submit(sampler.sample, request_of(1), adapter_of(1))
+        while "end 1" not in engine.log:
+            assert not first.done()
+        finish.set()
+        assert {first.result(SECONDS).group_id, second.result(SECONDS).group_id} == {0, 1}
+    sampler.close()
+
+
+def test_an_error_of_the_reward_is_its_callers_and_the_sampler_goes_on() -> None:
+    class Picky(Lengths):
+        def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+            if len(trajectories_K) == 1:
+                raise ArithmeticError("log of zero")
+            return super().score(prompt, trajectories_K)
+
+    engine: Any = ScriptedEngine()
+    sampler = Sampler(engine, Picky())
+    with pytest.raises(ArithmeticError, match="log of zero"):
+        sampler.sample(Request(0, PROMPT, (Behaviour(),), 0), adapter_of(1))
+    assert sampler.sample(request_of(1), adapter_of(1)).group_id == 1
+    with pytest.raises(ValueError, match="no samples"):
+        sampler.sample(Request(2, PROMPT, (), 0), adapter_of(1))
+    sampler.close()
+
+
+def test_closing_answers_those_who_wait() -> None:
+    held = Held()
+    waiting = held.sample(0, 1)
+    assert held.reached.acquire(timeout=SECONDS)
+    behind = held.sample(1, 2)
+    closing = threading.Thread(target=held.sampler.close)
+    closing.start()
+    while held.sampler._ended is None:
+        threading.Event().wait(0.001)
+    held.release()
+    closing.join(SECONDS)
+    # The group that the last step completed is delivered; what had not begun is refused.
+    assert waiting.result(SECONDS).group_id == 0
+    assert isinstance(behind.exception(SECONDS), EngineDied)
+    with pytest.raises(EngineDied, match="closed"):
+        held.sampler.install(adapter_of(3))
+
+
+def test_the_engine_death_of_a_real_vllm_reaches_the_caller(real: Real, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Last in this file: it ends the real engine."""
+
+    def broken(logits: torch.Tensor, *_: Any) -> torch.Tensor:
+        return logits.fill_(torch.nan)
+
+    monkeypatch.setattr("actors.behaviour.BehaviourLogits.rows", lambda self, logits, rows: broken(logits))
+    with pytest.raises(EngineDied, match="the engine died"):
+        real.sampler.sample(request_of(7), lora.publish(20, real.models[0]))
