@@ -9,7 +9,7 @@ import torch
 from actors import rewards
 from actors.sampler import Sampler
 from system.config import Config
-from system.language_model import LanguageModel, load_pretrained, load_tokenizer, resolve_device
+from system.language_model import LanguageModel, decode, load_pretrained, load_tokenizer, resolve_device
 from system.models import locate
 from system.tasks.problem import Problem
 
@@ -31,9 +31,7 @@ def build_sampler(config: Config, problem: Problem, on_death: Callable[[], None]
         config.task.reward,
         model=model,
         stop=problem.reward_stop,
-        decode=tokenizer.decode,
+        decode=lambda tokens: decode(tokenizer, tokens),
         token_budget=config.sampler.token_budget,
     )
-    return Sampler.build(
-        config, folder, problem.constraints, reward, longest_prompt=problem.longest_prompt, on_death=on_death
-    )
+    return Sampler.build(config, folder, problem.constraints, reward, longest_prompt=problem.longest_prompt, on_death=on_death)

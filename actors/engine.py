@@ -217,7 +217,7 @@ class Engine:
         adapter.verify(self.base_model)
         if adapter.canary and len(adapter.canary.tokens_T) >= self.settings.max_model_len:
             raise AdapterError(
-                f"adapter version {adapter.version}: max_model_len is too short for its canary of {len(adapter.canary.tokens_T)}"
+                f"adapter {adapter.version}: max_model_len is too small for its canary of {len(adapter.canary.tokens_T)}"
             )
         updates = self._base.by_weight(adapter.updates())
         if self.settings.install == "merged":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -161,7 +161,7 @@ def import_function(path: str) -> Callable[[Prompt, str, list[int]], float]:
         raise ConfigError(f"task.reward.path={path!r} cannot be imported: {error}") from error
     if not callable(function):
         raise ConfigError(f"task.reward.path={path!r} is a {type(function).__name__}, not a function")
-    return function
+    return cast(Callable[[Prompt, str, list[int]], float], function)
 
 
 def build(

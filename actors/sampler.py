@@ -122,10 +122,7 @@ class Sampler:
             Exception: what the reward raised.
         """
         self._engine.check(request)
-        job = _Job(request, adapter)
-        trajectories_K = self._submit(job)
-        log_reward_K = self._rewards.submit(self._score, request.prompt, trajectories_K).result()
-        return Group(request.prompt, trajectories_K, tuple(log_reward_K), job.version, request.group_id)
+        return self._submit(_Job(request, adapter))
 
     def install(self, adapter: Adapter) -> dict[str, float]:
         """Installs `adapter` unless it or a newer version is there. Returns `version` and what `Engine.install` measured.
@@ -170,13 +167,6 @@ class Sampler:
             self._wake.notify()
         return job.done.result()
 
-    def _score(self, prompt: Prompt, trajectories_K: tuple[Trajectory, ...]) -> list[np.ndarray]:
-        started = time.perf_counter()
-        try:
-            return self._reward.score(prompt, trajectories_K)
-        finally:
-            self._seconds["reward"] += time.perf_counter() - started
-
     # -------------------------------------------------------------------------------------- in the engine's thread
 
     def _run(self) -> None:
@@ -186,7 +176,7 @@ class Sampler:
                 started = time.perf_counter()
                 for ticket, trajectories_K in self._engine.step():
                     self._groups += 1
-                    self._running.pop(ticket).done.set_result(trajectories_K)
+                    self._rewards.submit(self._deliver, self._running.pop(ticket), trajectories_K)
                 self._seconds["generate"] += time.perf_counter() - started
             self._engine.close()
         # A border: whatever ended this thread must reach those who wait for it, and `on_death`.
@@ -245,6 +235,22 @@ class Sampler:
         assert installed is not None
         if job.request is None:
             job.done.set_result({"version": float(installed.version), **self._installed})
-            return
-        job.version = installed.version
-        self._running[self._engine.add(job.request)] = job
+        else:
+            job.version = installed.version
+            self._running[self._engine.add(job.request)] = job
+
+    # -------------------------------------------------------------------------------------- in the rewards' thread
+
+    def _deliver(self, job: _Job, trajectories_K: tuple[Trajectory, ...]) -> None:
+        started = time.perf_counter()
+        assert job.request is not None
+        prompt = job.request.prompt
+        try:
+            log_reward_K = tuple(self._reward.score(prompt, trajectories_K))
+            group = Group(prompt, trajectories_K, log_reward_K, job.version, job.request.group_id)
+        # A border: an error of the reward is for the caller that asked for this group.
+        except BaseException as error:
+            job.done.set_exception(error)
+        else:
+            job.done.set_result(group)
+        self._seconds["reward"] += time.perf_counter() - started

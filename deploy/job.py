@@ -95,7 +95,9 @@ class Job:
         status = "FAILED"
         try:
             cluster.connect(config)
-            self.requests = Requests(self.problem.prompts, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed)
+            self.requests = Requests(
+                self.problem.prompts, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed
+            )
             self.learner, self.samplers = RayLearner(config, self.problem), RaySamplers(config, self.problem)
             self._describe_run()
             loop = Orchestrator(
@@ -118,7 +120,9 @@ class Job:
     # ------------------------------------------------------------------------------------------ while it runs
 
     def _describe_run(self) -> None:
-        rows = [{"id": prompt.id, "text": self.tokenizer.decode(prompt.policy_tokens)} for prompt in self.problem.prompts]
+        from system.language_model import decode
+
+        rows = [{"id": prompt.id, "text": decode(self.tokenizer, prompt.policy_tokens)} for prompt in self.problem.prompts]
         self.tracker.dataset(self.config.task.kind, rows)
         self.tracker.artifact(self.run_dir / "config.yaml")
 
@@ -139,10 +143,12 @@ class Job:
         self._node_statistics(step, now)
 
     def _sample_rows(self, groups: list[Group]) -> list[dict[str, Any]]:
+        from system.language_model import decode
+
         return [
             {
                 "prompt": group.prompt.id,
-                "text": self.tokenizer.decode(trajectory.tokens_T.tolist()),
+                "text": decode(self.tokenizer, trajectory.tokens_T.tolist()),
                 "log_reward": float(log_reward_T[-1]),
                 "length": len(trajectory),
                 "temperature": trajectory.behaviour.temperature,
@@ -169,7 +175,8 @@ class Job:
                 continue
             del self._pending_stats[name]
             try:
-                answered |= {f"system/{name}/{key}": value for key, value in ray.get(reference).items()}
+                values: Any = ray.get(reference)
+                answered |= {f"system/{name}/{key}": value for key, value in values.items()}
             # A dead actor has no statistics; its death is counted where its groups are.
             except RayError:
                 continue
@@ -178,6 +185,7 @@ class Job:
 
     def _evaluate(self, loop: Orchestrator) -> None:
         from system import evaluation
+        from system.language_model import decode
 
         step = loop.counters.step
         if self.problem.outcomes is not None:
@@ -189,7 +197,7 @@ class Job:
                 temperature=self.config.learner.reward_temperature.end, round_=step,
             )  # fmt: skip
         for row in result.samples:
-            row["text"] = self.tokenizer.decode(row.pop("tokens"))
+            row["text"] = decode(self.tokenizer, row.pop("tokens"))
         self.evaluations.append((step, result))
         self.tracker.metrics(result.metrics, step)
         self.tracker.table("posterior_by_prompt", result.per_prompt, step)
@@ -212,7 +220,7 @@ class Job:
 
         folder = self.run_dir / "adapter"
         if not self.stop.is_set():
-            adapter = ray.get(self.learner.adapter(loop.counters.version))
+            adapter: Any = ray.get(self.learner.adapter(loop.counters.version))
             report.replace_folder(folder, adapter)
             self.tracker.artifact(folder)
         summary = report.summary(self.config, loop.counters, self.evaluations, seconds, finished=not self.stop.is_set())

@@ -228,7 +228,8 @@ def wait_until_ready(*handles: Any) -> None:
         ray.get(ready)
     except RayActorError as error:
         # The constructor's own error says more than that the actor died of it.
-        raise error.cause if isinstance(getattr(error, "cause", None), Exception) else error from None
+        cause = getattr(error, "cause", None)
+        raise (cause if isinstance(cause, Exception) else error) from None
 
 
 def _future(reference: Any, settled: Any = lambda error: error) -> Future[Any]:

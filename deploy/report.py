@@ -9,15 +9,16 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from transformers import PreTrainedTokenizerBase  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from system.adapters import Adapter  # noqa: E402
-from system.config import Config  # noqa: E402
-from system.evaluation import Evaluation  # noqa: E402
-from system.orchestrator import Counters  # noqa: E402
-from system.tasks.problem import Problem  # noqa: E402
+from system.adapters import Adapter
+from system.config import Config
+from system.evaluation import Evaluation
+from system.language_model import decode
+from system.orchestrator import Counters
+from system.tasks.problem import Problem
 
 BASE, TUNED, TARGET = "#9aa5b1", "#1f6f8b", "#d1495b"
 
@@ -89,7 +90,7 @@ def plots(
     folder.mkdir(parents=True, exist_ok=True)
     before, after = evaluations[0][1], evaluations[-1][1]
     if problem.outcomes is not None:
-        labels = [tokenizer.decode(outcome.tokens_T.tolist()) for outcome in problem.outcomes]
+        labels = [decode(tokenizer, outcome.tokens_T.tolist()) for outcome in problem.outcomes]
         return [_distribution(folder / "distribution.png", problem, labels, before, after)]
     return [_spread(folder / "posterior.png", before, after)]
 

@@ -58,7 +58,9 @@ class Score:
 
 
 class Learner:
-    def __init__(self, config: Config, folder: Path, constraints: Constraints, base_model: str, canary_tokens: Sequence[int]) -> None:
+    def __init__(
+        self, config: Config, folder: Path, constraints: Constraints, base_model: str, canary_tokens: Sequence[int]
+    ) -> None:
         """`folder` holds the base model's files, `base_model` is the name under which adapters are published."""
         self.config = config.learner
         torch.manual_seed(config.seed)
@@ -185,7 +187,9 @@ class Learner:
         """Continues from `save`. Raises ValueError if it is of another model or another LoRA rank."""
         tensors = safetensors.numpy.load(saved.tobytes())
         prefix = "adapter/"
-        self.policy.load_adapter({name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)})
+        self.policy.load_adapter(
+            {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
+        )
         for name, parameter in self.policy.parameters.items():
             state: dict[str, Tensor] = {}
             for key in ("step", "exp_avg", "exp_avg_sq"):
@@ -207,7 +211,7 @@ class Learner:
     def _canary_log_probs(self) -> tuple[float, ...]:
         model, tokens = self.policy.language_model, self._canary_tokens
         with torch.no_grad():
-            hidden = model.hidden([Packed.of(PrefixTree.of([]), tokens)])
+            hidden = model.hidden([Packed.of(PrefixTree.of([]), tokens.tolist())])
             logp_T = model.log_probs(hidden, np.arange(len(tokens) - 1), tokens[1:])
         return tuple(logp_T.double().cpu().tolist())
 

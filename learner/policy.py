@@ -39,7 +39,12 @@ class Policy:
         base = load_pretrained(folder, dtype, device)
         targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
         peft_config = LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
+            target_modules=targets,
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
         )
         try:
             self._peft: PeftModel = get_peft_model(base, peft_config, autocast_adapter_dtype=False)  # type: ignore[assignment]
@@ -81,7 +86,9 @@ class Policy:
             may_stop.append(constraints.may_stop(tree.depth_N[at]))
             wanted.append((actions, stops))
             offset += len(piece)
-        log_q_Q = model.log_probs(hidden_LH, np.concatenate(positions), np.concatenate(tokens), constraints, np.concatenate(may_stop))
+        log_q_Q = model.log_probs(
+            hidden_LH, np.concatenate(positions), np.concatenate(tokens), constraints, np.concatenate(may_stop)
+        )
         result, done = [], 0
         for piece, (actions, stops) in zip(pieces, wanted, strict=True):
             pair = []

@@ -96,11 +96,11 @@ class Adapter:
         canary: Canary | None = None,
     ) -> Adapter:
         weights = np.frombuffer(safetensors.numpy.save(tensors), np.uint8)
-        return cls(version, step, weights, peft_config, hashlib.sha256(weights).hexdigest(), base_model, canary)
+        return cls(version, step, weights, peft_config, hashlib.sha256(weights.data).hexdigest(), base_model, canary)
 
     def verify(self, base_model: str) -> None:
         """Raises AdapterError if the bytes are not those that were published, or the base is another model."""
-        found = hashlib.sha256(self.weights).hexdigest()
+        found = hashlib.sha256(self.weights.data).hexdigest()
         if found != self.sha256:
             raise AdapterError(f"adapter version {self.version}: sha256 {found[:12]}… instead of {self.sha256[:12]}…: damaged")
         if self.base_model != base_model:
@@ -154,6 +154,10 @@ class BaseWeights:
                     self._shapes[name] = tuple(file.get_slice(name).get_shape())
         if not self._files:
             raise ValueError(f"{folder} has no *.safetensors file: weights in other formats are not loaded")
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Name -> shape of every weight with two axes."""
+        return {name: (shape[0], shape[1]) for name, shape in self._shapes.items() if len(shape) == 2}
 
     def by_weight(self, updates: Mapping[str, LoraUpdate]) -> dict[str, LoraUpdate]:
         """The updates by the name of the weight that each is added to.

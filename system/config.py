@@ -41,15 +41,15 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    path: str = Field("packaged:smollm2-135m-instruct", min_length=1)
+    path: str = Field(default="packaged:smollm2-135m-instruct", min_length=1)
     """`packaged:NAME` (a model that comes with a Python package), a folder in Hugging Face format, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
 
 
 class Lora(Section):
-    rank: int = Field(16, ge=1, le=512)
-    alpha: float = Field(32.0, gt=0)
+    rank: int = Field(default=16, ge=1, le=512)
+    alpha: float = Field(default=32.0, gt=0)
     """The update is (alpha / rank) * B A."""
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """Names of the linear modules that are adapted, as PEFT takes them. There is no dropout: log q must be exact."""
@@ -74,7 +74,7 @@ class FunctionReward(Section):
     kind: Literal["function"] = "function"
     path: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """Import path, `package.module:function`."""
-    beta: float = Field(1.0, gt=0)
+    beta: float = Field(default=1.0, gt=0)
     """Strength of the pull towards the prior, as in p(Z | X) exp(r / beta)."""
     every_prefix: bool = False
     """True: called at each prefix that can stop. False: at the end alone, and only `vargrad` or `pooled` can learn."""
@@ -98,13 +98,13 @@ class RandomNumber(Section):
     """An integer, uniform over low..high: the posterior is known exactly, so this task measures the method."""
 
     kind: Literal["random_number"] = "random_number"
-    low: int = Field(0, ge=0)
-    high: int = Field(100, ge=1, le=9999)
-    prompt: str = Field("The following is a random integer drawn uniformly between {low} and {high}: ", min_length=1)
+    low: int = Field(default=0, ge=0)
+    high: int = Field(default=100, ge=1, le=9999)
+    prompt: str = Field(default="The following is a random integer drawn uniformly between {low} and {high}: ", min_length=1)
     """`{low}` and `{high}` are filled in."""
-    stop: str = Field(".", min_length=1)
+    stop: str = Field(default=".", min_length=1)
     """What ends a number: a text that is one token."""
-    floor: float = Field(-12.0, le=-5.0)
+    floor: float = Field(default=-12.0, le=-5.0)
     """log R of anything that is not one of the numbers, nats. A number has log R = 0."""
     reward: Reward = FunctionReward(path="system.tasks.random_number:log_reward", every_prefix=True)
 
@@ -135,15 +135,17 @@ class Continuation(Section):
     kind: Literal["continuation"] = "continuation"
     prompts: str = "packaged"
     """A UTF-8 text file with one prompt a line, or `packaged` for a small one that comes with the project."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Take only this many prompts."""
-    offset: int = Field(0, ge=0)
+    offset: int = Field(default=0, ge=0)
     """Skip this many prompts first."""
-    min_tokens: int = Field(1, ge=0)
-    max_tokens: int = Field(30, ge=1)
-    stop: str = Field(".", min_length=1)
+    min_tokens: int = Field(default=1, ge=0)
+    max_tokens: int = Field(default=30, ge=1)
+    stop: str = Field(default=".", min_length=1)
     """The end of a sentence: a text that is one token. Its log-probability is part of the reward."""
-    illegal: tuple[str, ...] = ("\n", "\r", "\t", '"', "“", "”", "?", "!", ":", ";", "(", ")", "[", "]", "<", ">", "http", "www", ".")
+    illegal: tuple[str, ...] = (
+        "\n", "\r", "\t", '"', "“", "”", "?", "!", ":", ";", "(", ")", "[", "]", "<", ">", "http", "www", ".",
+    )  # fmt: skip
     """A token whose text contains one of these is outside the policy's support, as are special tokens."""
     reward: Reward = LMPosterior()
 
@@ -151,7 +153,7 @@ class Continuation(Section):
     def _lengths(self) -> Continuation:
         if self.min_tokens > self.max_tokens:
             raise ValueError(
-                f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: nothing could be sampled; lower min_tokens"
+                f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: nothing can be drawn; lower min_tokens"
             )
         return self
 
@@ -165,9 +167,9 @@ Task = Annotated[RandomNumber | Continuation, Field(discriminator="kind")]
 class Exploration(Section):
     """How the samples of a group are drawn. GFlowNet losses need no correction for it, but must see the modes."""
 
-    on_policy: float = Field(0.5, ge=0, le=1)
+    on_policy: float = Field(default=0.5, ge=0, le=1)
     """Share of each group that is drawn from the policy itself; the rest explores by the settings below."""
-    epsilon: float = Field(0.0, ge=0, lt=1)
+    epsilon: float = Field(default=0.0, ge=0, lt=1)
     """Exploring samples mix this share of uniform-over-the-support into every token."""
     temperature: tuple[float, float] = (0.5, 2.0)
     """Each exploring sample draws its softmax temperature uniformly from this interval."""
@@ -181,7 +183,7 @@ class Exploration(Section):
 
 
 class Sampler(Section):
-    samples_per_prompt: int = Field(16, ge=2)
+    samples_per_prompt: int = Field(default=16, ge=2)
     """K, the size of a group. Two at least: one sample says nothing about log Z."""
     exploration: Exploration = Exploration()
     install: Literal["auto", "merged", "adapter"] = "auto"
@@ -190,17 +192,17 @@ class Sampler(Section):
     """Of the engine. Merging into bfloat16 loses small updates."""
     reward_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen model that scores."""
-    token_budget: int = Field(4096, ge=64)
+    token_budget: int = Field(default=4096, ge=64)
     """Most tokens in one row of the scoring pass."""
-    max_num_seqs: int = Field(64, ge=1)
+    max_num_seqs: int = Field(default=64, ge=1)
     """Sequences that the engine decodes at once."""
-    kv_cache_mb: int = Field(512, ge=16)
+    kv_cache_mb: int = Field(default=512, ge=16)
     """Size of the engine's KV cache on CPU, MiB."""
-    gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
+    gpu_memory_utilization: float = Field(default=0.5, gt=0, le=1)
     """Share of a GPU that the engine takes."""
-    groups_in_flight: int = Field(2, ge=1)
+    groups_in_flight: int = Field(default=2, ge=1)
     """Groups that one sampler works on at once. Two or more leave no idle tail between groups."""
-    canary_tolerance: float | None = Field(None, gt=0)
+    canary_tolerance: float | None = Field(default=None, gt=0)
     """Largest mean difference, nats a token, between the engine's and the learner's log-probs of the canary.
     By default 0.005 in float32 and 0.25 in bfloat16."""
 
@@ -210,13 +212,13 @@ class Sampler(Section):
 
 
 class Actors(Section):
-    count: int = Field(1, ge=1)
+    count: int = Field(default=1, ge=1)
     """Number of sampler actors."""
-    cpus: float = Field(1, ge=0)
+    cpus: float = Field(default=1, ge=0)
     """CPUs reserved for each, and its number of threads (rounded down, at least one)."""
-    gpus: float = Field(0, ge=0)
+    gpus: float = Field(default=0, ge=0)
     """GPUs reserved for each; fractions share a GPU."""
-    max_deaths: int = Field(3, ge=0)
+    max_deaths: int = Field(default=3, ge=0)
     """The run stops after this many deaths of samplers without a group in between."""
 
     @property
@@ -230,13 +232,13 @@ class Actors(Section):
 class Replay(Section):
     """Each update mixes fresh samples with replayed ones of the same prompt. Shares add up to 1."""
 
-    capacity: int = Field(64, ge=1)
+    capacity: int = Field(default=64, ge=1)
     """Distinct trajectories kept for each prompt."""
-    fresh: float = Field(1.0, gt=0, le=1)
-    prioritised: float = Field(0.0, ge=0, lt=1)
+    fresh: float = Field(default=1.0, gt=0, le=1)
+    prioritised: float = Field(default=0.0, ge=0, lt=1)
     """Drawn in proportion to exp(log R / prioritised_temperature)."""
-    uniform: float = Field(0.0, ge=0, lt=1)
-    prioritised_temperature: float = Field(1.0, gt=0)
+    uniform: float = Field(default=0.0, ge=0, lt=1)
+    prioritised_temperature: float = Field(default=1.0, gt=0)
 
     @model_validator(mode="after")
     def _shares(self) -> Replay:
@@ -267,7 +269,7 @@ class DetailedBalance(Section):
 
 class SubTB(Section):
     kind: Literal["subtb"] = "subtb"
-    decay: float = Field(1.0, gt=0, le=1)
+    decay: float = Field(default=1.0, gt=0, le=1)
     """λ: a pair of states d tokens apart weighs λ^(d-1)."""
 
 
@@ -277,9 +279,9 @@ Loss = Annotated[Pooled | VarGrad | TrajectoryBalance | DetailedBalance | SubTB,
 class RewardTemperature(Section):
     """T in R^(1/T): linear from start to end over `horizon` steps, then constant."""
 
-    start: float = Field(1.0, gt=0)
-    end: float = Field(1.0, gt=0)
-    horizon: int = Field(0, ge=0)
+    start: float = Field(default=1.0, gt=0)
+    end: float = Field(default=1.0, gt=0)
+    horizon: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _a_way_takes_steps(self) -> RewardTemperature:
@@ -296,42 +298,42 @@ class RewardTemperature(Section):
 
 
 class Learner(Section):
-    steps: int = Field(100, ge=1)
+    steps: int = Field(default=100, ge=1)
     """Updates in the run."""
-    groups_per_update: int = Field(1, ge=1)
-    lr: float = Field(1e-3, gt=0)
-    warmup_steps: int = Field(5, ge=0)
+    groups_per_update: int = Field(default=1, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    warmup_steps: int = Field(default=5, ge=0)
     """The learning rate rises linearly over these, from lr / (warmup_steps + 1): the first step is never at 0."""
     decay: Literal["constant", "linear", "cosine"] = "linear"
     """After warm-up, down to lr * final_lr at the last step."""
-    final_lr: float = Field(0.1, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0)
+    final_lr: float = Field(default=0.1, ge=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.99)
-    clip: float = Field(1.0, gt=0)
+    clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
     reward_temperature: RewardTemperature = RewardTemperature()
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto: CUDA where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the base weights and activations. LoRA weights and the loss are float32."""
-    token_budget: int = Field(2048, ge=64)
+    token_budget: int = Field(default=2048, ge=64)
     """Most tokens of one micro-batch: the trees of an update are packed into rows of this length."""
-    logits_chunk: int = Field(256, ge=1)
+    logits_chunk: int = Field(default=256, ge=1)
     """Positions whose logits exist at one time."""
     gradient_checkpointing: bool = False
-    threads: int = Field(1, ge=1)
-    cpus: float = Field(1, ge=0)
+    threads: int = Field(default=1, ge=1)
+    cpus: float = Field(default=1, ge=0)
     """CPUs reserved for the learner."""
-    gpus: float = Field(0, ge=0)
+    gpus: float = Field(default=0, ge=0)
     """GPUs reserved for the learner."""
-    publish_every: int = Field(1, ge=1)
+    publish_every: int = Field(default=1, ge=1)
     """Updates between two adapter versions."""
-    max_staleness: int = Field(1, ge=0)
+    max_staleness: int = Field(default=1, ge=0)
     """Largest number of updates between the adapter that drew a group and the update that uses it fresh. 0: synchronous."""
-    checkpoint_every: int = Field(50, ge=1)
-    evaluate_every: int | None = Field(None, ge=1)
+    checkpoint_every: int = Field(default=50, ge=1)
+    evaluate_every: int | None = Field(default=None, ge=1)
     """Updates between two evaluations; by default before the first and after the last alone."""
-    evaluation_samples: int = Field(32, ge=2)
+    evaluation_samples: int = Field(default=32, ge=2)
     """On-policy samples of each prompt in an evaluation, where the outcomes cannot be listed."""
 
     @field_validator("betas")
@@ -361,30 +363,30 @@ class Learner(Section):
 class Tracking(Section):
     uri: str = "sqlite:///mlflow.db"
     """MLflow tracking URI: a SQLite file, or a server."""
-    experiment: str = Field("headwater", min_length=1)
-    sample_table_every: int = Field(50, ge=1)
+    experiment: str = Field(default="headwater", min_length=1)
+    sample_table_every: int = Field(default=50, ge=1)
     """Updates between two tables of samples."""
-    system_metrics_seconds: float = Field(10.0, gt=0)
+    system_metrics_seconds: float = Field(default=10.0, gt=0)
     """Seconds between two readings of memory and CPU on every node."""
-    flush_seconds: float = Field(5.0, gt=0)
+    flush_seconds: float = Field(default=5.0, gt=0)
     """Seconds between two attempts to hand the journal to the server."""
-    close_seconds: float = Field(60.0, ge=0)
+    close_seconds: float = Field(default=60.0, ge=0)
     """Longest wait for the server when the run ends; what it did not take stays in the journal."""
 
 
 class Cluster(Section):
     address: str | None = None
     """Ray address; by default the cluster that this job was submitted to, or a new local one."""
-    local_cpus: int | None = Field(None, ge=1)
+    local_cpus: int | None = Field(default=None, ge=1)
     """CPUs of a new local cluster; by default what the run asks for or the machine has, whichever is more."""
     dashboard: bool = False
     """Start Ray's dashboard with a new local cluster, on loopback."""
 
 
 class Config(Section):
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][\w.-]*$")
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][\w.-]*$")
     """Names the run in MLflow and its folder."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     output_dir: str = "runs"
     """Holds one folder per run: config, checkpoints, journal, summary."""
     model: Model = Model()
@@ -425,8 +427,8 @@ class Config(Section):
             needed = own + self.actors.count * each
             if needed > have + 1e-9:
                 raise ConfigError(
-                    f"actors.count={self.actors.count}: learner.{kind}={own:g} and {self.actors.count} x actors.{kind}={each:g} "
-                    f"need {needed:g} {kind}, but the cluster has {have:g}; lower actors.count, actors.{kind} or learner.{kind}"
+                    f"actors.count={self.actors.count}: learner.{kind}={own:g} and {self.actors.count} x actors.{kind}={each:g} need "
+                    f"{needed:g} {kind}, but the cluster has {have:g}; lower actors.count, actors.{kind} or learner.{kind}"
                 )
 
 
@@ -452,7 +454,8 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
                 raise ConfigError(f"override {override!r}: {name!r} was already set to a plain value; leave one of the two out")
         try:
             node[names[-1]] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        # ValueError: a date that is none, such as 2001-13-01.
+        except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"override {override!r}: the value is not YAML ({_where(error)}); put it in quotes") from error
     return tree
 
@@ -474,14 +477,14 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is set twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-def _where(error: yaml.YAMLError) -> str:
+def _where(error: Exception) -> str:
     """What is wrong with a YAML text and where, on one line."""
     mark = getattr(error, "problem_mark", None)
     place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -559,11 +562,11 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"config {str(path)!r} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise ConfigError(
-            f"config {str(path)!r} cannot be read: {error.strerror}; name a YAML file, such as deploy/configs/random_number.yaml"
+            f"config {str(path)!r} cannot be read: {error.strerror}; name a YAML file, such as one of deploy/configs"
         ) from error
     try:
         tree = yaml.load(text, _UniqueKeys)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"config {str(path)!r} is not YAML ({_where(error)}); correct it there") from error
     if tree is None:
         tree = {}

@@ -31,12 +31,19 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     resolved = torch.device(device)
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"learner.device={device!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu")
+        raise ConfigError(
+            f"learner.device={device!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu"
+        )
     return resolved
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """The text of one sequence, as it is: nothing cleaned up or left out."""
+    return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
 
 def load_pretrained(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -57,7 +64,9 @@ def load_pretrained(folder: Path, dtype: torch.dtype, device: torch.device) -> P
             f"model.path={str(folder)!r} cannot be loaded as a causal language model: {str(error).splitlines()[0]}. "
             "Use an architecture that transformers supports (Llama, Qwen, Gemma, GPT-2, …) with safetensors weights"
         ) from error
-    return model.requires_grad_(False).eval().to(device)
+    model.requires_grad_(False).eval()
+    torch.nn.Module.to(model, device)
+    return model
 
 
 class LanguageModel:
@@ -143,7 +152,7 @@ class LanguageModel:
 
         order = np.argsort(row_Q, kind="stable")
         starts = np.arange(0, len(positions), self.logits_chunk)
-        edges = np.searchsorted(row_Q[order], [*starts, len(positions)])
+        edges = np.searchsorted(row_Q[order], np.append(starts, len(positions)))
         selected_MH = hidden_LH[self._put(positions)]
         parts = []
         for start, low, high in zip(starts, edges[:-1], edges[1:], strict=True):
@@ -206,7 +215,7 @@ class LanguageModel:
         from system.prefix_tree import PrefixTree
 
         tokens = np.arange(1, 9) % self.vocab_size
-        row = Packed.of(PrefixTree.of([]), tokens)
+        row = Packed.of(PrefixTree.of([]), tokens.tolist())
         try:
             with torch.no_grad():
                 packed = self.log_probs(self.hidden([row]), np.arange(7), tokens[1:])

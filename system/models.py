@@ -86,7 +86,9 @@ def _from_hub(model: Model) -> Path:
 
 def _packaged(name: str) -> Path:
     if name not in PACKAGED:
-        raise ConfigError(f"model.path='{PACKAGED_PREFIX}{name}': there is no such packaged model; there is {', '.join(PACKAGED)}")
+        raise ConfigError(
+            f"model.path='{PACKAGED_PREFIX}{name}': there is no such packaged model; there is {', '.join(PACKAGED)}"
+        )
     packaged = PACKAGED[name]
     try:
         files = importlib.metadata.files(packaged.distribution) or []
@@ -113,7 +115,7 @@ def _dequantise(gguf: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=quantization, dtype=torch.bfloat16
     )
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}.part-"))

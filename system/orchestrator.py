@@ -184,7 +184,8 @@ class Orchestrator:
 
     def _receive(self, update: Future[dict[str, float]] | None = None) -> None:
         """Takes in the groups that have come back, waiting a little if there is none."""
-        done, _ = wait([*self._in_flight, *([update] if update else [])], POLL_SECONDS, FIRST_COMPLETED)
+        awaited: list[Future[Any]] = [*self._in_flight, *([update] if update else [])]
+        done, _ = wait(awaited, POLL_SECONDS, FIRST_COMPLETED)
         # By number, since a set has no order and a synchronous run must not depend on chance.
         for future in sorted(done & self._in_flight.keys(), key=self._in_flight.__getitem__):
             group_id = self._in_flight.pop(future)

@@ -46,7 +46,9 @@ class PrefixTree:
         path, previous = [0], ()
         for k in sorted(range(len(keys_K)), key=keys_K.__getitem__):
             key = keys_K[k]
-            shared = next((t for t, (a, b) in enumerate(zip(key, previous, strict=False)) if a != b), min(len(key), len(previous)))
+            shared = next(
+                (t for t, (a, b) in enumerate(zip(key, previous, strict=False)) if a != b), min(len(key), len(previous))
+            )
             for closed in path[shared + 1 :]:
                 end[closed] = len(token)
             del path[shared + 1 :]

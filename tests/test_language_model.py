@@ -85,7 +85,9 @@ def test_log_probs_follow_the_support(model: PreTrainedModel) -> None:
     targets = np.array([*tokens, stop, stop])
     may_stop = constraints.may_stop(np.concatenate([depth[:-1], depth[2:]]))
     with torch.no_grad():
-        got = language_model.log_probs(language_model.hidden([piece]), positions, targets, constraints, may_stop, temperature=1.7)
+        got = language_model.log_probs(
+            language_model.hidden([piece]), positions, targets, constraints, may_stop, temperature=1.7
+        )
     table = own_log_probs(model, CONTEXTS[1] + tokens)
     for value, position, target in zip(got.numpy(), positions, targets, strict=True):
         support = allowed + [stop] * int(position - piece.start_N[0] >= 2)

@@ -24,7 +24,9 @@ def config(**learner: Any) -> Config:
 
 def orchestrator(tmp_path: Path, cfg: Config, samplers: FakeSamplers, learner: FakeLearner, **options: Any) -> Orchestrator:
     requests = Requests(PROMPTS, cfg.sampler.samples_per_prompt, cfg.sampler.exploration, cfg.seed)
-    return Orchestrator(cfg, requests, samplers, learner, Replay(cfg.replay), FakeTracker(), tmp_path / "checkpoints", **options)
+    return Orchestrator(
+        cfg, requests, samplers, learner, Replay(cfg.replay), FakeTracker(), tmp_path / "checkpoints", **options
+    )
 
 
 def used(learner: FakeLearner) -> int:

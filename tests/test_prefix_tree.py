@@ -41,7 +41,9 @@ def test_end_bounds_exactly_the_descendants(strings: list[list[int]]) -> None:
 
 
 @given(samples, st.lists(st.integers(5, 9), max_size=3), st.integers(1, 3))
-def test_a_packed_node_sees_the_context_and_its_own_path_alone(strings: list[list[int]], suffix: list[int], context: int) -> None:
+def test_a_packed_node_sees_the_context_and_its_own_path_alone(
+    strings: list[list[int]], suffix: list[int], context: int
+) -> None:
     tree = PrefixTree.of([trajectory(s) for s in strings])
     packed = Packed.of(tree, list(range(20, 20 + context)), suffix)
     seen = visible(packed.end_L)

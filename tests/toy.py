@@ -86,7 +86,9 @@ class Toy:
         trajectories, rewards = [], []
         for string in strings:
             tokens = np.array(string, np.int32)
-            trajectories.append(Trajectory(tokens, np.ones(len(string), bool), np.zeros(len(string) + 1, np.float32), "sampled"))
+            trajectories.append(
+                Trajectory(tokens, np.ones(len(string), bool), np.zeros(len(string) + 1, np.float32), "sampled")
+            )
             prefixes = [string[:t] for t in range(len(string) + 1)]
             rewards.append(np.array([self.log_reward[prompt][INDEX[s]] if self.terminable(s) else np.nan for s in prefixes]))
         return Group(PROMPTS[prompt], tuple(trajectories), tuple(rewards), 0, 0)

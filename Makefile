@@ -1,0 +1,52 @@
+# `make demo` and `make test` set up what is missing and then do their job. A second run sets up nothing again.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+# Any 3.11 will do, under whatever name this machine has it.
+FOUND := $(shell command -v $(PYTHON) || command -v python3)
+BIN := .venv/bin
+# uv reads neither pip's configuration nor its environment: pass on where wheels are found, else name PyTorch's CPU index.
+LINKS := $(shell $(FOUND) -m pip config get global.find-links 2>/dev/null)
+CPU_WHEELS := $(if $(LINKS),$(addprefix --find-links ,$(LINKS)),--extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match)
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup setup-gpu demo test lint bench lock clean
+
+setup: .venv/.ready
+
+.venv/.ready: requirements/cpu.txt
+	@$(FOUND) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "Python 3.11 is needed, but $(FOUND) is another version; set PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(FOUND) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv==0.13.9
+	$(BIN)/uv pip install --python $(BIN)/python $(CPU_WHEELS) --no-deps --requirements requirements/cpu.txt
+	touch $@
+
+setup-gpu:
+	test -x $(BIN)/python || $(FOUND) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv==0.13.9
+	$(BIN)/uv pip install --python $(BIN)/python --requirements pyproject.toml --extra gpu --extra dev
+	touch .venv/.ready
+
+demo: setup
+	$(BIN)/python deploy/job.py deploy/configs/random_number.yaml $(ARGS)
+
+test: setup lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+# Measured figures: each prints one line of JSON.
+bench: setup
+	$(BIN)/python -m tests.benchmarks.sampler_rate
+	$(BIN)/python -m tests.benchmarks.publish
+	$(BIN)/python -m tests.benchmarks.seeds deploy/configs/random_number.yaml
+
+# Pins for a set-up that is the same everywhere; without hosts or folders, so it can be committed.
+lock: setup
+	$(BIN)/uv pip compile --quiet --python-version 3.11 $(CPU_WHEELS) --no-annotate --no-header --extra cpu --extra dev pyproject.toml --output-file requirements/cpu.txt
+	sed -i '/^--/d' requirements/cpu.txt
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
