@@ -20,6 +20,7 @@ class BehaviourLogits:
         outside_V = torch.ones(width, dtype=torch.bool)
         outside_V[torch.from_numpy(constraints.columns)] = False
         self._outside_V = outside_V.to(device) if outside_V.any() else None
+        self._buffer: torch.Tensor | None = None
         self._size = len(constraints.columns)
         self._stop = constraints.stop_token
         self._min_tokens = constraints.min_tokens
@@ -39,14 +40,22 @@ class BehaviourLogits:
         """
         logits_BV.div_(temperature_B[:, None])
         self._mask(logits_BV, no_stop_B)
-        mixed = torch.nonzero(epsilon_B > 0).squeeze(1)
-        if len(mixed):
-            size_M = self._size - no_stop_B[mixed].float()
-            share_M = epsilon_B[mixed]
-            probs_MV = torch.softmax(logits_BV[mixed], dim=-1)
-            probs_MV.mul_((1 - share_M)[:, None]).add_((share_M / size_M)[:, None]).log_()
-            logits_BV[mixed] = self._mask(probs_MV, no_stop_B[mixed])
+        mixed_M = torch.nonzero(epsilon_B > 0).squeeze(1)
+        if len(mixed_M):
+            no_stop_M, epsilon_M = no_stop_B[mixed_M], epsilon_B[mixed_M]
+            values_MV = torch.index_select(logits_BV, 0, mixed_M, out=self._scratch(len(mixed_M), logits_BV))
+            values_MV.sub_(values_MV.amax(dim=1, keepdim=True)).exp_()
+            # exp(logit) + c, where c is to the sum of all exp(logit) what each token's uniform share is to 1 - epsilon.
+            share_M = epsilon_M / (1 - epsilon_M) / (self._size - no_stop_M.float())
+            values_MV.add_(values_MV.sum(dim=1, keepdim=True).mul_(share_M[:, None])).log_()
+            logits_BV.index_copy_(0, mixed_M, self._mask(values_MV, no_stop_M))
         return logits_BV
+
+    def _scratch(self, rows: int, like_BV: torch.Tensor) -> torch.Tensor:
+        """Kept between steps: a fresh buffer of megabytes costs more in page faults than the arithmetic in it."""
+        if self._buffer is None or len(self._buffer) < rows:
+            self._buffer = torch.empty(rows, like_BV.shape[1], dtype=like_BV.dtype, device=like_BV.device)
+        return self._buffer[:rows]
 
     def _mask(self, values_BV: torch.Tensor, no_stop_B: torch.Tensor) -> torch.Tensor:
         if self._outside_V is not None:

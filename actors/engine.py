@@ -15,10 +15,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from actors.settings import BLOCK, LORA_RANKS, EngineSettings, engine_environment
 from system.adapters import Adapter, AdapterError, BaseWeights
 from system.constraints import Constraints
 from system.trajectory import Behaviour, Request, Trajectory
@@ -26,43 +27,6 @@ from system.trajectory import Behaviour, Request, Trajectory
 if TYPE_CHECKING:
     import torch
     from vllm.outputs import CompletionOutput, RequestOutput
-
-BLOCK = 32
-"""Tokens of one block of the KV cache: the smallest that vLLM has on CPU. Shorter prefixes are not shared."""
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM has kernels for."""
-
-
-def engine_environment(threads: int, gpu: bool) -> dict[str, str]:
-    """Environment variables of a process with an engine. vLLM and OpenMP read them when they are first imported."""
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    if not gpu:
-        environment |= {
-            # By default vLLM pins its threads and leaves out cores; a small machine has none to leave out.
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(threads),
-            # Log-probs would start a C++ compiler at the first request, for a kernel that gains nothing here.
-            "TORCH_COMPILE_DISABLE": "1",
-        }
-    return environment
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What an engine is built with, apart from the model and the support."""
-
-    max_model_len: int
-    """Longest prompt plus longest sample, tokens."""
-    install: Literal["merged", "adapter"] = "merged"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    max_num_seqs: int = 64
-    kv_cache_mb: int = 512
-    gpu_memory_utilization: float = 0.5
-    canary_tolerance: float = 0.005
-    """Nats a token."""
-    max_lora_rank: int = 16
-    threads: int = 1
-    seed: int = 0
 
 
 @dataclass
@@ -137,8 +101,8 @@ class Engine:
         if not request.behaviours_K:
             raise ValueError(f"group {request.group_id} asks for no samples: behaviours_K is empty")
         for behaviour in request.behaviours_K:
-            if not (behaviour.temperature > 0 and 0 <= behaviour.epsilon <= 1):
-                raise ValueError(f"group {request.group_id}: {behaviour} needs temperature > 0 and 0 <= epsilon <= 1")
+            if not (behaviour.temperature > 0 and 0 <= behaviour.epsilon < 1):
+                raise ValueError(f"group {request.group_id}: {behaviour} needs temperature > 0 and 0 <= epsilon < 1")
 
     def add(self, request: Request) -> int:
         """Queues a group; `step` names it by the number returned. K requests share the prompt's full blocks.
@@ -148,6 +112,7 @@ class Engine:
             RuntimeError: no adapter is installed.
         """
         import vllm
+        from vllm.sampling_params import RequestOutputKind
 
         self.check(request)
         if self.installed is None:
@@ -160,7 +125,7 @@ class Engine:
                 ignore_eos=True, detokenize=False, logprobs=0, flat_logprobs=True,
                 seed=int(np.random.SeedSequence((request.seed, k)).generate_state(1)[0]),
                 extra_args={"behaviour": (behaviour.temperature, behaviour.epsilon)},
-                output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+                output_kind=RequestOutputKind.FINAL_ONLY,
             )  # fmt: skip
             self._submit(f"{ticket}/{k}", request.prompt.policy_tokens, params, self._lora)
         return ticket
@@ -168,7 +133,7 @@ class Engine:
     def step(self) -> list[tuple[int, tuple[Trajectory, ...]]]:
         """One token for every running sample. Returns the groups that are complete, by number."""
         complete = []
-        for output in self._engine.step():
+        for output in cast("list[RequestOutput]", self._engine.step()):
             if not output.finished:
                 continue
             ticket, k = map(int, output.request_id.split("/"))
@@ -267,7 +232,7 @@ class Engine:
         self._submit("canary", tokens, params, lora)
         done: list[RequestOutput] = []
         while not done:
-            done = [output for output in self._engine.step() if output.finished]  # type: ignore[misc]
+            done = [output for output in cast("list[RequestOutput]", self._engine.step()) if output.finished]
         rows: Any = done[0].prompt_logprobs
         logp_T = [row[token].logprob for row, token in zip(rows[1:], tokens[1:], strict=True)]
         error = float(np.mean(np.abs(np.subtract(logp_T, adapter.canary.logp_T))))
@@ -296,7 +261,8 @@ class Engine:
 
 def _processor(constraints: Constraints) -> Any:
     """A vLLM logits processor class that applies `constraints` and each request's behaviour to the whole batch."""
-    from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
+    from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+    from vllm.v1.sample.logits_processor.interface import LogitsProcessor
 
     from actors.behaviour import BehaviourLogits
 

@@ -107,7 +107,8 @@ class Function:
     def _call(self, prompt: Prompt, tokens: list[int]) -> float:
         text = self.decode(tokens)
         value = self.function(prompt, text, tokens)
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
+        is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+        if not is_number or not np.isfinite(value):
             raise RewardError(
                 f"reward function {getattr(self.function, '__qualname__', self.function)!r} returned {value!r} for prompt "
                 f"{prompt.id!r}, text {text!r}; return a finite number (a floor, not -inf, for the impossible)"

@@ -6,6 +6,7 @@ reward of one is computed while others are drawn.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -19,11 +20,14 @@ from typing import Any, Protocol
 import numpy as np
 import psutil
 
-from actors.engine import BLOCK, Engine, EngineSettings
+from actors.engine import Engine
+from actors.settings import BLOCK, EngineSettings
 from system.adapters import Adapter, AdapterError
 from system.config import Config
 from system.constraints import Constraints
 from system.trajectory import Group, Prompt, Request, Trajectory
+
+logger = logging.getLogger(__name__)
 
 SHORTEST_CONTEXT = 128
 """Tokens that an engine holds at least, so that an adapter's canary fits."""
@@ -101,7 +105,7 @@ class Sampler:
             max_num_seqs=section.max_num_seqs,
             kv_cache_mb=section.kv_cache_mb,
             gpu_memory_utilization=section.gpu_memory_utilization,
-            canary_tolerance=section.resolved_canary_tolerance,
+            canary_tolerance=config.canary_tolerance,
             max_lora_rank=config.lora.rank,
             threads=config.actors.threads,
             seed=config.seed,
@@ -182,6 +186,7 @@ class Sampler:
         # A border: whatever ended this thread must reach those who wait for it, and `on_death`.
         except BaseException as error:
             died = True
+            logger.exception("the engine's thread ends")
             self._ended = f"the engine died: {type(error).__name__}: {error}"
         with self._wake:
             self._ended = self._ended or "the sampler was closed"

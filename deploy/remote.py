@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -18,6 +19,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from actors.engine import engine_environment
+from actors.sampler import EngineDied
 from system.adapters import Adapter
 from system.config import Config, ConfigError
 from system.orchestrator import SamplerDied
@@ -26,20 +28,22 @@ from system.trajectory import Group, Request
 
 logger = logging.getLogger(__name__)
 
+GOODBYE_SECONDS = 2.0
 START_SECONDS = 600.0
 """Longest wait for actors to be placed and built: a first start converts or fetches the model."""
 
 
 class SamplerActor:
-    """Builds a Sampler in this process. If its engine dies, the process exits, so that Ray sees it."""
+    """Builds a Sampler in this process. If its engine dies, so does the process: a dead engine must not look alive."""
 
     def __init__(self, config: Config, problem: Problem) -> None:
         from actors.build import build_sampler
 
-        self._sampler = build_sampler(config, problem, on_death=lambda: os._exit(1))
+        self._sampler = build_sampler(config, problem, on_death=_exit_soon)
 
-    def ready(self) -> bool:
-        return True
+    def ready(self) -> int:
+        """The process id, once this actor is built."""
+        return os.getpid()
 
     def install(self, adapter: Adapter) -> dict[str, float]:
         return self._sampler.install(adapter)
@@ -63,8 +67,9 @@ class LearnerActor:
             config, locate(config.model), problem.constraints, config.model.path, prompt.policy_tokens + prompt.reward_tokens
         )
 
-    def ready(self) -> bool:
-        return True
+    def ready(self) -> int:
+        """The process id, once this actor is built."""
+        return os.getpid()
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
         return self._learner.update(groups)
@@ -83,6 +88,11 @@ class LearnerActor:
 
     def stats(self) -> dict[str, float]:
         return self._learner.stats() | _node_metrics()
+
+
+def _exit_soon() -> None:
+    """Ends this process once the callers have had time to be told why."""
+    threading.Timer(GOODBYE_SECONDS, os._exit, args=(1,)).start()
 
 
 def _node_metrics() -> dict[str, float]:
@@ -146,23 +156,15 @@ class RaySamplers:
         """Name -> reference to that sampler's statistics."""
         return {name: actor.stats.remote() for name, actor in self._actors.items()}
 
-    def process_of(self, name: str) -> Any:
-        """The actor behind a name, for tests that kill it."""
-        return self._actors[name]
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._actors)
-
     def _settled(self, name: str, error: BaseException | None) -> BaseException | None:
         """Runs in a thread of Ray's, where no actor may be started: the dead are replaced by the next request."""
         if name in self._load:
             self._load[name] -= 1
-        if not isinstance(error, RayActorError):
+        if not isinstance(error, (RayActorError, EngineDied)):
             return error
         if name in self._actors and name not in self._dead:
             self._dead.append(name)
-        return SamplerDied(str(error), name)
+        return SamplerDied(str(error).splitlines()[0] if isinstance(error, RayActorError) else str(error), name)
 
     def _replace(self, name: str) -> None:
         if name in self._actors:

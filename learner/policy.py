@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from system.config import ConfigError, Lora
@@ -50,6 +51,12 @@ class Policy:
             self._peft: PeftModel = get_peft_model(base, peft_config, autocast_adapter_dtype=False)  # type: ignore[assignment]
         except ValueError as error:
             raise ConfigError(f"lora.targets={lora.targets!r}: {error}") from error
+        for name, layer in (("output", base.get_output_embeddings()), ("input", base.get_input_embeddings())):
+            if isinstance(layer, BaseTunerLayer):
+                raise ConfigError(
+                    f"lora.targets={lora.targets!r} adapts the {name} embeddings, which stay frozen here; "
+                    "name linear modules inside the layers, or all-linear"
+                )
         self.parameters: dict[str, torch.nn.Parameter] = {}
         for name, parameter in self._peft.named_parameters():
             if parameter.requires_grad:

@@ -37,12 +37,13 @@ class Replay:
     def mix(self, fresh: Group, rng: np.random.Generator) -> Group:
         """`fresh` with replayed trajectories of its prompt, in the configured shares; those it has itself are not drawn.
 
-        With fewer in the buffer than the shares ask for, all that differ from the fresh ones are taken.
+        With fewer in the buffer than the shares ask for, all that differ from the fresh ones are taken. A share that is
+        no whole number of trajectories is rounded up or down at random, so that it is right on average.
         """
         have = {trajectory.key for trajectory in fresh.trajectories_K}
         stored = [entry for key, entry in self._prompts.get(fresh.prompt.id, {}).items() if key not in have]
         per_share = len(fresh) / self.config.fresh
-        wanted = [round(per_share * share) for share in (self.config.prioritised, self.config.uniform)]
+        wanted = [int(per_share * share + rng.random()) for share in (self.config.prioritised, self.config.uniform)]
         if not stored or not any(wanted):
             return fresh
         log_reward = np.array([log_reward_T[-1] for _, log_reward_T in stored]) / self.config.prioritised_temperature

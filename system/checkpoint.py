@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 KEEP = 2
+"""Checkpoints on disk: the newest, and the one before, should the newest be damaged."""
 
 
 class CheckpointError(RuntimeError):
@@ -20,7 +21,9 @@ class CheckpointError(RuntimeError):
 
 
 def write(folder: Path, step: int, files: dict[str, bytes]) -> Path:
-    """Writes `folder/step-NNNNNNNN` and removes all but the newest two. The one before stays until this one is whole.
+    """Writes `folder/step-NNNNNNNN` and keeps the one before it. Nothing is removed until this one is whole.
+
+    Checkpoints of later steps go too: a run that writes this one went on from before them, because they were damaged.
 
     Raises:
         OSError: the disk is full or read-only; earlier checkpoints are as they were.
@@ -38,8 +41,10 @@ def write(folder: Path, step: int, files: dict[str, bytes]) -> Path:
         part.replace(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    for old in _steps(folder)[:-KEEP]:
-        shutil.rmtree(old)
+    earlier = [path for path in _steps(folder) if path < target]
+    for old in _steps(folder):
+        if old != target and old not in earlier[-(KEEP - 1) :]:
+            shutil.rmtree(old)
     return target
 
 
@@ -52,6 +57,8 @@ def read_latest(folder: Path) -> dict[str, bytes]:
     for candidate in reversed(_steps(folder)):
         try:
             manifest = json.loads((candidate / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+            if (found := {path.name for path in candidate.iterdir()}) != {*manifest, MANIFEST}:
+                raise ValueError(f"its files are {sorted(found)}, not those of its manifest")
             files = {name: (candidate / name).read_bytes() for name in manifest}
         except (OSError, ValueError, KeyError) as error:
             logger.warning("checkpoint %s is refused: %s", candidate, error)

@@ -204,11 +204,7 @@ class Sampler(Section):
     """Groups that one sampler works on at once. Two or more leave no idle tail between groups."""
     canary_tolerance: float | None = Field(default=None, gt=0)
     """Largest mean difference, nats a token, between the engine's and the learner's log-probs of the canary.
-    By default 0.005 in float32 and 0.25 in bfloat16."""
-
-    @property
-    def resolved_canary_tolerance(self) -> float:
-        return self.canary_tolerance or (0.005 if self.dtype == "float32" else 0.25)
+    By default 0.005 if both compute in float32, else 0.15: bfloat16 alone makes about 0.04."""
 
 
 class Actors(Section):
@@ -400,6 +396,11 @@ class Config(Section):
     tracking: Tracking = Tracking()
     cluster: Cluster = Cluster()
 
+    @property
+    def canary_tolerance(self) -> float:
+        exact = self.sampler.dtype == self.learner.dtype == "float32"
+        return self.sampler.canary_tolerance or (0.005 if exact else 0.15)
+
     @model_validator(mode="after")
     def _the_loss_has_its_rewards(self) -> Config:
         if self.loss.kind in NEEDS_PREFIX_REWARDS and not self.task.reward.every_prefix:
@@ -427,8 +428,8 @@ class Config(Section):
             needed = own + self.actors.count * each
             if needed > have + 1e-9:
                 raise ConfigError(
-                    f"actors.count={self.actors.count}: learner.{kind}={own:g} and {self.actors.count} x actors.{kind}={each:g} need "
-                    f"{needed:g} {kind}, but the cluster has {have:g}; lower actors.count, actors.{kind} or learner.{kind}"
+                    f"actors.count={self.actors.count}: learner.{kind}={own:g} and {self.actors.count} x actors.{kind}={each:g}"
+                    f" need {needed:g} {kind}, but the cluster has {have:g}; lower one of these"
                 )
 
 

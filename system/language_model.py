@@ -8,17 +8,17 @@ that something is predicted from, in the forward and in the backward pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from system.config import ConfigError
 from system.constraints import Constraints
+from system.output_layer import ChunkedLogProbs, Head
 from system.prefix_tree import Packed
 
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
@@ -83,21 +83,21 @@ class LanguageModel:
         config = model.config.get_text_config()
         self._window: int | None = getattr(config, "sliding_window", None)
         self._layer_types = set(getattr(config, "layer_types", None) or ())
-        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         head: Any = model.get_output_embeddings()
         if head is None:
             raise ConfigError(f"{type(model).__name__} has no output embeddings: it is no causal language model")
-        self._weight_VH: torch.Tensor = head.weight
-        self._bias_V: torch.Tensor | None = getattr(head, "bias", None)
+        softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._head = Head(head.weight, getattr(head, "bias", None), softcap)
+        self._selected: tuple[Constraints, Head] | None = None
         self._check()
 
     @property
     def device(self) -> torch.device:
-        return self._weight_VH.device
+        return self._head.weight_CH.device
 
     @property
     def vocab_size(self) -> int:
-        return self._weight_VH.shape[0]
+        return self._head.weight_CH.shape[0]
 
     def hidden(self, pieces: Sequence[Packed]) -> torch.Tensor:
         """Final hidden states [L, H] of pieces laid end to end in one row; pieces do not see each other."""
@@ -130,45 +130,32 @@ class LanguageModel:
         among them (queries of one position must agree). Without, over the whole vocabulary.
         """
         positions, row_Q = np.unique(position_Q, return_inverse=True)
-        stop_closed = np.zeros(len(positions), bool)
-        weight, bias, column_Q, stop_column = self._weight_VH, self._bias_V, token_Q, None
+        order = np.argsort(row_Q, kind="stable")
+        head, column_Q, closed_M = self._head, token_Q, None
         if constraints is not None:
-            column_Q = constraints.column_of(token_Q)
-            stop_column = constraints.stop_column
-            if may_stop_Q is not None:
-                stop_closed[row_Q] = ~may_stop_Q
+            head, column_Q = self._head_of(constraints), constraints.column_of(token_Q)
+            if may_stop_Q is not None and not may_stop_Q.all():
+                closed = np.zeros(len(positions), bool)
+                closed[row_Q] = ~may_stop_Q
+                closed_M = self._put(closed)
+        sorted_Q = ChunkedLogProbs.apply(
+            hidden_LH[self._put(positions)],
+            replace(head, temperature=temperature, closed_M=closed_M, chunk=self.logits_chunk),
+            self._put(row_Q[order]),
+            self._put(column_Q[order]),
+        )
+        return sorted_Q[self._put(np.argsort(order))]
+
+    def _head_of(self, constraints: Constraints) -> Head:
+        """The output layer over the columns of the constraints; one selection is kept, since a run has one support."""
+        if self._selected is None or self._selected[0] is not constraints:
+            head = self._head
             if len(constraints.columns) != self.vocab_size:
                 columns = self._put(constraints.columns)
-                weight, bias = weight[columns], None if bias is None else bias[columns]
-
-        def chunk(hidden_MH: torch.Tensor, closed_M: torch.Tensor, row_q: torch.Tensor, column_q: torch.Tensor) -> torch.Tensor:
-            logits_MC = linear(hidden_MH, weight, bias).float()
-            if self._softcap:
-                logits_MC = torch.tanh(logits_MC / self._softcap) * self._softcap
-            logits_MC = logits_MC / temperature
-            if stop_column is not None:
-                logits_MC[:, stop_column] = logits_MC[:, stop_column].masked_fill(closed_M, -torch.inf)
-            return logits_MC[row_q, column_q] - logits_MC.logsumexp(-1)[row_q]
-
-        order = np.argsort(row_Q, kind="stable")
-        starts = np.arange(0, len(positions), self.logits_chunk)
-        edges = np.searchsorted(row_Q[order], np.append(starts, len(positions)))
-        selected_MH = hidden_LH[self._put(positions)]
-        parts = []
-        for start, low, high in zip(starts, edges[:-1], edges[1:], strict=True):
-            these = order[low:high]
-            stop = start + self.logits_chunk
-            arguments = (
-                selected_MH[start:stop],
-                self._put(stop_closed[start:stop]),
-                self._put(row_Q[these] - start),
-                self._put(column_Q[these]),
-            )
-            again = len(starts) > 1 and torch.is_grad_enabled()
-            parts.append(checkpoint(chunk, *arguments, use_reentrant=False) if again else chunk(*arguments))
-        if not parts:
-            return hidden_LH.new_zeros(0, dtype=torch.float32)
-        return torch.cat(parts)[self._put(np.argsort(order))]
+                bias = None if head.bias_C is None else head.bias_C[columns]
+                head = replace(head, weight_CH=head.weight_CH[columns], bias_C=bias)
+            self._selected = (constraints, replace(head, stop_column=constraints.stop_column))
+        return self._selected[1]
 
     def score(self, pieces: Sequence[Packed]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Without gradients: per piece, float64 [N] log p(node | parent) (0 at the root), and [N] log p(suffix | node).
@@ -201,7 +188,7 @@ class LanguageModel:
         visible = (at[None, :] <= at[:, None]) & (at[:, None] < end_L[None, :])
 
         def additive(seen: torch.Tensor) -> torch.Tensor:
-            mask = torch.zeros(seen.shape, dtype=self._weight_VH.dtype, device=seen.device)
+            mask = torch.zeros(seen.shape, dtype=self._head.weight_CH.dtype, device=seen.device)
             return mask.masked_fill_(~seen, -torch.inf)[None, None]
 
         if self._window is None:
@@ -224,7 +211,7 @@ class LanguageModel:
             raise ConfigError(f"{type(self.model).__name__} does not take packed rows: {error}") from error
         own = logits.log_softmax(-1)[torch.arange(7), self._put(tokens[1:])]
         worst = float((packed - own).abs().max())
-        if not worst <= SELF_CHECK_TOLERANCE[self._weight_VH.dtype]:
+        if not worst <= SELF_CHECK_TOLERANCE[self._head.weight_CH.dtype]:
             raise ConfigError(
                 f"{type(self.model).__name__}: packed log-probs differ from the model's own by {worst:.3g} nats; "
                 "this architecture is not supported"

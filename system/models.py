@@ -57,7 +57,10 @@ def locate(model: Model) -> Path:
 
 def context_length(folder: Path) -> int:
     """Longest sequence, in tokens, that the model was made for. Reads config.json alone."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{folder}/config.json is not JSON ({error}): the download is damaged; fetch it again") from error
     config = config.get("text_config", config)
     for name in ("max_position_embeddings", "n_positions", "n_ctx"):
         if name in config:
@@ -77,8 +80,9 @@ def _from_hub(model: Model) -> Path:
         return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns))
     # The hub client raises many kinds of error for one meaning: these files cannot be had.
     except (OSError, ValueError, RuntimeError, HFValidationError) as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
         raise ConfigError(
-            f"model.path={model.path!r} cannot be loaded: {str(error).splitlines()[0]}. It is neither a folder here nor a hub id "
+            f"model.path={model.path!r} cannot be loaded: {reason}. It is neither a folder here nor a hub id "
             f"that can be reached; name a folder in Hugging Face format, set HF_HUB_OFFLINE=0 and check the network, "
             f"or use one of: {', '.join(PACKAGED_PREFIX + name for name in PACKAGED)}"
         ) from error
@@ -100,7 +104,12 @@ def _packaged(name: str) -> Path:
     version = importlib.metadata.version(packaged.distribution)
     target = cache_dir() / "models" / f"{name}-{version}"
     if not target.exists():
-        gguf = next(Path(str(file.locate())) for file in files if file.name == packaged.file)
+        gguf = next((Path(str(file.locate())) for file in files if file.name == packaged.file), None)
+        if gguf is None:
+            raise ConfigError(
+                f"model.path='{PACKAGED_PREFIX}{name}': {packaged.distribution} {version} has no file {packaged.file}; "
+                "install the version that pyproject.toml names"
+            )
         _dequantise(gguf, target)
     return target
 
@@ -113,18 +122,23 @@ def _dequantise(gguf: Path, target: Path) -> None:
     logger.warning("converting %s once into %s", gguf.name, target)
     quantization = GgufConfig(gguf_file=gguf.name, dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=quantization, dtype=torch.bfloat16
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=quantization,
+        dtype=torch.bfloat16,
+        trust_remote_code=False,
     )
     model.hf_quantizer = None  # type: ignore[assignment]
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}.part-"))
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
     try:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
         part.replace(target)
     except OSError:
         # Another process finished the same conversion first: its folder is the same.
         if not (target / "config.json").is_file():
             raise
-        shutil.rmtree(part)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

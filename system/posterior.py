@@ -36,7 +36,7 @@ class Exact:
         q, target = np.exp(log_q_O), np.exp(log_target_O)
         elsewhere = max(0.0, 1.0 - float(q.sum()))
         difference = log_q_O - log_target_O
-        reverse = float((q * difference).sum())
+        reverse = float((q[q > 0] * difference[q > 0]).sum())
         if elsewhere > 0:
             reverse += elsewhere * (np.log(elsewhere) - np.log(1e-6))
         return cls(

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from actors.behaviour import BehaviourLogits
-from actors.engine import Engine, EngineSettings
+from actors.engine import Engine
+from actors.settings import EngineSettings
 from system.adapters import Adapter, AdapterError
 from system.constraints import Constraints
 from system.trajectory import Behaviour, Prompt, Request, Trajectory

@@ -74,6 +74,32 @@ def test_chunks_change_neither_values_nor_gradients(model: PreTrainedModel) -> N
     assert torch.allclose(results[0][1], results[1][1], rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_equal_those_of_materialised_logits(model: PreTrainedModel) -> None:
+    constraints = Constraints.of(stop_token=9, min_tokens=3, max_tokens=20, vocab_size=VOCAB, allowed=list(range(5, VOCAB)))
+    piece = Packed.of(PrefixTree.of(random_samples(np.random.default_rng(2))), CONTEXTS[0])
+    language_model = LanguageModel(model, logits_chunk=5)
+    stops = np.flatnonzero(piece.tree.depth_N >= 3)
+    positions = np.concatenate([piece.edge_queries()[0], piece.start_N[stops]])
+    tokens = np.concatenate([piece.edge_queries()[1], np.full(len(stops), 9)])
+    may_stop = np.concatenate([piece.tree.depth_N[piece.tree.parent_N[1:]], piece.tree.depth_N[stops]]) >= 3
+    hidden = language_model.hidden([piece]).detach().requires_grad_(True)
+    weights = torch.randn(len(tokens), generator=torch.Generator().manual_seed(0))
+    values = language_model.log_probs(hidden, positions, tokens, constraints, may_stop, temperature=1.3)
+    (chunked,) = torch.autograd.grad((values * weights).sum(), hidden)
+
+    logits = model.get_output_embeddings()(hidden)[torch.from_numpy(positions)]
+    if softcap := getattr(model.config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / softcap) * softcap
+    outside = torch.ones(len(tokens), VOCAB, dtype=torch.bool)
+    outside[:, torch.from_numpy(constraints.columns)] = False
+    outside[:, 9] |= torch.from_numpy(~may_stop)
+    table = (logits / 1.3).masked_fill(outside, -torch.inf).log_softmax(-1)
+    expected = table[torch.arange(len(tokens)), torch.from_numpy(tokens)]
+    assert torch.allclose(values, expected, atol=1e-5)
+    (materialised,) = torch.autograd.grad((expected * weights).sum(), hidden)
+    assert torch.allclose(chunked, materialised, atol=1e-4)
+
+
 def test_log_probs_follow_the_support(model: PreTrainedModel) -> None:
     allowed, stop = [5, 6, 7, 8], 9
     constraints = Constraints.of(stop_token=stop, min_tokens=2, max_tokens=4, vocab_size=VOCAB, allowed=allowed)

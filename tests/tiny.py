@@ -44,6 +44,7 @@ def llama(vocab_size: int = 64, seed: int = 0) -> PreTrainedModel:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=32,  # the smallest that vLLM's CPU kernels take
         max_position_embeddings=CONTEXT,
         initializer_range=0.3,
         bos_token_id=1,

@@ -23,6 +23,9 @@ PACKAGED_PROMPTS = Path(__file__).with_name("prompts.txt")
 def build(section: Continuation, tokenizer: PreTrainedTokenizerBase) -> Problem:
     """Raises ConfigError if the prompts cannot be read, or the stop is not one token."""
     stop = single_token(tokenizer, section.stop, "task.stop")
+    allowed = legal_tokens(tokenizer, section.illegal)
+    if not set(allowed.tolist()) - {stop}:
+        raise ConfigError(f"task.illegal={list(section.illegal)} leaves no token of this tokenizer to draw; remove some of it")
     prompts = []
     for number, text in read_prompts(section):
         # What follows a prompt begins with a space of its own, as words do in a byte-pair vocabulary.
@@ -35,7 +38,7 @@ def build(section: Continuation, tokenizer: PreTrainedTokenizerBase) -> Problem:
             min_tokens=section.min_tokens,
             max_tokens=section.max_tokens,
             vocab_size=len(tokenizer),
-            allowed=legal_tokens(tokenizer, section.illegal),
+            allowed=allowed,
         ),
         reward_stop=(stop,),
     )
@@ -49,11 +52,11 @@ def read_prompts(section: Continuation) -> list[tuple[int, str]]:
     """
     path = PACKAGED_PROMPTS if section.prompts == "packaged" else Path(section.prompts).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ConfigError(f"task.prompts={section.prompts!r} is not UTF-8 (byte {error.start}); convert it") from error
     except OSError as error:
-        raise ConfigError(f"task.prompts={section.prompts!r} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"task.prompts={section.prompts!r} cannot be read: {error.strerror}; name a text file") from error
     first: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -61,7 +64,8 @@ def read_prompts(section: Continuation) -> list[tuple[int, str]]:
     chosen = [(number, text) for text, number in first.items()][section.offset :][: section.limit]
     if not chosen:
         raise ConfigError(
-            f"task.prompts={section.prompts!r} has {len(first)} prompts, none of them after task.offset={section.offset}"
+            f"task.prompts={section.prompts!r} has {len(first)} prompts, none of them after task.offset={section.offset}; "
+            "lower the offset or name another file"
         )
     return chosen
 

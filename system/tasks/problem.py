@@ -28,8 +28,11 @@ class Problem:
     @property
     def longest_prompt(self) -> int:
         """Tokens of the longest context that a model has to hold besides Z."""
-        evidence = max(len(prompt.evidence_tokens or ()) for prompt in self.prompts)
-        return max(max(len(p.policy_tokens), len(p.reward_tokens) + evidence + len(self.reward_stop)) for p in self.prompts)
+
+        def scored(prompt: Prompt) -> int:
+            return len(prompt.reward_tokens) + len(self.reward_stop) + len(prompt.evidence_tokens or ())
+
+        return max(max(len(prompt.policy_tokens), scored(prompt)) for prompt in self.prompts)
 
 
 def single_token(tokenizer: PreTrainedTokenizerBase, text: str, field: str) -> int:

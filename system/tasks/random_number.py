@@ -15,12 +15,16 @@ from system.trajectory import Prompt
 
 
 def build(section: RandomNumber, tokenizer: PreTrainedTokenizerBase) -> Problem:
-    """One prompt; the support is the ten digits and the stop. Raises ConfigError if a digit or the stop is no token."""
+    """One prompt; the support is the ten digits and the stop. Raises ConfigError if a digit or the stop is no token.
+
+    Under a reward that is not the task's own, the target is not uniform, so no outcomes are listed.
+    """
     digits = {digit: single_token(tokenizer, digit, "digit") for digit in "0123456789"}
     stop = single_token(tokenizer, section.stop, "task.stop")
     context = context_tokens(tokenizer, section.prompt.format(low=section.low, high=section.high))
     meta = {"low": section.low, "high": section.high, "floor": section.floor}
     outcomes = tuple(sampled([digits[digit] for digit in str(number)]) for number in range(section.low, section.high + 1))
+    uniform = section.reward == RandomNumber().reward
     return Problem(
         prompts=(Prompt("random_number", context, context, meta=meta),),
         constraints=Constraints.of(
@@ -30,9 +34,9 @@ def build(section: RandomNumber, tokenizer: PreTrainedTokenizerBase) -> Problem:
             vocab_size=len(tokenizer),
             allowed=list(digits.values()),
         ),
-        reward_stop=(),
-        outcomes=outcomes,
-        log_target_O=np.full(len(outcomes), -np.log(len(outcomes))),
+        reward_stop=(stop,),
+        outcomes=outcomes if uniform else None,
+        log_target_O=np.full(len(outcomes), -np.log(len(outcomes))) if uniform else None,
     )
 
 

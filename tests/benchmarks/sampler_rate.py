@@ -18,8 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from actors.engine import Engine, EngineSettings, engine_environment
+from actors.engine import Engine
 from actors.sampler import Sampler
+from actors.settings import EngineSettings, engine_environment
 from system.adapters import Adapter, BaseWeights
 from system.config import Model
 from system.constraints import Constraints

@@ -1,0 +1,43 @@
+"""What an engine is built with, and the environment that its process needs. Imports nothing heavy: the driver reads it too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+BLOCK = 32
+"""Tokens of one block of the KV cache: the smallest that vLLM has on CPU. Shorter prefixes are not shared."""
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM has kernels for."""
+
+
+def engine_environment(threads: int, gpu: bool) -> dict[str, str]:
+    """Environment variables of a process with an engine. vLLM and OpenMP read them when they are first imported."""
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    if not gpu:
+        environment |= {
+            # By default vLLM pins its threads and leaves out cores; a small machine has none to leave out.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(threads),
+            # Log-probs would start a C++ compiler at the first request, for a kernel that gains nothing here.
+            "TORCH_COMPILE_DISABLE": "1",
+        }
+    return environment
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is built with, apart from the model and the support."""
+
+    max_model_len: int
+    """Longest prompt plus longest sample, tokens."""
+    install: Literal["merged", "adapter"] = "merged"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_num_seqs: int = 64
+    kv_cache_mb: int = 512
+    gpu_memory_utilization: float = 0.5
+    canary_tolerance: float = 0.005
+    """Nats a token."""
+    max_lora_rank: int = 16
+    threads: int = 1
+    seed: int = 0

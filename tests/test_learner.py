@@ -1,0 +1,182 @@
+"""The learner on tiny models: its log q, its update, and what it saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from learner.learner import Learner, lr_at
+from system.config import Config, ConfigError, parse
+from system.constraints import Constraints
+from system.trajectory import Group, Prompt
+from tests import tiny
+from tests.test_prefix_tree import trajectory
+
+VOCAB, STOP = 64, 9
+ALLOWED = list(range(10, 30))
+CONSTRAINTS = Constraints.of(stop_token=STOP, min_tokens=1, max_tokens=6, vocab_size=VOCAB, allowed=ALLOWED)
+PROMPTS = [Prompt("long", tuple(range(30, 50)), (30,)), Prompt("short", (33, 34), (33,))]
+
+
+def config(**learner: object) -> Config:
+    settings = {"lr": 0.02, "steps": 20, "warmup_steps": 0} | learner
+    return parse({"task": {"kind": "random_number"}, "lora": {"rank": 4, "alpha": 8}, "learner": settings})
+
+
+def groups(seed: int = 0, samples: int = 8) -> list[Group]:
+    rng, result = np.random.default_rng(seed), []
+    for number, prompt in enumerate(PROMPTS):
+        trajectories = [trajectory(rng.choice(ALLOWED[:4], rng.integers(1, 7)).tolist()) for _ in range(samples)]
+        rewards = tuple(rng.normal(10.0 * number, 1.0, len(t) + 1) for t in trajectories)
+        result.append(Group(prompt, tuple(trajectories), rewards, 0, number))
+    return result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.folder(tmp_path_factory.mktemp("model"), vocab_size=VOCAB)
+
+
+def learner(folder: Path, **settings: object) -> Learner:
+    return Learner(config(**settings), folder, CONSTRAINTS, "base", list(range(10, 40)))
+
+
+def perturb(learner: Learner) -> None:
+    """B starts at 0: away from there every LoRA weight matters."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in learner.policy.parameters.values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def own_log_q(model: torch.nn.Module, prompt: Prompt, tokens: list[int]) -> float:
+    """log q of one whole trajectory by one ordinary forward and the definition of the support."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*prompt.policy_tokens, *tokens]])).logits[0].double()
+    total, at = 0.0, len(prompt.policy_tokens) - 1
+    for depth, token in enumerate([*tokens, STOP]):
+        if depth == CONSTRAINTS.max_tokens:
+            break
+        support = ALLOWED + ([STOP] if depth >= CONSTRAINTS.min_tokens else [])
+        total += float(logits[at + depth, token] - logits[at + depth, support].logsumexp(-1))
+    return total
+
+
+def test_log_q_equals_the_masked_policy_one_sequence_at_a_time(folder: Path) -> None:
+    subject = learner(folder)
+    perturb(subject)
+    model = subject.policy.language_model.model
+    for group, score in zip(groups(), subject.score(groups()), strict=True):
+        expected = [own_log_q(model, group.prompt, t.tokens_T.tolist()) for t in group.trajectories_K]
+        assert score.log_q_K == pytest.approx(expected, abs=1e-4)
+        assert score.log_reward_K == pytest.approx([values[-1] for values in group.log_reward_K])
+
+
+@pytest.mark.parametrize("kind", ["pooled", "vargrad", "tb", "db", "subtb"])
+def test_micro_batches_do_not_change_the_update(folder: Path, kind: str) -> None:
+    results = []
+    for budget in (4096, 64):
+        cfg = config(token_budget=budget).model_copy(update={"loss": parse({"task": {"kind": "random_number"}, "loss": {"kind": kind}}).loss})
+        subject = Learner(cfg, folder, CONSTRAINTS, "base", list(range(10, 40)))
+        perturb(subject)
+        metrics = subject.update([*groups(0), *groups(1)])
+        results.append((metrics["loss"], metrics["grad_norm"], subject.policy.adapter_tensors()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-3)
+
+
+def test_gradient_checkpointing_changes_nothing(folder: Path) -> None:
+    metrics = [learner(folder, gradient_checkpointing=on).update(groups()) for on in (False, True)]
+    assert metrics[0]["grad_norm"] == pytest.approx(metrics[1]["grad_norm"], rel=1e-4)
+
+
+def test_updates_bring_u_together_for_each_prompt_on_its_own(folder: Path) -> None:
+    subject = learner(folder, steps=60, lr=0.01)
+    batch = groups()
+    history = [subject.update(batch) for _ in range(60)]
+    assert history[-1]["loss"] < 0.05 * history[0]["loss"]
+    scores = subject.score(batch)
+    log_z = [float((s.log_reward_K - s.log_q_K).mean()) for s in scores]
+    assert log_z[1] - log_z[0] > 5.0
+
+
+def test_the_reward_temperature_divides_the_reward(folder: Path) -> None:
+    at_half = learner(folder, reward_temperature={"start": 0.5, "end": 0.5})
+    doubled = [Group(g.prompt, g.trajectories_K, tuple(2 * r for r in g.log_reward_K), 0, 0) for g in groups()]
+    assert at_half.update(groups())["loss"] == pytest.approx(learner(folder).update(doubled)["loss"], rel=1e-5)
+
+
+def test_a_restored_learner_continues_as_if_it_had_never_stopped(folder: Path) -> None:
+    whole = learner(folder)
+    for seed in range(4):
+        whole.update(groups(seed))
+    first = learner(folder)
+    for seed in range(2):
+        first.update(groups(seed))
+    second = learner(folder)
+    second.restore(first.save(), first.step)
+    for seed in range(2, 4):
+        second.update(groups(seed))
+    expected = whole.policy.adapter_tensors()
+    for name, tensor in second.policy.adapter_tensors().items():
+        assert np.array_equal(tensor, expected[name]), name
+
+
+def test_weights_of_another_rank_are_refused(folder: Path) -> None:
+    other = config().model_copy(update={"lora": parse({"task": {"kind": "random_number"}, "lora": {"rank": 2}}).lora})
+    saved = Learner(other, folder, CONSTRAINTS, "base", list(range(10, 40))).save()
+    with pytest.raises(ValueError, match="does not fit the policy"):
+        learner(folder).restore(saved, 1)
+
+
+def test_the_adapter_loads_in_plain_peft_and_gives_the_same_log_q(folder: Path, tmp_path: Path) -> None:
+    subject = learner(folder)
+    perturb(subject)
+    published = subject.adapter(3)
+    published.verify("base")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plain = PeftModel.from_pretrained(base, str(published.materialise(tmp_path / "adapter"))).eval()
+    for group, score in zip(groups(), subject.score(groups()), strict=True):
+        expected = [own_log_q(plain, group.prompt, t.tokens_T.tolist()) for t in group.trajectories_K]
+        assert score.log_q_K == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_canary_tells_the_adapter_from_the_base(folder: Path) -> None:
+    subject = learner(folder)
+    before = subject.adapter(0).canary
+    perturb(subject)
+    after = subject.adapter(1).canary
+    assert before is not None and after is not None
+    assert before.logp_T == pytest.approx(before.base_logp_T, abs=1e-6)
+    assert np.abs(np.subtract(after.logp_T, after.base_logp_T)).mean() > 0.01
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weights_alone(folder: Path) -> None:
+    subject = learner(folder)
+    before = subject.policy.adapter_tensors()
+    broken = [Group(g.prompt, g.trajectories_K, tuple(r * 1e30 for r in g.log_reward_K), 0, 0) for g in groups()]
+    with pytest.raises(FloatingPointError, match=r"long.*lower learner.lr"):
+        subject.update(broken)
+    assert all(np.array_equal(before[name], tensor) for name, tensor in subject.policy.adapter_tensors().items())
+    assert subject.step == 0
+
+
+def test_lora_targets_that_name_no_module_are_refused(folder: Path) -> None:
+    cfg = parse({"task": {"kind": "random_number"}, "lora": {"targets": ["no_such_layer"]}})
+    with pytest.raises(ConfigError, match=r"lora.targets.*no_such_layer"):
+        Learner(cfg, folder, CONSTRAINTS, "base", [1, 2])
+
+
+@pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
+def test_the_learning_rate_warms_up_from_above_zero_and_decays(decay: str) -> None:
+    settings = config(steps=50, warmup_steps=5, decay=decay, final_lr=0.1, lr=1.0).learner
+    rates = [lr_at(settings, step) for step in range(50)]
+    assert rates[0] == pytest.approx(1 / 6)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[-1] == pytest.approx(1.0 if decay == "constant" else 0.1)

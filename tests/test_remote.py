@@ -1,0 +1,121 @@
+"""Real Ray actors with real engines on a tiny model: the pool, the loop over it, and a sampler that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from deploy import cluster
+from deploy.remote import RayLearner, RaySamplers, wait_until_ready
+from learner.replay import Replay
+from system import evaluation, tasks
+from system.config import Config, ConfigError, parse
+from system.language_model import load_tokenizer
+from system.models import locate
+from system.orchestrator import Orchestrator
+from system.requests import Requests
+from system.tasks.problem import Problem
+from system.trajectory import Group
+from tests import tiny
+from tests.fakes import FakeTracker
+
+
+def config(folder: Path, **changes: object) -> Config:
+    tree = {
+        "model": {"path": str(folder)},
+        "lora": {"rank": 4},
+        "task": {"kind": "random_number", "high": 20},
+        "sampler": {"samples_per_prompt": 8, "kv_cache_mb": 16},
+        "actors": {"count": 2},
+        "learner": {"steps": 12, "warmup_steps": 0, "max_staleness": 2, "checkpoint_every": 100, "cpus": 1},
+        "cluster": {"local_cpus": 3},
+    }
+    return parse(tree | changes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def running(folder: Path) -> Iterator[Config]:
+    cfg = config(folder)
+    cluster.connect(cfg)
+    yield cfg
+    cluster.disconnect()
+
+
+@pytest.fixture(scope="module")
+def problem(folder: Path, running: Config) -> Problem:
+    return tasks.build(running.task, load_tokenizer(locate(running.model)))
+
+
+@pytest.fixture(scope="module")
+def handles(running: Config, problem: Problem) -> tuple[RayLearner, RaySamplers]:
+    learner, samplers = RayLearner(running, problem), RaySamplers(running, problem)
+    wait_until_ready(learner, samplers)
+    return learner, samplers
+
+
+def test_a_killed_sampler_is_replaced_and_every_group_counts_once(
+    running: Config, problem: Problem, handles: tuple[RayLearner, RaySamplers], tmp_path: Path
+) -> None:
+    learner, samplers = handles
+    victim: int = ray.get(samplers.ready()[0])
+    used: list[int] = []
+
+    def on_step(loop: Orchestrator, metrics: dict[str, float], fresh: list[Group]) -> None:
+        used.extend(group.group_id for group in fresh)
+        if loop.counters.step == 3:
+            os.kill(victim, signal.SIGKILL)
+
+    requests = Requests(problem.prompts, running.sampler.samples_per_prompt, running.sampler.exploration, running.seed)
+    tracker = FakeTracker()
+    loop = Orchestrator(running, requests, samplers, learner, Replay(running.replay), tracker, tmp_path, on_step=on_step)
+    loop.train()
+    assert loop.counters.step == 12
+    assert loop.counters.deaths == 1
+    assert len(used) == len(set(used)) == 12
+    assert max(tracker.series("staleness")) <= 2
+    wait_until_ready(samplers)
+    assert victim not in ray.get(samplers.ready())
+    assert len(samplers.ready()) == 2
+
+
+def test_every_sampler_installs_what_the_learner_publishes(handles: tuple[RayLearner, RaySamplers]) -> None:
+    learner, samplers = handles
+    samplers.publish(learner.adapter(500))
+    installed = ray.get(samplers.install())
+    assert [stats["version"] for stats in installed] == [500.0, 500.0]
+    assert all(stats["canary_error"] < 1e-3 for stats in installed)
+
+
+def test_the_exact_evaluation_agrees_with_the_samples_it_draws(
+    running: Config, problem: Problem, handles: tuple[RayLearner, RaySamplers]
+) -> None:
+    learner, samplers = handles
+    samplers.publish(learner.adapter(501))
+    exact = evaluation.exact(problem, learner)
+    requests = Requests(problem.prompts, 8, running.sampler.exploration, 0)
+    drawn = evaluation.sampled(requests, samplers, learner, samples=64, temperature=1.0, round_=0)
+    assert 0.0 <= exact.metrics["exact/listed_mass"] <= 1.0
+    assert drawn.metrics["posterior/log_z_lower"] <= drawn.metrics["posterior/log_z_weighted"] + 1e-9
+    valid = sum(sample["log_reward"] == 0.0 for sample in drawn.samples) / 64
+    assert valid == pytest.approx(exact.metrics["exact/listed_mass"], abs=0.25)
+
+
+def test_more_samplers_than_the_cluster_holds_are_refused_with_both_numbers(running: Config) -> None:
+    with pytest.raises(ConfigError, match=r"actors.count=2.*need 3 cpus, but the cluster has 2"):
+        running.check_resources(cpus=2, gpus=0)
+
+
+def test_an_actor_that_cannot_be_built_gives_its_own_error(running: Config, problem: Problem) -> None:
+    broken = config(Path("./no-such-folder"), learner={"steps": 12, "cpus": 0})
+    with pytest.raises(ConfigError, match="no-such-folder"):
+        wait_until_ready(RayLearner(broken, problem))

@@ -1,0 +1,93 @@
+"""What is sampled next: a pure function of the group's number."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from system.config import Exploration
+from system.requests import Requests
+from system.trajectory import Behaviour, Prompt
+
+PROMPTS = [Prompt(f"prompt-{index}", (1,), (1,)) for index in range(7)]
+
+
+def stream(seed: int = 0, exploration: Exploration | None = None, samples: int = 4, prompts: int = 7) -> Requests:
+    return Requests(PROMPTS[:prompts], samples, exploration or Exploration(epsilon=0.1), seed)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 7), st.integers(0, 50))
+def test_every_prompt_comes_exactly_once_an_epoch(seed: int, prompts: int, epoch: int) -> None:
+    requests = stream(seed, prompts=prompts)
+    ids = [requests.training(epoch * prompts + index).prompt.id for index in range(prompts)]
+    assert sorted(ids) == [prompt.id for prompt in PROMPTS[:prompts]]
+
+
+def test_epochs_come_in_different_orders() -> None:
+    requests = stream()
+    orders = {tuple(requests.training(epoch * 7 + index).prompt.id for index in range(7)) for epoch in range(10)}
+    assert len(orders) == 10
+
+
+@given(st.integers(0, 10**6), st.integers(0, 10**6))
+def test_the_same_number_gives_the_same_request_to_whoever_asks_whenever(seed: int, group_id: int) -> None:
+    asked_before = stream(seed)
+    asked_before.training(group_id + 1)
+    assert asked_before.training(group_id) == stream(seed).training(group_id)
+    assert stream(seed).training(group_id).group_id == group_id
+
+
+def test_groups_and_runs_have_seeds_and_temperatures_of_their_own() -> None:
+    requests = [stream(seed).training(group_id) for seed in (0, 1) for group_id in range(50)]
+    assert len({request.seed for request in requests}) == 100
+    assert all(0 <= request.seed < 2**31 for request in requests)
+    assert len({request.behaviours_K for request in requests}) == 100
+
+
+@given(
+    st.floats(0, 1),
+    st.integers(2, 64),
+    st.tuples(st.floats(0.1, 2), st.floats(0.1, 2)).map(sorted),
+    st.floats(0.01, 0.9),
+)
+def test_the_on_policy_share_is_exact_and_the_others_explore(
+    share: float, samples: int, temperature: list[float], epsilon: float
+) -> None:
+    low, high = temperature
+    exploration = Exploration(on_policy=share, epsilon=epsilon, temperature=(low, high))
+    behaviours = stream(exploration=exploration, samples=samples).training(3).behaviours_K
+    exploring = [behaviour for behaviour in behaviours if not behaviour.on_policy]
+    assert len(behaviours) == samples
+    assert len(exploring) == samples - round(share * samples)
+    assert all(low <= behaviour.temperature <= high and behaviour.epsilon == epsilon for behaviour in exploring)
+
+
+def test_temperatures_fill_their_interval() -> None:
+    exploration = Exploration(on_policy=0.0, temperature=(0.5, 2.0))
+    drawn = [b.temperature for b in stream(exploration=exploration, samples=3000).training(0).behaviours_K]
+    quarters = Counter(int((value - 0.5) / 0.375) for value in drawn)
+    assert sorted(quarters) == [0, 1, 2, 3]
+    assert all(650 < count < 850 for count in quarters.values())
+
+
+def test_evaluation_is_on_policy_and_no_group_of_the_training() -> None:
+    requests = stream(exploration=Exploration(on_policy=0.0, epsilon=0.5))
+    asked = [requests.evaluation(index, samples=5, round_=0) for index in range(7)]
+    assert [request.prompt.id for request in asked] == [prompt.id for prompt in PROMPTS]
+    assert all(request.behaviours_K == (Behaviour(),) * 5 for request in asked)
+    assert len({request.group_id for request in asked}) == 7
+    assert all(request.group_id < 0 for request in asked)
+
+
+def test_evaluations_repeat_within_a_round_and_differ_between_rounds() -> None:
+    seeds = {round_: [stream().evaluation(index, 5, round_).seed for index in range(7)] for round_ in (0, 10)}
+    assert seeds[0] == [stream().evaluation(index, 5, 0).seed for index in range(7)]
+    assert not set(seeds[0]) & set(seeds[10])
+
+
+def test_without_prompts_there_is_nothing_to_ask() -> None:
+    with pytest.raises(ValueError, match="at least one prompt"):
+        Requests([], 4, Exploration(), 0)

@@ -1,0 +1,275 @@
+"""Rewards: the packed posterior against one sequence at a time, functions, products, and what is refused."""
+
+from __future__ import annotations
+
+import math
+import sys
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from actors import rewards
+from actors.rewards import Checked, Function, Posterior, Product, RewardError
+from system.config import ConfigError, parse
+from system.language_model import LanguageModel
+from system.prefix_tree import PrefixTree
+from system.tasks.problem import sampled
+from system.trajectory import Prompt, Trajectory
+from tests import tiny
+
+SAMPLES = [[5, 6, 7, 8], [5, 6, 9], [5, 6], [], [5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17], [5, 6], [30]]
+PROMPT = Prompt("x", (1, 4), (1, 20, 21, 22))
+EVIDENCE = Prompt("y", (1, 4), (1, 20, 21, 22), evidence_tokens=(31, 32, 33))
+
+
+@pytest.fixture(scope="module", params=list(tiny.KINDS))
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return tiny.KINDS[request.param]()
+
+
+def trajectories(samples: Sequence[list[int]] = SAMPLES) -> list[Trajectory]:
+    return [sampled(tokens) for tokens in samples]
+
+
+def log_prob(model: PreTrainedModel, context: Sequence[int], continuation: Sequence[int]) -> float:
+    """log p(continuation | context) by a plain forward pass."""
+    if not continuation:
+        return 0.0
+    ids = torch.tensor([[*context, *continuation]])
+    with torch.no_grad():
+        logp = model(input_ids=ids, use_cache=False).logits[0, :-1].double().log_softmax(-1)
+    first = len(context) - 1
+    return sum(float(logp[first + i, token]) for i, token in enumerate(continuation))
+
+
+def one_at_a_time(model: PreTrainedModel, prompt: Prompt, stop: tuple[int, ...]) -> list[np.ndarray]:
+    """log R of SAMPLES at every prefix, each by a pass of its own."""
+    tail = (*stop, *(prompt.evidence_tokens or ()))
+    return [np.array([log_prob(model, prompt.reward_tokens, [*z[:t], *tail]) for t in range(len(z) + 1)]) for z in SAMPLES]
+
+
+def assert_same(found: Sequence[np.ndarray], expected: Sequence[np.ndarray], tolerance: float = 1e-4) -> None:
+    assert [len(values) for values in found] == [len(values) for values in expected]
+    for left, right in zip(found, expected, strict=True):
+        assert left == pytest.approx(right, abs=tolerance)
+
+
+# ------------------------------------------------------------------------------------------------------- posterior
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, EVIDENCE], ids=["alone", "with evidence"])
+@pytest.mark.parametrize("stop", [(2,), (40, 2), ()], ids=["one token", "two tokens", "none"])
+def test_every_prefix_is_scored_as_if_it_were_alone(model: PreTrainedModel, prompt: Prompt, stop: tuple[int, ...]) -> None:
+    scores = Posterior(LanguageModel(model), stop).score(prompt, trajectories())
+    assert_same(scores, one_at_a_time(model, prompt, stop))
+
+
+@pytest.mark.parametrize("budget", [5, 12, 17])
+def test_a_small_token_budget_changes_the_rows_and_not_the_numbers(model: PreTrainedModel, budget: int) -> None:
+    for prompt in (PROMPT, EVIDENCE):
+        whole, split = Posterior(LanguageModel(model), (2,)), Posterior(LanguageModel(model), (2,), budget)
+        assert_same(split.score(prompt, trajectories()), whole.score(prompt, trajectories()))
+        assert split.tokens_forwarded > whole.tokens_forwarded
+
+
+def test_rows_stay_within_the_budget_where_a_sample_alone_does(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    language_model, rows = LanguageModel(model), []
+    score = language_model.score
+    monkeypatch.setattr(language_model, "score", lambda pieces: rows.append(sum(map(len, pieces))) or score(pieces))
+    Posterior(language_model, (2,), token_budget=16).score(PROMPT, trajectories())
+    assert len(rows) > 1
+    assert max(rows) <= 16
+
+
+def test_each_distinct_prefix_is_forwarded_once() -> None:
+    """With a stop of one token: the context and each node. With S more tokens behind a node, a branch of S - 1 inputs
+    each, because the last is only predicted."""
+    reward, nodes = Posterior(LanguageModel(tiny.llama()), (2,)), len(PrefixTree.of(trajectories()))
+    reward.score(PROMPT, trajectories())
+    assert nodes == 15  # the root, 5 6 7 8, 9, 10 11 12 13 14 15 16 17, 30
+    assert reward.tokens_forwarded == len(PROMPT.reward_tokens) + nodes - 1
+    reward.score(PROMPT, trajectories() * 10)
+    assert reward.tokens_forwarded == 2 * (len(PROMPT.reward_tokens) + nodes - 1)
+
+    reward = Posterior(LanguageModel(tiny.llama()), (2,))
+    reward.score(EVIDENCE, trajectories())
+    assert reward.tokens_forwarded == len(EVIDENCE.reward_tokens) + nodes - 1 + nodes * 3
+
+
+def test_samples_keep_their_order() -> None:
+    reward = Posterior(LanguageModel(tiny.llama()), (2,), token_budget=16)
+    forwards, backwards = reward.score(PROMPT, trajectories()), reward.score(PROMPT, trajectories()[::-1])
+    assert_same(forwards, backwards[::-1])
+
+
+# -------------------------------------------------------------------------------------------------------- function
+
+
+def text_of(tokens: list[int]) -> str:
+    return "".join(chr(97 + token) for token in tokens)
+
+
+def function(value: Callable[..., Any], **options: Any) -> Function:
+    return Function(value, text_of, **options)
+
+
+def test_a_function_is_called_at_the_end_alone_unless_every_prefix_is_asked_for() -> None:
+    def length(prompt: Prompt, text: str, tokens: list[int]) -> int:
+        assert prompt is PROMPT
+        assert text == text_of(tokens)
+        return len(tokens)
+
+    at_end = function(length).score(PROMPT, trajectories([[1, 2, 3], []]))
+    assert np.isnan(at_end[0][:3]).all()
+    assert (at_end[0][3], at_end[1].tolist()) == (3.0, [0.0])
+    everywhere = function(length, every_prefix=True).score(PROMPT, trajectories([[1, 2, 3], []]))
+    assert [values.tolist() for values in everywhere] == [[0.0, 1.0, 2.0, 3.0], [0.0]]
+
+
+def test_beta_divides() -> None:
+    scores = function(lambda *_: -3.0, beta=0.5).score(PROMPT, trajectories([[1]]))
+    assert scores[0][-1] == -6.0
+
+
+def test_a_function_is_called_once_for_each_distinct_prefix() -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def value(prompt: Prompt, text: str, tokens: list[int]) -> float:
+        calls.append(tuple(tokens))
+        tokens.append(99)  # a function that spoils its argument harms nobody else
+        return 0.0
+
+    samples = trajectories([[1, 2], [1, 3], [1, 2], []])
+    function(value, every_prefix=True).score(PROMPT, samples)
+    assert sorted(calls) == [(), (1,), (1, 2), (1, 3)]
+    assert [sample.tokens_T.tolist() for sample in samples] == [[1, 2], [1, 3], [1, 2], []]
+
+
+@pytest.mark.parametrize("value", [1, 1.5, np.float32(1.5), np.float64(-2), np.int64(3)])
+def test_python_and_numpy_numbers_are_taken(value: Any) -> None:
+    assert function(lambda *_: value).score(PROMPT, trajectories([[1]]))[0][-1] == float(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [math.nan, math.inf, -math.inf, np.float32("nan"), None, True, np.True_, "1.0", [1.0], 1 + 0j, np.complex64(1), np.ones(1)],
+    ids=repr,
+)
+def test_what_is_no_finite_number_is_refused_with_prompt_and_text(value: Any) -> None:
+    def judge(*_: Any) -> Any:
+        return value
+
+    with pytest.raises(RewardError) as caught:
+        function(judge).score(PROMPT, trajectories([[1, 2]]))
+    message = str(caught.value)
+    assert repr(value) in message
+    assert "prompt 'x', text 'bc'" in message
+    assert "judge" in message
+    assert "return a finite number (a floor, not -inf, for the impossible)" in message
+
+
+# ----------------------------------------------------------------------------------------------- product, checked
+
+
+class Given:
+    """A reward that gives what it is told to."""
+
+    def __init__(self, *values: list[float]) -> None:
+        self.values = [np.array(value, np.float64) for value in values]
+
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+        return self.values
+
+
+def test_a_product_adds_logs_and_has_a_reward_where_all_factors_have_one() -> None:
+    product = Product([Given([1.0, 2.0, 3.0], [4.0]), Given([math.nan, 10.0, 20.0], [40.0]), Given([0.5, 0.5, 0.5], [0.5])])
+    first, second = product.score(PROMPT, trajectories([[1, 2], []]))
+    assert np.isnan(first[0])
+    assert (first[1:].tolist(), second.tolist()) == ([12.5, 23.5], [44.5])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, math.nan], [0.0, 0.0, math.inf], [0.0, -math.inf, 0.0], [-math.inf] * 3],
+)
+def test_a_reward_that_cannot_be_learned_from_is_refused_with_prompt_and_text(values: list[float]) -> None:
+    with pytest.raises(RewardError) as caught:
+        Checked(Given(values), text_of).score(PROMPT, trajectories([[1, 2]]))
+    message = str(caught.value)
+    assert "prompt 'x'" in message
+    assert "'bc' (2 tokens); 3 values are needed, finite at the end" in message
+
+
+def test_nan_before_the_end_is_a_state_without_a_reward() -> None:
+    [scores] = Checked(Given([math.nan, 1.0, 2.0]), text_of).score(PROMPT, trajectories([[1, 2]]))
+    assert scores[1:].tolist() == [1.0, 2.0]
+
+
+def test_a_reward_for_another_number_of_samples_is_refused() -> None:
+    with pytest.raises(RewardError, match="prompt 'x': 1 log-rewards for 2 trajectories"):
+        Checked(Given([0.0, 0.0]), text_of).score(PROMPT, trajectories([[1], [2]]))
+
+
+# --------------------------------------------------------------------------------------------------- from a config
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no_such_module_here:f", "No module named 'no_such_module_here'"),
+        ("math:no_such_function", "no attribute 'no_such_function'"),
+        ("math:pi", "is a float, not a function"),
+    ],
+)
+def test_a_function_that_is_not_there_is_refused_by_its_path(path: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        rewards.import_function(path)
+    assert f"task.reward.path={path!r}" in str(caught.value)
+
+
+def section(**reward: Any) -> Any:
+    return parse({"task": {"kind": "continuation", "reward": reward}}).task.reward
+
+
+@pytest.fixture
+def own_module(monkeypatch: pytest.MonkeyPatch) -> str:
+    module = types.ModuleType("own_rewards")
+    module.length = lambda prompt, text, tokens: len(tokens)  # type: ignore[attr-defined]
+    module.broken = lambda prompt, text, tokens: math.nan  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "own_rewards", module)
+    return "own_rewards"
+
+
+def test_the_reward_of_a_config_is_built_as_it_says(own_module: str) -> None:
+    model = tiny.llama()
+    factor = {"kind": "function", "path": f"{own_module}:length", "beta": 2.0, "every_prefix": True}
+    options: dict[str, Any] = {"stop": (2,), "decode": text_of, "token_budget": 64}
+    built = rewards.build(section(kind="product", of=[{"kind": "lm_posterior"}, factor]), model=LanguageModel(model), **options)
+    expected = [v + np.arange(len(v)) / 2 for v in one_at_a_time(model, PROMPT, (2,))]
+    assert_same(built.score(PROMPT, trajectories()), expected)
+    alone = rewards.build(section(**factor), model=None, **options)
+    assert alone.score(PROMPT, trajectories([[1, 2]]))[0].tolist() == [0.0, 0.5, 1.0]
+
+
+def test_only_rewards_with_a_posterior_need_the_model() -> None:
+    function = {"kind": "function", "path": "a:b"}
+    assert rewards.needs_language_model(section(kind="lm_posterior"))
+    assert rewards.needs_language_model(section(kind="product", of=[function, {"kind": "lm_posterior"}]))
+    assert not rewards.needs_language_model(section(**function))
+    assert not rewards.needs_language_model(section(kind="product", of=[function, function]))
+    with pytest.raises(ValueError, match="needs the frozen model"):
+        rewards.build(section(kind="lm_posterior"), model=None, stop=(), decode=text_of, token_budget=64)
+
+
+def test_what_a_built_reward_gives_is_checked(own_module: str) -> None:
+    built = rewards.build(
+        section(kind="function", path=f"{own_module}:broken"), model=None, stop=(), decode=text_of, token_budget=64
+    )
+    with pytest.raises(RewardError, match="prompt 'x', text 'b'"):
+        built.score(PROMPT, trajectories([[1]]))
+    assert isinstance(built, Checked)

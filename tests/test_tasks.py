@@ -1,0 +1,211 @@
+"""The tasks: prompts, support and target, with a tokenizer of one character a token and with the packaged model's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from system import tasks
+from system.config import ConfigError, parse
+from system.language_model import load_tokenizer
+from system.models import locate
+from system.tasks.continuation import read_prompts
+from system.tasks.problem import Problem, context_tokens, sampled, single_token
+from system.tasks.random_number import log_reward
+from system.trajectory import Prompt
+from tests import tiny
+
+TOKENIZER = tiny.tokenizer(64)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> PreTrainedTokenizerBase:
+    return load_tokenizer(locate(parse({"task": {"kind": "random_number"}}).model))
+
+
+def problem(kind: str, tokenizer: PreTrainedTokenizerBase = TOKENIZER, **fields: Any) -> Problem:
+    return tasks.build(parse({"task": {"kind": kind, **fields}}).task, tokenizer)
+
+
+def continuation(text: str, folder: Path, **fields: Any) -> Problem:
+    (folder / "prompts.txt").write_text(text, encoding="utf-8")
+    return problem("continuation", prompts=str(folder / "prompts.txt"), **fields)
+
+
+# --------------------------------------------------------------------------------------------------- random_number
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"),
+    [
+        ("0", True), ("7", True), ("42", True), ("99", True), ("100", True),
+        ("101", False), ("999", False), ("", False), ("00", False), ("007", False), ("042", False), ("0100", False),
+        ("-1", False), ("+1", False), ("1.0", False), (" 1", False), ("1 ", False), ("1\n", False), ("1_0", False),
+        ("x", False), ("1x", False), ("١٢", False), ("\uff14\uff12", False), ("²", False), ("½", False), ("9" * 30, False),
+    ],
+)  # fmt: skip
+def test_a_number_of_the_interval_as_it_is_written_has_log_reward_0(text: str, valid: bool) -> None:
+    prompt = Prompt("x", (1,), (1,), meta={"low": 0, "high": 100, "floor": -12.0})
+    assert log_reward(prompt, text, []) == (0.0 if valid else -12.0)
+
+
+def test_the_ends_of_the_interval_belong_to_it() -> None:
+    prompt = Prompt("x", (1,), (1,), meta={"low": 5, "high": 12, "floor": -9.0})
+    rewarded = [number for number in range(20) if log_reward(prompt, str(number), []) == 0.0]
+    assert rewarded == list(range(5, 13))
+
+
+@pytest.mark.parametrize("tokenizer", ["tiny", "smollm2"])
+def test_the_listed_outcomes_are_what_the_reward_rewards(tokenizer: str, smollm2: PreTrainedTokenizerBase) -> None:
+    """All strings of the support are few enough to try: those with log R = 0 are the outcomes, each once."""
+    chosen = smollm2 if tokenizer == "smollm2" else TOKENIZER
+    task = problem("random_number", chosen, low=3, high=25)
+    [prompt], support = task.prompts, task.constraints
+    digits = [token for token in support.columns.tolist() if token != support.stop_token]
+    strings = [[]] + [[a] for a in digits] + [[a, b] for a in digits for b in digits]
+    rewarded = {tuple(tokens) for tokens in strings if log_reward(prompt, str(chosen.decode(tokens)), tokens) == 0.0}
+    assert task.outcomes is not None
+    assert task.log_target_O is not None
+    assert len(digits) == 10
+    assert (support.min_tokens, support.max_tokens) == (0, 2)
+    assert rewarded == {tuple(outcome.tokens_T.tolist()) for outcome in task.outcomes}
+    assert len(task.outcomes) == len(rewarded) == 23
+    assert np.exp(task.log_target_O) == pytest.approx(np.full(23, 1 / 23))
+    assert chosen.decode([support.stop_token]) == "."
+
+
+def test_the_interval_stands_in_the_prompt() -> None:
+    [prompt] = problem("random_number", low=3, high=25, prompt="from {low} to {high}: ").prompts
+    assert TOKENIZER.decode(prompt.policy_tokens[1:]) == "from 3 to 25: "
+    assert prompt.policy_tokens[0] == TOKENIZER.bos_token_id
+    assert prompt.reward_tokens == prompt.policy_tokens
+    assert prompt.meta == {"low": 3, "high": 25, "floor": -12.0}
+
+
+def test_another_reward_has_another_target_so_nothing_is_listed() -> None:
+    """Listed outcomes are compared with the uniform distribution, which only the task's own reward makes the target."""
+    other = problem("random_number", reward={"kind": "lm_posterior"})
+    assert (other.outcomes, other.log_target_O) == (None, None)
+    assert other.reward_stop == (other.constraints.stop_token,)
+    own = {"kind": "function", "path": "system.tasks.random_number:log_reward", "every_prefix": True}
+    assert problem("random_number", reward=own).outcomes is not None
+
+
+def test_a_stop_of_several_tokens_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"task\.stop='\.\.' is 2 tokens for this tokenizer, but must be exactly one"):
+        problem("random_number", stop="..")
+    with pytest.raises(ConfigError, match=r"task\.stop='ab' is 2 tokens"):
+        problem("continuation", stop="ab")
+
+
+# ---------------------------------------------------------------------------------------------------- continuation
+
+
+def test_prompts_are_the_lines_of_a_file_each_once(tmp_path: Path) -> None:
+    task = continuation("one line \n\n  \ntwo.\none line\nthree\n", tmp_path)
+    assert [prompt.id for prompt in task.prompts] == ["line-1", "line-4", "line-6"]
+    assert [TOKENIZER.decode(prompt.policy_tokens[1:]) for prompt in task.prompts] == ["one line", "two.", "three"]
+    assert all(prompt.reward_tokens == prompt.policy_tokens and prompt.evidence_tokens is None for prompt in task.prompts)
+
+
+def test_offset_and_limit_choose_among_the_prompts(tmp_path: Path) -> None:
+    def chosen(**fields: int) -> list[str]:
+        return [prompt.meta["text"] for prompt in continuation("a\nb\nc\nd\n", tmp_path, **fields).prompts]
+
+    assert chosen(offset=1, limit=2) == ["b", "c"]
+    assert chosen(offset=3, limit=9) == ["d"]
+    with pytest.raises(ConfigError, match=r"has 4 prompts, none of them after task\.offset=4; lower the offset"):
+        chosen(offset=4)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("\ufeffone\ntwo".encode())
+    section = parse({"task": {"kind": "continuation", "prompts": str(tmp_path / "prompts.txt")}}).task
+    assert read_prompts(section) == [(1, "one"), (2, "two")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"task\.prompts='.*' cannot be read: No such file or directory; name a text file"),
+        ("caf\xe9".encode("latin-1"), r"task\.prompts='.*' is not UTF-8 \(byte 3\); convert it"),
+        (b"\n  \n", r"task\.prompts='.*' has 0 prompts"),
+    ],
+)
+def test_prompts_that_cannot_be_read_are_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        problem("continuation", prompts=str(path))
+
+
+def test_the_packaged_prompts_are_distinct_and_enough_to_hold_some_out() -> None:
+    prompts = problem("continuation").prompts
+    assert len(prompts) >= 20
+    assert len({prompt.policy_tokens for prompt in prompts}) == len(prompts)
+
+
+@pytest.mark.parametrize("tokenizer", ["tiny", "smollm2"])
+def test_the_support_holds_no_special_token_and_no_illegal_text(tokenizer: str, smollm2: PreTrainedTokenizerBase) -> None:
+    chosen = smollm2 if tokenizer == "smollm2" else TOKENIZER
+    task = problem("continuation", chosen, illegal=["\n", "?", "a", "."])
+    support = task.constraints
+    drawn = [token for token in support.columns.tolist() if token != support.stop_token]
+    texts = [str(chosen.decode([token])) for token in drawn]
+    assert not set(drawn) & set(chosen.all_special_ids)
+    assert not [text for text in texts if any(piece in text for piece in "\n?a.") or "�" in text or not text]
+    assert single_token(chosen, "b", "b") in drawn
+    assert single_token(chosen, "a", "a") not in drawn
+    assert support.stop_token not in drawn
+    assert task.reward_stop == (support.stop_token,) == (single_token(chosen, ".", "stop"),)
+    assert (task.outcomes, task.log_target_O) == (None, None)
+
+
+def test_lengths_are_those_of_the_config() -> None:
+    support = problem("continuation", min_tokens=2, max_tokens=5).constraints
+    assert (support.min_tokens, support.max_tokens) == (2, 5)
+
+
+def test_an_illegal_list_that_leaves_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"task\.illegal=\[''\] leaves no token"):
+        problem("continuation", illegal=[""])
+
+
+# --------------------------------------------------------------------------------------------- what tasks share
+
+
+def test_the_longest_prompt_counts_evidence_and_its_stop() -> None:
+    support = problem("random_number").constraints
+    prompts = (Prompt("a", (1,) * 5, (1,) * 2, evidence_tokens=(1,) * 4), Prompt("b", (1,) * 3, (1,) * 3))
+    assert Problem(prompts, support, reward_stop=(2, 2)).longest_prompt == 8  # 2 + the stop + Y
+    assert Problem(prompts, support, reward_stop=()).longest_prompt == 6
+    assert Problem((Prompt("c", (1,) * 9, (1,)),), support, reward_stop=(2,)).longest_prompt == 9
+
+
+def test_a_context_ends_in_no_end_of_sequence() -> None:
+    class Closing:
+        eos_token_id = 2
+
+        def encode(self, text: str) -> list[int]:
+            return [1, 5, 2, 6, 2]
+
+    assert context_tokens(Closing(), "a b") == (1, 5, 2, 6)  # type: ignore[arg-type]
+    assert context_tokens(TOKENIZER, "a")[0] == TOKENIZER.bos_token_id
+
+
+def test_a_sampled_trajectory_is_of_actions_alone() -> None:
+    trajectory = sampled([3, 4])
+    assert trajectory.tokens_T.tolist() == [3, 4]
+    assert trajectory.is_action_T.all()
+    assert len(sampled([])) == 0
+
+
+def test_every_kind_of_task_has_a_builder() -> None:
+    for kind in ("random_number", "continuation"):
+        assert kind in tasks.BUILDERS
+        assert problem(kind).prompts
