@@ -18,8 +18,8 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from actors.engine import engine_environment
 from actors.sampler import EngineDied
+from actors.settings import engine_environment
 from system.adapters import Adapter
 from system.config import Config, ConfigError
 from system.orchestrator import SamplerDied

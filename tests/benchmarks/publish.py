@@ -1,0 +1,59 @@
+"""Publishing: from the learner's call to every sampler ready on the new version, over real Ray actors.
+
+    python -m tests.benchmarks.publish [key=value …]
+
+Each round moves every LoRA weight by one update, publishes, and waits until all samplers have installed the version and
+passed its canary. Prints one line of JSON, seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+
+import ray
+
+from deploy import cluster
+from deploy.remote import RayLearner, RaySamplers, wait_until_ready
+from system import config, tasks
+from system.language_model import load_tokenizer
+from system.models import locate
+from system.requests import Requests
+
+ROUNDS = 12
+
+
+def measure(cfg: config.Config) -> dict[str, float]:
+    problem = tasks.build(cfg.task, load_tokenizer(locate(cfg.model)))
+    cluster.connect(cfg)
+    learner, samplers = RayLearner(cfg, problem), RaySamplers(cfg, problem)
+    wait_until_ready(learner, samplers)
+    requests = Requests(problem.prompts, cfg.sampler.samples_per_prompt, cfg.sampler.exploration, cfg.seed)
+    samplers.publish(learner.adapter(0))
+    ray.get(samplers.install())
+    seconds, installs, errors = [], [], []
+    for version in range(1, ROUNDS + 1):
+        learner.update([samplers.sample(requests.training(version)).result()]).result()
+        started = time.perf_counter()
+        samplers.publish(learner.adapter(version))
+        stats = ray.get(samplers.install())
+        seconds.append(time.perf_counter() - started)
+        installs += [each["seconds"] for each in stats]
+        errors += [each["canary_error"] for each in stats]
+        assert all(each["version"] == version for each in stats)
+    cluster.disconnect()
+    return {
+        "publish_seconds_median": round(statistics.median(seconds), 3),
+        "publish_seconds_max": round(max(seconds), 3),
+        "install_seconds_median": round(statistics.median(installs), 3),
+        "canary_error_nats_max": round(max(errors), 6),
+        "samplers": cfg.actors.count,
+        "rounds": ROUNDS,
+    }
+
+
+if __name__ == "__main__":
+    overrides = ["actors.count=2", "sampler.samples_per_prompt=8", *sys.argv[1:]]
+    print(json.dumps(measure(config.load("deploy/configs/random_number.yaml", overrides))))

@@ -1,0 +1,142 @@
+"""The job as its users start it: a process of its own, real vLLM, real Ray, real MLflow."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from system.config import Model
+from system.models import locate
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "deploy/job.py"), *arguments]
+    log = (folder / f"log-{time.monotonic_ns()}.txt").open("w")
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True)
+
+
+def last_line(process: subprocess.Popen[str], seconds: float = 280) -> dict[str, Any]:
+    output, _ = process.communicate(timeout=seconds)
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def mlflow_run(folder: Path) -> Any:
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("headwater").experiment_id])  # type: ignore[union-attr]
+    return client, run
+
+
+def test_the_main_job_runs_on_the_packaged_model_and_leaves_everything_in_mlflow(tmp_path: Path) -> None:
+    job = start(tmp_path, str(ROOT / "deploy/configs/random_number.yaml"), "learner.steps=8", "sampler.samples_per_prompt=32")
+    summary = last_line(job)
+    assert job.returncode == 0
+    assert summary["steps"] == 8
+    assert summary["before"]["exact/kl_target_q"] == pytest.approx(1.62, abs=0.01)
+    assert summary["after"]["exact/kl_target_q"] < 0.8
+
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert json.loads((run_dir / "summary.json").read_text()) == summary
+    client, run = mlflow_run(tmp_path)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["task.kind"] == "random_number"
+    assert len(client.get_metric_history(run.info.run_id, "loss")) == 8
+    wanted = {"log_z", "spread", "ess", "log_q_stop", "staleness", "length/mean", "seconds/update", "exact/kl_target_q"}
+    assert wanted <= run.data.metrics.keys()
+    assert any(name.startswith("system/") for name in run.data.metrics)
+    assert {"adapter", "plots", "config.yaml", "summary.json", "tables"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
+    assert [entry.dataset.name for entry in run.inputs.dataset_inputs] == ["random_number"]
+
+    base = AutoModelForCausalLM.from_pretrained(locate(Model()), dtype=torch.float32)
+    tokens = torch.tensor([[504, 1046, 314]])
+    with torch.no_grad():
+        plain = base(tokens).logits
+        tuned = PeftModel.from_pretrained(base, str(run_dir / "adapter"))(tokens).logits
+    assert not np.allclose(plain.numpy(), tuned.numpy(), atol=1e-3)
+
+
+def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_as_the_same_mlflow_run(tmp_path: Path) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(
+        json.dumps(
+            {
+                "name": "tiny",
+                "model": {"path": str(tiny.folder(tmp_path))},
+                "lora": {"rank": 4},
+                "task": {"kind": "random_number", "high": 20},
+                "sampler": {"samples_per_prompt": 4, "kv_cache_mb": 16},
+                "learner": {"steps": 100000, "max_staleness": 1, "checkpoint_every": 50},
+            }
+        )
+    )
+    job = start(tmp_path, str(config))
+    assert job.stdout is not None
+    while not job.stdout.readline().startswith("step "):
+        assert job.poll() is None
+    job.send_signal(signal.SIGINT)
+    assert last_line(job)["finished"] is False
+    assert job.returncode == 130
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    step = int(sorted((run_dir / "checkpoints").glob("step-*"))[-1].name.removeprefix("step-"))
+    assert step > 0
+
+    again = start(tmp_path, "--resume", run_dir.name, f"learner.steps={step + 20}")
+    summary = last_line(again)
+    assert again.returncode == 0
+    assert summary["steps"] == step + 20
+    client, run = mlflow_run(tmp_path)
+    assert run.info.status == "FINISHED"
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss")]
+    assert steps == list(range(1, step + 21))
+
+
+def test_a_submitted_job_runs_the_same_on_a_cluster(tmp_path: Path) -> None:
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
+        "RAY_TMPDIR": str(tmp_path),
+    }
+    environment.pop("RAY_ADDRESS", None)
+    (tmp_path / "token").write_text("0123456789abcdef" * 4)
+    ports = {"port": 26379, "dashboard-port": 28265, "ray-client-server-port": 21001}
+    flags = [f"--{name}={port}" for name, port in ports.items()]
+    head = subprocess.Popen(
+        ["ray", "start", "--head", "--block", "--num-cpus=3", "--dashboard-host=127.0.0.1", *flags],
+        env=environment, stdout=(tmp_path / "head.txt").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        overrides = [
+            f"model.path={tiny.folder(tmp_path)}", "learner.steps=4", "learner.warmup_steps=0", "sampler.samples_per_prompt=8",
+            "sampler.kv_cache_mb=16", "lora.rank=4", f"output_dir={tmp_path}/runs", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
+        ]  # fmt: skip
+        entry = ["python", "deploy/job.py", "deploy/configs/random_number.yaml", *overrides]
+        submit = ["ray", "job", "submit", "--address", "http://127.0.0.1:28265", "--working-dir", ".", "--", *entry]
+        for _ in range(30):
+            result = subprocess.run(submit, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+            if "Failed to connect" not in result.stdout + result.stderr:
+                break
+            time.sleep(1)
+        assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+        (run_dir,) = (tmp_path / "runs").iterdir()
+        assert json.loads((run_dir / "summary.json").read_text())["steps"] == 4
+        assert mlflow_run(tmp_path)[1].info.status == "FINISHED"
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        head.wait(30)
