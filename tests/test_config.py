@@ -169,9 +169,9 @@ def test_resources_are_checked_against_the_cluster() -> None:
         config.check_resources(cpus=7, gpus=0)
 
 
-def test_thirds_of_a_gpu_fill_it() -> None:
-    config = parse({"task": NUMBER, "actors": {"count": 3, "gpus": 0.1}, "learner": {"gpus": 0.1}})
-    config.check_resources(cpus=10, gpus=0.4)  # 0.1 + 3 * 0.1 is 0.4 and a rounding error
+def test_fractions_of_a_gpu_fill_it() -> None:
+    config = parse({"task": NUMBER, "actors": {"count": 2, "gpus": 0.2}, "learner": {"gpus": 0.2}})
+    config.check_resources(cpus=10, gpus=0.6)  # 0.2 + 2 * 0.2 is 0.6 and a rounding error
 
 
 # ----------------------------------------------------------------------------------------------------- overrides

@@ -78,12 +78,14 @@ def test_a_small_token_budget_changes_the_rows_and_not_the_numbers(model: PreTra
 
 
 def test_rows_stay_within_the_budget_where_a_sample_alone_does(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    language_model, rows = LanguageModel(model), []
-    score = language_model.score
+    language_model = LanguageModel(model)
+    score, rows = language_model.score, []
     monkeypatch.setattr(language_model, "score", lambda pieces: rows.append(sum(map(len, pieces))) or score(pieces))
-    Posterior(language_model, (2,), token_budget=16).score(PROMPT, trajectories())
-    assert len(rows) > 1
-    assert max(rows) <= 16
+    for prompt, budget in ((PROMPT, 16), (EVIDENCE, 54)):  # the longest sample needs 15, and 4 + 11 + 12 * 3 = 51
+        rows.clear()
+        Posterior(language_model, (2,), budget).score(prompt, trajectories())
+        assert len(rows) > 1
+        assert max(rows) <= budget
 
 
 def test_each_distinct_prefix_is_forwarded_once() -> None:
