@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("headwater")
 
-STATS_TIMEOUT = 5.0
-
 
 def parse_arguments(argv: list[str]) -> tuple[Config, Path, bool, bool]:
     """(config, run folder, resume, dry run). Raises ConfigError."""
@@ -164,24 +162,23 @@ class Job:
         import ray
         from ray.exceptions import RayError
 
-        if not self._pending_stats and now - self._last_stats > self.config.tracking.system_metrics_seconds:
+        from system.tracking import system_metrics
+
+        if now - self._last_stats > self.config.tracking.system_metrics_seconds:
             self._last_stats = now
-            self._pending_stats = {"learner": self.learner.stats(), **self.samplers.stats()}
-        answered = {}
+            self.tracker.system("driver", system_metrics(), step)
+            # What has not answered since the last time is not asked twice.
+            self._pending_stats = {"learner": self.learner.stats(), **self.samplers.stats()} | self._pending_stats
         for name, reference in list(self._pending_stats.items()):
             if not ray.wait([reference], timeout=0)[0]:
-                if now - self._last_stats > STATS_TIMEOUT:
-                    del self._pending_stats[name]
                 continue
             del self._pending_stats[name]
             try:
                 values: Any = ray.get(reference)
-                answered |= {f"system/{name}/{key}": value for key, value in values.items()}
             # A dead actor has no statistics; its death is counted where its groups are.
             except RayError:
                 continue
-        if answered:
-            self.tracker.metrics(answered, step)
+            self.tracker.system(name, values, step)
 
     def _evaluate(self, loop: Orchestrator) -> None:
         from system import evaluation

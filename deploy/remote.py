@@ -182,7 +182,6 @@ class RayLearner:
             "OMP_NUM_THREADS": str(learner.threads),
             # Threads that spin while they wait would take the samplers' cores.
             "OMP_WAIT_POLICY": "PASSIVE",
-            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
         }
         remote = ray.remote(LearnerActor).options(
             num_cpus=learner.cpus, num_gpus=learner.gpus, runtime_env={"env_vars": environment}

@@ -110,8 +110,8 @@ class Learner:
         if not (math.isfinite(total) and math.isfinite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError(
-                f"update {self.step}: loss {total}, gradient norm {norm} on prompts {sorted({g.prompt.id for g in groups})[:4]}; "
-                "lower learner.lr or use float32"
+                f"update {self.step}: loss {total}, gradient norm {norm} on prompts "
+                f"{sorted({group.prompt.id for group in groups})[:4]}; lower learner.lr or use float32"
             )
         lr = lr_at(self.config, self.step)
         for parameter_group in self.optimizer.param_groups:

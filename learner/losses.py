@@ -65,7 +65,7 @@ def vargrad(states: States) -> Tensor:
 
 
 def _root(states: States) -> tuple[Tensor, Tensor]:
-    """(u_K, exists_K) at the start of each path. Where the root cannot stop, log Z is estimated by the mean of u at the ends."""
+    """(u_K, exists_K) at the start of each path. Where the root cannot stop, the mean of u at the ends estimates log Z."""
     u_K, terminable_K = states.u_KT[:, 0], states.terminable_KT[:, 0]
     if bool(terminable_K.all()) or not len(states.u_end_K):
         return u_K, terminable_K

@@ -204,7 +204,8 @@ class Sampler(Section):
     """Groups that one sampler works on at once. Two or more leave no idle tail between groups."""
     canary_tolerance: float | None = Field(default=None, gt=0)
     """Largest mean difference, nats a token, between the engine's and the learner's log-probs of the canary.
-    By default 0.005 if both compute in float32, else 0.15: bfloat16 alone makes about 0.04."""
+    By default 0.005 if both compute in float32, else 0.15: bfloat16 alone makes about 0.05.
+    What an update has to differ by to be proven to have arrived is this much, so it says little of early bfloat16 versions."""
 
 
 class Actors(Section):
@@ -503,16 +504,25 @@ MESSAGES = {
 """By pydantic's type of error, where its own message does not say what to do."""
 
 
+def _child(node: Any, part: int | str) -> Any:
+    """What stands at `part` of a section or a list; None where nothing does."""
+    if isinstance(node, dict):
+        return node.get(part)
+    if isinstance(node, (list, tuple)) and isinstance(part, int) and part < len(node):
+        return node[part]
+    return None
+
+
 def _field(location: Iterable[int | str], tree: Any) -> str:
     """A field as the user writes it: pydantic's location has the kind of a section and the branch of a union as well."""
-    names, node = [], tree
+    names: list[str] = []
+    node: Any = tree
     for part in location:
         is_kind = isinstance(node, dict) and part not in node and part == node.get("kind")
         is_branch = isinstance(part, str) and not isinstance(node, dict)
         if not is_kind and not is_branch:
             names.append(str(part))
-            known = part in node if isinstance(node, dict) else isinstance(node, (list, tuple)) and int(part) < len(node)
-            node = node[part] if known else None
+            node = _child(node, part)
     return ".".join(names)
 
 
@@ -525,11 +535,12 @@ def _readable(error: ValidationError, tree: dict[str, Any]) -> str:
     for problem in error.errors():
         kind, field, value = problem["type"], _field(problem["loc"], tree), problem["input"]
         message = MESSAGES.get(kind, problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be"))
+        context = problem.get("ctx", {})
         about_section = isinstance(value, (dict, BaseModel)) and (kind == "value_error" or kind.startswith("union_tag"))
         shown = "" if about_section or kind == "missing" else f"={_short(repr(value))}"
         if kind == "union_tag_invalid":
-            field, shown = f"{field}.kind", f"={problem['ctx']['tag']!r}"
-            message = f"must be one of {problem['ctx']['expected_tags']}"
+            field, shown = f"{field}.kind", f"={context['tag']!r}"
+            message = f"must be one of {context['expected_tags']}"
         elif kind == "union_tag_not_found" or (kind == "missing" and field == "task"):
             union = {"task": Task, "loss": Loss}.get(field, Reward)
             field, message = f"{field}.kind", f"must be set, to one of {_kinds(union)}"

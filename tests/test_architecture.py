@@ -39,7 +39,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
             assert node.level == 0, "imports are absolute"
             yield str(node.module).split(".")[0]
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
-            yield from (arg.value.split(".")[0] for arg in node.args if isinstance(arg, ast.Constant))
+            yield from (str(arg.value).split(".")[0] for arg in node.args if isinstance(arg, ast.Constant))
 
 
 def test_there_is_something_to_check() -> None:

@@ -59,7 +59,8 @@ def test_the_main_job_runs_on_the_packaged_model_and_leaves_everything_in_mlflow
     wanted = {"log_z", "spread", "ess", "log_q_stop", "staleness", "length/mean", "seconds/update", "exact/kl_target_q"}
     assert wanted <= run.data.metrics.keys()
     assert any(name.startswith("system/") for name in run.data.metrics)
-    assert {"adapter", "plots", "config.yaml", "summary.json", "tables"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
+    artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"adapter", "plots", "config.yaml", "summary.json", "tables"} <= artifacts
     assert [entry.dataset.name for entry in run.inputs.dataset_inputs] == ["random_number"]
 
     base = AutoModelForCausalLM.from_pretrained(locate(Model()), dtype=torch.float32)
@@ -127,12 +128,13 @@ def test_a_submitted_job_runs_the_same_on_a_cluster(tmp_path: Path) -> None:
             "sampler.kv_cache_mb=16", "lora.rank=4", f"output_dir={tmp_path}/runs", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
         ]  # fmt: skip
         entry = ["python", "deploy/job.py", "deploy/configs/random_number.yaml", *overrides]
-        submit = ["ray", "job", "submit", "--address", "http://127.0.0.1:28265", "--working-dir", ".", "--", *entry]
-        for _ in range(30):
-            result = subprocess.run(submit, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
-            if "Failed to connect" not in result.stdout + result.stderr:
+        address = ["--address", "http://127.0.0.1:28265"]
+        submit = ["ray", "job", "submit", *address, "--working-dir", ".", "--", *entry]
+        for _ in range(60):
+            if subprocess.run(["ray", "job", "list", *address], env=environment, capture_output=True, check=False).returncode == 0:
                 break
             time.sleep(1)
+        result = subprocess.run(submit, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
         assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
         (run_dir,) = (tmp_path / "runs").iterdir()
         assert json.loads((run_dir / "summary.json").read_text())["steps"] == 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -87,7 +89,8 @@ def test_gradients_equal_those_of_materialised_logits(model: PreTrainedModel) ->
     values = language_model.log_probs(hidden, positions, tokens, constraints, may_stop, temperature=1.3)
     (chunked,) = torch.autograd.grad((values * weights).sum(), hidden)
 
-    logits = model.get_output_embeddings()(hidden)[torch.from_numpy(positions)]
+    head: Any = model.get_output_embeddings()
+    logits = head(hidden)[torch.from_numpy(positions)]
     if softcap := getattr(model.config, "final_logit_softcapping", None):
         logits = torch.tanh(logits / softcap) * softcap
     outside = torch.ones(len(tokens), VOCAB, dtype=torch.bool)

@@ -81,7 +81,8 @@ def test_log_q_equals_the_masked_policy_one_sequence_at_a_time(folder: Path) -> 
 def test_micro_batches_do_not_change_the_update(folder: Path, kind: str) -> None:
     results = []
     for budget in (4096, 64):
-        cfg = config(token_budget=budget).model_copy(update={"loss": parse({"task": {"kind": "random_number"}, "loss": {"kind": kind}}).loss})
+        loss = parse({"task": {"kind": "random_number"}, "loss": {"kind": kind}}).loss
+        cfg = config(token_budget=budget).model_copy(update={"loss": loss})
         subject = Learner(cfg, folder, CONSTRAINTS, "base", list(range(10, 40)))
         perturb(subject)
         metrics = subject.update([*groups(0), *groups(1)])

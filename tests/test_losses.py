@@ -156,5 +156,5 @@ def test_a_group_with_no_pair_costs_nothing_and_has_a_gradient(kind: str, toy: T
 
 
 def test_an_unknown_loss_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="'ppo'.*pooled"):
+    with pytest.raises(ValueError, match=r"'ppo'.*pooled"):
         losses.build("ppo")

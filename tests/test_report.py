@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deploy import report
+from system import evaluation, tasks
+from system.config import parse
+from system.evaluation import Evaluation
+from system.orchestrator import Counters
+from tests import tiny
+
+TOKENIZER = tiny.tokenizer()
+
+
+def sampled(spread: float, bound: float) -> Evaluation:
+    row = {"log_z_lower": bound, "log_z_weighted": bound, "spread": spread, "ess": 0.5, "length": 3.0}
+    samples = [{"prompt": "a", "log_q": -1.0 * k, "log_reward": -2.0 * k, "text": "x"} for k in range(4)]
+    metrics = {"posterior/spread": spread, "posterior/log_z_lower": bound}
+    return Evaluation(metrics, [{"prompt": "a", **row}, {"prompt": "b", **row}], samples)
+
+
+def exact(log_q_O: np.ndarray) -> Evaluation:
+    return Evaluation({"exact/kl_target_q": 0.5}, [], log_q_O=log_q_O)
+
+
+def test_the_summary_compares_prompt_by_prompt() -> None:
+    config = parse({"task": {"kind": "continuation"}})
+    counters = Counters(step=5, groups=5, trajectories=50, seconds=10.0, learner_busy_seconds=4.0)
+    figures = report.summary(config, counters, [(0, sampled(100.0, -9.0)), (5, sampled(4.0, -5.0))], 12.3, finished=True)
+    assert figures["trajectories_per_second"] == 5.0
+    assert figures["learner_idle"] == 0.6
+    assert figures["spread_factor_median"] == pytest.approx(25.0)
+    assert figures["prompts_bound_rose"] == figures["prompts"] == 2
+
+
+def test_the_table_has_a_column_for_the_first_and_the_last_evaluation() -> None:
+    text = report.table([(0, sampled(100.0, -9.0)), (5, sampled(4.0, -5.0))])
+    assert text.splitlines()[0].split() == ["step", "0", "step", "5"]
+    assert ["posterior/spread", "100", "4"] in [line.split() for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["random_number", "continuation"])
+def test_a_plot_is_drawn_for_listed_and_for_sampled_outcomes(kind: str, tmp_path: Path) -> None:
+    problem = tasks.build(parse({"task": {"kind": kind}}).task, TOKENIZER)
+    if kind == "random_number":
+        assert problem.log_target_O is not None
+        evaluations = [(0, exact(problem.log_target_O + 0.3)), (9, exact(problem.log_target_O))]
+    else:
+        evaluations = [(0, sampled(100.0, -9.0)), (9, sampled(4.0, -5.0))]
+    (path,) = report.plots(tmp_path, problem, TOKENIZER, evaluations)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size > 5000
+
+
+def test_evaluations_are_read_back_as_written(tmp_path: Path) -> None:
+    evaluation.write(tmp_path, 0, exact(np.array([-1.0, -2.0])))
+    evaluation.write(tmp_path, 12, sampled(4.0, -5.0))
+    [(first, a), (second, b)] = evaluation.read(tmp_path)
+    assert (first, second) == (0, 12)
+    assert a.log_q_O is not None and a.log_q_O.tolist() == [-1.0, -2.0]
+    assert b.metrics == sampled(4.0, -5.0).metrics
+    assert b.per_prompt == sampled(4.0, -5.0).per_prompt
