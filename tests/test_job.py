@@ -131,7 +131,10 @@ def test_a_submitted_job_runs_the_same_on_a_cluster(tmp_path: Path) -> None:
         address = ["--address", "http://127.0.0.1:28265"]
         submit = ["ray", "job", "submit", *address, "--working-dir", ".", "--", *entry]
         for _ in range(60):
-            if subprocess.run(["ray", "job", "list", *address], env=environment, capture_output=True, check=False).returncode == 0:
+            if (
+                subprocess.run(["ray", "job", "list", *address], env=environment, capture_output=True, check=False).returncode
+                == 0
+            ):
                 break
             time.sleep(1)
         result = subprocess.run(submit, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)

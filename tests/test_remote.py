@@ -96,6 +96,20 @@ def test_every_sampler_installs_what_the_learner_publishes(handles: tuple[RayLea
     assert all(stats["canary_error"] < 1e-3 for stats in installed)
 
 
+def test_what_the_engine_drew_the_learner_scores_the_same(
+    running: Config, problem: Problem, handles: tuple[RayLearner, RaySamplers]
+) -> None:
+    learner, samplers = handles
+    samplers.publish(learner.adapter(600))
+    requests = Requests(problem.prompts, 8, running.sampler.exploration, 0)
+    group = samplers.sample(requests.evaluation(0, samples=48, round_=1)).result()
+    (score,) = learner.score([group]).result()
+    assert group.adapter_version == 600
+    assert {trajectory.stop for trajectory in group.trajectories_K} == {"sampled", "forced"}
+    for trajectory, log_q in zip(group.trajectories_K, score.log_q_K, strict=True):
+        assert float(trajectory.logp_T.sum()) == pytest.approx(log_q, abs=1e-3)
+
+
 def test_the_exact_evaluation_agrees_with_the_samples_it_draws(
     running: Config, problem: Problem, handles: tuple[RayLearner, RaySamplers]
 ) -> None:

@@ -35,7 +35,7 @@ def group(samples: list[Sample], prompt: str = "a") -> Group:
 
 
 def buffer(samples: list[Sample] | None = None, prompt: str = "a", **config: Any) -> Replay:
-    shares = {"fresh": 0.5, "uniform": 0.5} if not config.keys() & {"fresh", "uniform", "prioritised"} else {}
+    shares: dict[str, Any] = {} if config.keys() & {"fresh", "uniform", "prioritised"} else {"fresh": 0.5, "uniform": 0.5}
     replay = Replay(ReplayConfig(**shares | config))
     if samples is not None:
         replay.add(group(samples, prompt))

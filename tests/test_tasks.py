@@ -10,8 +10,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from system import tasks
-from system.config import ConfigError, parse
-from system.language_model import load_tokenizer
+from system.config import ConfigError, Continuation, parse
+from system.language_model import decode, load_tokenizer
 from system.models import locate
 from system.tasks.continuation import read_prompts
 from system.tasks.problem import Problem, context_tokens, sampled, single_token
@@ -29,6 +29,11 @@ def smollm2() -> PreTrainedTokenizerBase:
 
 def problem(kind: str, tokenizer: PreTrainedTokenizerBase = TOKENIZER, **fields: Any) -> Problem:
     return tasks.build(parse({"task": {"kind": kind, **fields}}).task, tokenizer)
+
+
+def text_of(prompt: Prompt) -> str:
+    """What the policy sees, without the beginning-of-sequence token."""
+    return decode(TOKENIZER, prompt.policy_tokens[1:])
 
 
 def continuation(text: str, folder: Path, **fields: Any) -> Problem:
@@ -80,7 +85,7 @@ def test_the_listed_outcomes_are_what_the_reward_rewards(tokenizer: str, smollm2
 
 def test_the_interval_stands_in_the_prompt() -> None:
     [prompt] = problem("random_number", low=3, high=25, prompt="from {low} to {high}: ").prompts
-    assert TOKENIZER.decode(prompt.policy_tokens[1:]) == "from 3 to 25: "
+    assert text_of(prompt) == "from 3 to 25: "
     assert prompt.policy_tokens[0] == TOKENIZER.bos_token_id
     assert prompt.reward_tokens == prompt.policy_tokens
     assert prompt.meta == {"low": 3, "high": 25, "floor": -12.0}
@@ -108,7 +113,7 @@ def test_a_stop_of_several_tokens_is_refused() -> None:
 def test_prompts_are_the_lines_of_a_file_each_once(tmp_path: Path) -> None:
     task = continuation("one line \n\n  \ntwo.\none line\nthree\n", tmp_path)
     assert [prompt.id for prompt in task.prompts] == ["line-1", "line-4", "line-6"]
-    assert [TOKENIZER.decode(prompt.policy_tokens[1:]) for prompt in task.prompts] == ["one line", "two.", "three"]
+    assert [text_of(prompt) for prompt in task.prompts] == ["one line", "two.", "three"]
     assert all(prompt.reward_tokens == prompt.policy_tokens and prompt.evidence_tokens is None for prompt in task.prompts)
 
 
@@ -124,8 +129,7 @@ def test_offset_and_limit_choose_among_the_prompts(tmp_path: Path) -> None:
 
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes("\ufeffone\ntwo".encode())
-    section = parse({"task": {"kind": "continuation", "prompts": str(tmp_path / "prompts.txt")}}).task
-    assert read_prompts(section) == [(1, "one"), (2, "two")]
+    assert read_prompts(Continuation(prompts=str(tmp_path / "prompts.txt"))) == [(1, "one"), (2, "two")]
 
 
 @pytest.mark.parametrize(
