@@ -77,6 +77,21 @@ def test_log_q_equals_the_masked_policy_one_sequence_at_a_time(folder: Path) -> 
         assert score.log_reward_K == pytest.approx([values[-1] for values in group.log_reward_K])
 
 
+def test_a_tools_output_is_context_and_no_part_of_log_q(folder: Path) -> None:
+    subject = learner(folder)
+    perturb(subject)
+    written = trajectory([10, 11, 45, 46, 12], [True, True, False, False, True])
+    group = Group(PROMPTS[1], (written,), (np.zeros(6),), 0, 0)
+    with torch.no_grad():
+        tokens = torch.tensor([[*PROMPTS[1].policy_tokens, *written.tokens_T.tolist()]])
+        logits = subject.policy.language_model.model(input_ids=tokens).logits[0].double()
+    at, expected = len(PROMPTS[1].policy_tokens) - 1, 0.0
+    for position, token, depth in ((0, 10, 0), (1, 11, 1), (4, 12, 2), (5, STOP, 3)):
+        support = ALLOWED + ([STOP] if depth >= CONSTRAINTS.min_tokens else [])
+        expected += float(logits[at + position, token] - logits[at + position, support].logsumexp(-1))
+    assert subject.score([group])[0].log_q_K == pytest.approx([expected], abs=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["pooled", "vargrad", "tb", "db", "subtb"])
 def test_micro_batches_do_not_change_the_update(folder: Path, kind: str) -> None:
     results = []
