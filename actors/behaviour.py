@@ -18,7 +18,7 @@ class BehaviourLogits:
     def __init__(self, constraints: Constraints, width: int, device: torch.device) -> None:
         """`width` is that of the logits, which some models pad beyond the vocabulary."""
         outside_V = torch.ones(width, dtype=torch.bool)
-        outside_V[torch.from_numpy(constraints.columns)] = False
+        outside_V[torch.tensor(constraints.columns)] = False
         self._outside_V = outside_V.to(device) if outside_V.any() else None
         self._buffer: torch.Tensor | None = None
         self._size = len(constraints.columns)

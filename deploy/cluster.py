@@ -29,8 +29,8 @@ def connect(config: Config) -> None:
             num_cpus=cpus,
             include_dashboard=config.cluster.dashboard,
             dashboard_host="127.0.0.1",
-            # Workers import the project from here, wherever they are started.
-            runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+            # Workers import the project, and reward functions of the user's, wherever they are started.
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), os.getcwd()])}},
             **common,
         )
     resources = ray.cluster_resources()

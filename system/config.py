@@ -104,7 +104,7 @@ class RandomNumber(Section):
     """`{low}` and `{high}` are filled in."""
     stop: str = Field(default=".", min_length=1)
     """What ends a number: a text that is one token."""
-    floor: float = Field(default=-12.0, le=-5.0)
+    floor: float = Field(default=-12.0, le=-10.0)
     """log R of anything that is not one of the numbers, nats. A number has log R = 0."""
     reward: Reward = FunctionReward(path="system.tasks.random_number:log_reward", every_prefix=True)
 

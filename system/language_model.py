@@ -38,7 +38,18 @@ def resolve_device(device: str) -> torch.device:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    """Raises ConfigError if the folder has no tokenizer that transformers can load."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigError(
+            f"model.path={str(folder)!r} has no tokenizer that can be loaded: {_first_line(error)}; "
+            "save the tokenizer beside the model (tokenizer.save_pretrained)"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
@@ -61,7 +72,7 @@ def load_pretrained(folder: Path, dtype: torch.dtype, device: torch.device) -> P
         )
     except (ValueError, KeyError, OSError) as error:
         raise ConfigError(
-            f"model.path={str(folder)!r} cannot be loaded as a causal language model: {str(error).splitlines()[0]}. "
+            f"model.path={str(folder)!r} cannot be loaded as a causal language model: {_first_line(error)}. "
             "Use an architecture that transformers supports (Llama, Qwen, Gemma, GPT-2, …) with safetensors weights"
         ) from error
     model.requires_grad_(False).eval()
@@ -180,7 +191,8 @@ class LanguageModel:
         return scores
 
     def _put(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        # What came through Ray's object store is read-only, which torch does not take.
+        return torch.from_numpy(np.require(array, requirements="CW")).to(self.device, non_blocking=True)
 
     def _mask(self, end_L: torch.Tensor, position_L: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """Additive [1, 1, L, L]. Sliding windows reach back a number of tokens on the path, not in the row."""

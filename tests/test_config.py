@@ -57,7 +57,7 @@ def refusal(tree: Any) -> str:
         ("lora.alpha", 0, "greater than 0"),
         ("lora.targets", [], "at least 1 item"),
         ("lora.targets", "q_proj", "must be a list"),
-        ("task.floor", -1, "less than or equal to -5"),
+        ("task.floor", -1, "less than or equal to -10"),
         ("task.high", 10000, "less than or equal to 9999"),
         ("task.stop", "", "at least 1 character"),
         ("sampler.samples_per_prompt", 1, "greater than or equal to 2"),
