@@ -192,7 +192,7 @@ class LanguageModel:
 
     def _put(self, array: np.ndarray) -> torch.Tensor:
         # What came through Ray's object store is read-only, which torch does not take.
-        return torch.from_numpy(np.require(array, requirements="CW")).to(self.device, non_blocking=True)
+        return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(self.device, non_blocking=True)
 
     def _mask(self, end_L: torch.Tensor, position_L: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """Additive [1, 1, L, L]. Sliding windows reach back a number of tokens on the path, not in the row."""
