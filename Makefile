@@ -39,8 +39,10 @@ lint: setup
 
 # Measured figures: each prints one line of JSON.
 bench: setup
-	$(BIN)/python -m tests.benchmarks.sampler_rate
+	$(BIN)/python -m tests.benchmarks.sampler_rate --threads 1
 	$(BIN)/python -m tests.benchmarks.publish
+	$(BIN)/python -m tests.benchmarks.agreement float32
+	$(BIN)/python -m tests.benchmarks.agreement bfloat16
 	$(BIN)/python -m tests.benchmarks.seeds deploy/configs/random_number.yaml
 
 # Pins for a set-up that is the same everywhere; without hosts or folders, so it can be committed.

@@ -26,6 +26,7 @@ def connect(config: Config) -> None:
         wanted = config.learner.cpus + config.actors.count * config.actors.cpus
         cpus = config.cluster.local_cpus or max(os.cpu_count() or 1, int(wanted + 0.999))
         ray.init(
+            address="local",  # without it Ray would join whatever cluster was started on this machine last
             num_cpus=cpus,
             include_dashboard=config.cluster.dashboard,
             dashboard_host="127.0.0.1",

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -112,7 +113,6 @@ def test_a_submitted_job_runs_the_same_on_a_cluster(tmp_path: Path) -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
-        "RAY_TMPDIR": str(tmp_path),
     }
     environment.pop("RAY_ADDRESS", None)
     (tmp_path / "token").write_text("0123456789abcdef" * 4)
@@ -130,11 +130,10 @@ def test_a_submitted_job_runs_the_same_on_a_cluster(tmp_path: Path) -> None:
         entry = ["python", "deploy/job.py", "deploy/configs/random_number.yaml", *overrides]
         address = ["--address", "http://127.0.0.1:28265"]
         submit = ["ray", "job", "submit", *address, "--working-dir", ".", "--", *entry]
+        listing = ["ray", "job", "list", *address]
         for _ in range(60):
-            if (
-                subprocess.run(["ray", "job", "list", *address], env=environment, capture_output=True, check=False).returncode
-                == 0
-            ):
+            assert head.poll() is None, (tmp_path / "head.txt").read_text()[-3000:]
+            if subprocess.run(listing, env=environment, capture_output=True, check=False).returncode == 0:
                 break
             time.sleep(1)
         result = subprocess.run(submit, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
@@ -143,5 +142,9 @@ def test_a_submitted_job_runs_the_same_on_a_cluster(tmp_path: Path) -> None:
         assert json.loads((run_dir / "summary.json").read_text())["steps"] == 4
         assert mlflow_run(tmp_path)[1].info.status == "FINISHED"
     finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        head.wait(30)
+        # `ray start --block` leaves its daemons to themselves when it is killed: end all that it started.
+        processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+        for process in processes:
+            process.terminate()
+        for process in psutil.wait_procs(processes, timeout=20)[1]:
+            process.kill()
