@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -33,72 +33,90 @@ START_SECONDS = 600.0
 """Longest wait for actors to be placed and built: a first start converts or fetches the model."""
 
 
-class SamplerActor:
-    """Builds a Sampler in this process. If its engine dies, so does the process: a dead engine must not look alive."""
+class BuiltActor:
+    """Builds its part when Ray builds the actor, and says by its first call what went wrong.
 
-    def __init__(self, config: Config, problem: Problem) -> None:
-        from actors.build import build_sampler
+    An error in an actor's constructor reaches the caller as the actor's death, without its type and its message.
+    """
 
-        self._sampler = build_sampler(config, problem, on_death=_exit_soon)
+    def __init__(self, build: Callable[..., Any], *arguments: Any) -> None:
+        self._error: Exception | None = None
+        try:
+            self._built = build(*arguments)
+        # A border: every error is kept for the first call, which raises it.
+        except Exception as error:
+            self._error = error
+
+    @property
+    def part(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._built
 
     def ready(self) -> int:
         """The process id, once this actor is built."""
+        assert self.part is not None
         return os.getpid()
+
+    def stats(self) -> dict[str, float]:
+        from system.tracking import system_metrics
+
+        return self.part.stats() | system_metrics()
+
+
+class SamplerActor(BuiltActor):
+    """A Sampler in this process. If its engine dies, so does the process: a dead engine must not look alive."""
+
+    def __init__(self, config: Config, problem: Problem) -> None:
+        super().__init__(_build_sampler, config, problem)
 
     def install(self, adapter: Adapter) -> dict[str, float]:
-        return self._sampler.install(adapter)
+        return self.part.install(adapter)
 
     def sample(self, request: Request, adapter: Adapter) -> Group:
-        return self._sampler.sample(request, adapter)
-
-    def stats(self) -> dict[str, float]:
-        return self._sampler.stats() | _node_metrics()
+        return self.part.sample(request, adapter)
 
 
-class LearnerActor:
-    """Builds a Learner in this process."""
+class LearnerActor(BuiltActor):
+    """A Learner in this process."""
 
     def __init__(self, config: Config, problem: Problem) -> None:
-        from learner.learner import Learner
-        from system.models import locate
-
-        prompt = problem.prompts[0]
-        self._learner = Learner(
-            config, locate(config.model), problem.constraints, config.model.path, prompt.policy_tokens + prompt.reward_tokens
-        )
-
-    def ready(self) -> int:
-        """The process id, once this actor is built."""
-        return os.getpid()
+        super().__init__(_build_learner, config, problem)
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        return self._learner.update(groups)
+        return self.part.update(groups)
 
     def adapter(self, version: int) -> Adapter:
-        return self._learner.adapter(version)
+        return self.part.adapter(version)
 
     def score(self, groups: Sequence[Group]) -> list[Any]:
-        return self._learner.score(groups)
+        return self.part.score(groups)
 
     def save(self) -> np.ndarray:
-        return self._learner.save()
+        return self.part.save()
 
     def restore(self, saved: np.ndarray, step: int) -> None:
-        self._learner.restore(saved, step)
+        self.part.restore(saved, step)
 
-    def stats(self) -> dict[str, float]:
-        return self._learner.stats() | _node_metrics()
+
+def _build_sampler(config: Config, problem: Problem) -> Any:
+    from actors.build import build_sampler
+
+    return build_sampler(config, problem, on_death=_exit_soon)
+
+
+def _build_learner(config: Config, problem: Problem) -> Any:
+    from learner.learner import Learner
+    from system.models import locate
+
+    prompt = problem.prompts[0]
+    canary = prompt.policy_tokens + prompt.reward_tokens
+    return Learner(config, locate(config.model), problem.constraints, config.model.path, canary)
 
 
 def _exit_soon() -> None:
     """Ends this process once the callers have had time to be told why."""
     threading.Timer(GOODBYE_SECONDS, os._exit, args=(1,)).start()
-
-
-def _node_metrics() -> dict[str, float]:
-    from system.tracking import system_metrics
-
-    return system_metrics()
 
 
 class RaySamplers:
@@ -216,7 +234,7 @@ def wait_until_ready(*handles: Any) -> None:
 
     Raises:
         ConfigError: they could not be placed in time; the message has what was asked for and what there is.
-        Exception: what an actor's own constructor raised.
+        Exception: what building an actor's part raised.
     """
     references = [reference for handle in handles for reference in handle.ready()]
     ready, missing = ray.wait(references, num_returns=len(references), timeout=START_SECONDS)
@@ -227,10 +245,8 @@ def wait_until_ready(*handles: Any) -> None:
         )
     try:
         ray.get(ready)
-    except RayActorError as error:
-        # The constructor's own error says more than that the actor died of it.
-        cause = getattr(error, "cause", None)
-        raise (cause if isinstance(cause, Exception) else error) from None
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
 
 def _future(reference: Any, settled: Any = lambda error: error) -> Future[Any]:
