@@ -11,13 +11,12 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import psutil
 
 from actors.engine import Engine
@@ -25,7 +24,10 @@ from actors.settings import BLOCK, EngineSettings
 from system.adapters import Adapter, AdapterError
 from system.config import Config
 from system.constraints import Constraints
-from system.trajectory import Group, Prompt, Request, Trajectory
+from system.trajectory import Group, Request, Trajectory
+
+if TYPE_CHECKING:
+    from actors.rewards import Reward
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +37,6 @@ SHORTEST_CONTEXT = 128
 
 class EngineDied(RuntimeError):
     """The engine's thread ended by an error, or the sampler was closed: what was asked for will not come."""
-
-
-class Reward(Protocol):
-    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
-        """K arrays float64 [T + 1], nats."""
-        ...
 
 
 @dataclass

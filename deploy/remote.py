@@ -59,9 +59,10 @@ class BuiltActor:
         return os.getpid()
 
     def stats(self) -> dict[str, float]:
+        """Memory and load of this process and its node."""
         from system.tracking import system_metrics
 
-        return self.part.stats() | system_metrics()
+        return system_metrics()
 
 
 class SamplerActor(BuiltActor):
@@ -75,6 +76,9 @@ class SamplerActor(BuiltActor):
 
     def sample(self, request: Request, adapter: Adapter) -> Group:
         return self.part.sample(request, adapter)
+
+    def stats(self) -> dict[str, float]:
+        return self.part.stats() | super().stats()
 
 
 class LearnerActor(BuiltActor):

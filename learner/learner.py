@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -198,15 +197,6 @@ class Learner:
             if state:
                 self.optimizer.state[parameter] = state
         self.step = step
-
-    def stats(self) -> dict[str, Any]:
-        """Device and memory of this process: `rss_bytes`, and `gpu_bytes` on CUDA."""
-        import psutil
-
-        stats = {"rss_bytes": float(psutil.Process().memory_info().rss)}
-        if self.policy.device.type == "cuda":
-            stats["gpu_bytes"] = float(torch.cuda.max_memory_allocated(self.policy.device))
-        return stats
 
     def _canary_log_probs(self) -> tuple[float, ...]:
         model, tokens = self.policy.language_model, self._canary_tokens
