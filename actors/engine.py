@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from actors.merging import Merging
 from actors.settings import BLOCK, LORA_RANKS, EngineSettings, engine_environment
 from system.adapters import Adapter, AdapterError, BaseWeights
 from system.constraints import Constraints
@@ -60,7 +61,6 @@ class Engine:
         self.installed: Adapter | None = None
         self.tokens = 0
         self._base = BaseWeights(folder)
-        self._touched: set[str] = set()
         self._lora: Any = None
         self._folder = Path(tempfile.mkdtemp(prefix="headwater-adapters-"))
         self._serial = itertools.count(1)
@@ -80,6 +80,7 @@ class Engine:
             enable_prefix_caching=True, **memory,
         )  # fmt: skip
         self._engine = self._llm.llm_engine
+        self._merging = Merging(self._llm.apply_model(lambda model: model)[0], self._base)
 
     # ---------------------------------------------------------------------------------------------------- sampling
 
@@ -186,12 +187,9 @@ class Engine:
             )
         updates = self._base.by_weight(adapter.updates())
         if self.settings.install == "merged":
-            # Fused layers (q, k and v; gate and up) load whole, and a module that this version leaves alone goes back
-            # to the base: so all that is beside any module ever adapted is written.
-            self._touched |= {name.rsplit(".", 2)[0] for name in updates}
+            self._merging.check(updates)
             self.installed = None
-            weights = self._base.merged(updates, self._touched)
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self._merging.write(updates)
             self._forget_prefixes()
             error = self._canary(adapter, None)
         else:

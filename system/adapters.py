@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,14 +60,6 @@ class LoraUpdate:
         """Of the weight that it is added to."""
         out, in_ = len(self.b_OR), self.a_RI.shape[1]
         return (in_, out) if self.transposed else (out, in_)
-
-    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
-        """float32, of the same shape as `weight`."""
-        import torch
-
-        a_RI, b_OR = torch.from_numpy(self.a_RI), torch.from_numpy(self.b_OR)
-        left, right = (a_RI.T, b_OR.T) if self.transposed else (b_OR, a_RI)
-        return torch.addmm(weight.float(), left, right, alpha=self.scale)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,26 +130,30 @@ class Adapter:
 
 
 class BaseWeights:
-    """The weights in a model's folder, read anew for each merge: a merge never starts from merged weights.
+    """The weights in a model's folder, mapped into memory and never written: what every merge starts from.
 
     Raises:
         ValueError: the folder has no safetensors file.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._files: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._tensors: dict[str, torch.Tensor] = {}
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                    self._files[name] = path
-                    self._shapes[name] = tuple(file.get_slice(name).get_shape())
-        if not self._files:
+                    self._tensors[name] = file.get_tensor(name)
+                    self.shapes[name] = tuple(self._tensors[name].shape)
+        if not self._tensors:
             raise ValueError(f"{folder} has no *.safetensors file: weights in other formats are not loaded")
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """In the folder's own precision; a view of the file."""
+        return self._tensors[name]
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """Name -> shape of every weight with two axes."""
-        return {name: (shape[0], shape[1]) for name, shape in self._shapes.items() if len(shape) == 2}
+        return {name: (shape[0], shape[1]) for name, shape in self.shapes.items() if len(shape) == 2}
 
     def by_weight(self, updates: Mapping[str, LoraUpdate]) -> dict[str, LoraUpdate]:
         """The updates by the name of the weight that each is added to.
@@ -168,23 +164,10 @@ class BaseWeights:
         result = {}
         for module, update in updates.items():
             # A checkpoint of the decoder alone leaves out the name under which the language model holds it.
-            name = next((n for n in (f"{module}.weight", f"{module.partition('.')[2]}.weight") if n in self._shapes), None)
+            name = next((n for n in (f"{module}.weight", f"{module.partition('.')[2]}.weight") if n in self.shapes), None)
             if name is None:
                 raise AdapterError(f"the adapter changes {module!r}, which has no weight of its own in the base model")
-            if self._shapes[name] != update.shape:
-                raise AdapterError(f"the adapter's update of {module!r} is {update.shape}, the weight {self._shapes[name]}")
+            if self.shapes[name] != update.shape:
+                raise AdapterError(f"the adapter's update of {module!r} is {update.shape}, the weight {self.shapes[name]}")
             result[name] = update
         return result
-
-    def merged(self, updates: Mapping[str, LoraUpdate], parents: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor below the modules `parents`, with its update, if it has one, computed in float32."""
-        prefixes = tuple(f"{parent}." for parent in parents)
-        wanted: dict[Path, list[str]] = {}
-        for name, path in self._files.items():
-            if name.startswith(prefixes):
-                wanted.setdefault(path, []).append(name)
-        for path, names in wanted.items():
-            with safe_open(path, framework="pt") as file:
-                for name in names:
-                    weight = file.get_tensor(name)
-                    yield name, updates[name].added_to(weight) if name in updates else weight
