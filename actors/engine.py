@@ -1,4 +1,6 @@
-"""vLLM in this process, drawing groups of trajectories under one adapter version. The only file that imports vllm.
+"""vLLM in this process, drawing groups of trajectories under one adapter version.
+
+vLLM is imported here, and in the cache that it calls back (`actors.prompt_sharing`).
 
 vLLM samples from what a logits processor of ours leaves of the logits, so the support and the exploration are defined
 by `system.constraints` and `actors.behaviour` alone, and the log-probs that it reports are those of the behaviour.
@@ -41,7 +43,8 @@ class _Group:
 class Engine:
     """Draws from base + the installed adapter. Not thread-safe: one thread calls it.
 
-    `installed` is the adapter that the next sample is drawn with; None while nothing is known to be right.
+    `installed` is the adapter that the next sample is drawn with; None while nothing is known to be right. `tokens` were drawn
+    and `prompt_tokens` computed since the start: a prompt's tokens count where they are not read from a cache.
     """
 
     def __init__(self, folder: Path, base_model: str, constraints: Constraints, settings: EngineSettings) -> None:
@@ -60,6 +63,7 @@ class Engine:
         self.constraints, self.settings, self.base_model = constraints, settings, base_model
         self.installed: Adapter | None = None
         self.tokens = 0
+        self.prompt_tokens = 0
         self._base = BaseWeights(folder)
         self._lora: Any = None
         self._folder = Path(tempfile.mkdtemp(prefix="headwater-adapters-"))
@@ -68,6 +72,11 @@ class Engine:
         memory: dict[str, Any] = {"kv_cache_memory_bytes": settings.kv_cache_mb << 20, "block_size": BLOCK}
         if gpu:
             memory = {"gpu_memory_utilization": settings.gpu_memory_utilization}
+        if settings.shared_prompts:
+            memory["kv_transfer_config"] = {
+                "kv_connector": "PromptSharing", "kv_connector_module_path": "actors.prompt_sharing", "kv_role": "kv_both",
+                "kv_connector_extra_config": {"prompts": settings.shared_prompts},
+            }  # fmt: skip
         if settings.install == "adapter":
             rank = next((rank for rank in LORA_RANKS if rank >= settings.max_lora_rank), settings.max_lora_rank)
             memory |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 2}
@@ -137,6 +146,8 @@ class Engine:
         for output in cast("list[RequestOutput]", self._engine.step()):
             if not output.finished:
                 continue
+            assert output.prompt_token_ids is not None
+            self.prompt_tokens += len(output.prompt_token_ids) - (output.num_cached_tokens or 0)
             ticket, k = map(int, output.request_id.split("/"))
             group = self._groups[ticket]
             group.trajectories[k] = self._trajectory(output.outputs[0], group.behaviours_K[k])
@@ -243,7 +254,7 @@ class Engine:
         return error
 
     def _forget_prefixes(self) -> None:
-        if not self._llm.reset_prefix_cache():
+        if not self._llm.reset_prefix_cache(reset_connector=True):
             raise RuntimeError("vLLM kept its prefix cache: samples would read keys and values of the weights before")
 
     def close(self) -> None:

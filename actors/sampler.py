@@ -139,6 +139,7 @@ class Sampler:
         installed = self._engine.installed
         return {
             "tokens": float(self._engine.tokens),
+            "prompt_tokens": float(self._engine.prompt_tokens),
             "groups": float(self._groups),
             "generate_seconds": self._seconds["generate"],
             "reward_seconds": self._seconds["reward"],

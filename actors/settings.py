@@ -40,4 +40,6 @@ class EngineSettings:
     """Nats a token."""
     max_lora_rank: int = 16
     threads: int = 1
+    shared_prompts: int = 64
+    """Prompts of which the last block is kept for the next request, so that it is computed once; 0 for none."""
     seed: int = 0

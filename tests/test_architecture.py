@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "deploy": {"deploy", "actors", "learner", "system"},
 }
 HOMES = {
-    "vllm": {"actors/engine.py"},
+    "vllm": {"actors/engine.py", "actors/prompt_sharing.py"},
     "peft": {"learner/policy.py"},
     "mlflow": {"system/tracking.py"},
     "ray": {"deploy/"},

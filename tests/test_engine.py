@@ -123,6 +123,35 @@ def test_more_prompt_tokens_than_a_step_holds_are_drawn_too(case: Case) -> None:
         np.testing.assert_allclose(trajectory.logp_T, lora.drawn_log_probs(model, CONSTRAINTS, prompt, trajectory), atol=1e-3)
 
 
+def test_a_prompt_is_computed_once_and_never_from_an_older_version(case: Case) -> None:
+    case.engine.install(case.version(1)[0])
+    before = case.engine.prompt_tokens
+    case.draw(*(Request(i, prompt, BEHAVIOURS * 2, i) for i, prompt in enumerate((SHORT, LONG, SHORT))))
+    # Each sample computes the last token of its prompt: what follows it is the sample's own.
+    samples = 3 * len(BEHAVIOURS * 2)
+    assert case.engine.prompt_tokens - before == len(SHORT.policy_tokens) + len(LONG.policy_tokens) + samples - 2
+    adapter, model = case.version(2)
+    case.engine.install(adapter)
+    before = case.engine.prompt_tokens
+    assert case.largest_error(model) < 1e-3
+    assert case.engine.prompt_tokens - before >= len(SHORT.policy_tokens) + len(LONG.policy_tokens)
+
+
+def test_prompts_of_any_length_are_shared_and_drawn_right(case: Case) -> None:
+    adapter, model = case.version(1)
+    case.engine.install(adapter)
+    # Around the blocks' ends, and more prompts than are kept.
+    lengths = [1, 2, 31, 32, 33, 63, 64, 65, 66, *range(3, 30), *range(34, 62), *range(67, 89)]
+    assert len(lengths) > case.engine.settings.shared_prompts
+    prompts = [Prompt(str(n), tuple((n * 5 + j * 3) % 60 for j in range(n)), (1,)) for n in lengths]
+    for _ in range(2):
+        groups = case.draw(*(Request(i, prompt, BEHAVIOURS[:3], i) for i, prompt in enumerate(prompts)))
+        for prompt, group in zip(prompts, groups, strict=True):
+            for trajectory in group:
+                expected = lora.drawn_log_probs(model, CONSTRAINTS, prompt, trajectory)
+                np.testing.assert_allclose(trajectory.logp_T, expected, atol=1e-3)
+
+
 def test_each_installed_version_is_what_peft_computes(case: Case) -> None:
     (first, first_model), (second, second_model), (zero, _) = case.version(1), case.version(2), case.version(3, scale=0.0)
     base = lora.load(case.folder)
