@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -66,7 +65,7 @@ class Engine:
         self.prompt_tokens = 0
         self._base = BaseWeights(folder)
         self._lora: Any = None
-        self._folder = Path(tempfile.mkdtemp(prefix="headwater-adapters-"))
+        self._lora_folder: tempfile.TemporaryDirectory[str] | None = None
         self._serial = itertools.count(1)
         self._groups: dict[int, _Group] = {}
         memory: dict[str, Any] = {"kv_cache_memory_bytes": settings.kv_cache_mb << 20, "block_size": BLOCK}
@@ -216,17 +215,18 @@ class Engine:
         from vllm.lora.request import LoRARequest
 
         number = next(self._serial)
-        folder = adapter.materialise(self._folder / f"{number}")
-        lora = LoRARequest(f"version-{adapter.version}-{number}", number, str(folder))
-        stale = lora
+        folder = tempfile.TemporaryDirectory(prefix="headwater-adapter-")
+        path = adapter.materialise(Path(folder.name) / "adapter")
+        lora = LoRARequest(f"version-{adapter.version}-{number}", number, str(path))
+        stale = lora, folder
         try:
             self._engine.add_lora(lora)
             error = self._canary(adapter, lora)
-            stale, self._lora = self._lora, lora
+            stale, self._lora, self._lora_folder = (self._lora, self._lora_folder), lora, folder
         finally:
-            if stale is not None:
-                self._engine.remove_lora(stale.lora_int_id)
-                shutil.rmtree(stale.lora_path)
+            if stale[0] is not None and stale[1] is not None:
+                self._engine.remove_lora(stale[0].lora_int_id)
+                stale[1].cleanup()
         self._forget_prefixes()
         return error
 
@@ -264,7 +264,8 @@ class Engine:
         self.installed = None
         self._engine.engine_core.shutdown()
         del self._llm, self._engine
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._lora_folder is not None:
+            self._lora_folder.cleanup()
         cleanup_dist_env_and_memory()
 
 

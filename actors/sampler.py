@@ -24,6 +24,7 @@ from actors.settings import BLOCK, EngineSettings
 from system.adapters import Adapter, AdapterError
 from system.config import Config
 from system.constraints import Constraints
+from system.timeline import Timeline
 from system.trajectory import Group, Request, Trajectory
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Sampler:
         self._started = time.perf_counter()
         self._seconds = {"generate": 0.0, "reward": 0.0, "install": 0.0}
         self._groups = 0
+        self.timeline = Timeline()
         self._installed: dict[str, float] = {"seconds": math.nan, "canary_error": math.nan, "canary_signal": math.nan}
         # One thread for all rewards: each thread that computes would get OpenMP threads of its own.
         self._rewards = ThreadPoolExecutor(1, thread_name_prefix="reward")
@@ -136,7 +138,6 @@ class Sampler:
     def stats(self) -> dict[str, float]:
         """Totals since the start and the state of the last install; seconds, tokens, nats, bytes."""
         elapsed = time.perf_counter() - self._started
-        installed = self._engine.installed
         return {
             "tokens": float(self._engine.tokens),
             "prompt_tokens": float(self._engine.prompt_tokens),
@@ -147,7 +148,7 @@ class Sampler:
             "last_install_seconds": self._installed["seconds"],
             "canary_error": self._installed["canary_error"],
             "canary_signal": self._installed["canary_signal"],
-            "version": float(installed.version) if installed else -1.0,
+            "version": float(self._version),
             "busy": (self._seconds["generate"] + self._seconds["install"]) / elapsed,
             "rss_bytes": float(psutil.Process().memory_info().rss),
         }
@@ -175,7 +176,9 @@ class Sampler:
         try:
             while self._admit():
                 started = time.perf_counter()
-                for ticket, trajectories_K in self._engine.step():
+                with self.timeline.span("generate", "engine", version=self._version):
+                    complete = self._engine.step()
+                for ticket, trajectories_K in complete:
                     self._groups += 1
                     self._rewards.submit(self._deliver, self._running.pop(ticket), trajectories_K)
                 self._seconds["generate"] += time.perf_counter() - started
@@ -212,6 +215,10 @@ class Sampler:
             self._queue.popleft()
         return True
 
+    @property
+    def _version(self) -> int:
+        return self._engine.installed.version if self._engine.installed else -1
+
     def _serves(self, adapter: Adapter) -> bool:
         """What is installed is `adapter`, or newer."""
         installed = self._engine.installed
@@ -222,7 +229,8 @@ class Sampler:
     def _install(self, job: _Job) -> bool:
         started = time.perf_counter()
         try:
-            self._installed = self._engine.install(job.adapter)
+            with self.timeline.span("install", "engine", version=job.adapter.version):
+                self._installed = self._engine.install(job.adapter)
         # A border: a refused adapter is the caller's to hear of; the engine says by `installed` what is left.
         except AdapterError as error:
             self._queue.popleft()
@@ -248,7 +256,8 @@ class Sampler:
         assert job.request is not None
         prompt = job.request.prompt
         try:
-            log_reward_K = tuple(self._reward.score(prompt, trajectories_K))
+            with self.timeline.span("reward", "reward", group=job.request.group_id):
+                log_reward_K = tuple(self._reward.score(prompt, trajectories_K))
             group = Group(prompt, trajectories_K, log_reward_K, job.version, job.request.group_id)
         # A border: an error of the reward is for the caller that asked for this group.
         except BaseException as error:

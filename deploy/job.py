@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,15 @@ from system.config import Config, ConfigError  # noqa: E402
 if TYPE_CHECKING:
     from system.evaluation import Evaluation
     from system.orchestrator import Orchestrator
+    from system.timeline import Span
     from system.trajectory import Group
 
 logger = logging.getLogger("headwater")
+
+SPANS = 200_000
+"""Spans of one process that a timeline holds; of a longer run it has the end."""
+SPANS_SECONDS = 5.0
+"""Longest wait for an actor's last spans."""
 
 
 def parse_arguments(argv: list[str]) -> tuple[Config, Path, bool, bool]:
@@ -67,7 +74,8 @@ class Job:
         self.config, self.run_dir, self.resume = config, run_dir, resume
         self.stop = threading.Event()
         self.evaluations: list[tuple[int, Evaluation]] = []
-        self._pending_stats: dict[str, Any] = {}
+        self._pending: dict[tuple[str, str], Any] = {}
+        self._spans: dict[str, deque[Span]] = {}
         self._last_line = self._last_stats = 0.0
 
     def run(self) -> dict[str, Any]:
@@ -167,18 +175,30 @@ class Job:
         if now - self._last_stats > self.config.tracking.system_metrics_seconds:
             self._last_stats = now
             self.tracker.system("driver", system_metrics(), step)
+            stats = {"learner": self.learner.stats(), **self.samplers.stats()}
+            asked = {("stats", name): reference for name, reference in stats.items()} | self._span_references()
             # What has not answered since the last time is not asked twice.
-            self._pending_stats = {"learner": self.learner.stats(), **self.samplers.stats()} | self._pending_stats
-        for name, reference in list(self._pending_stats.items()):
+            self._pending = asked | self._pending
+        for (kind, name), reference in list(self._pending.items()):
             if not ray.wait([reference], timeout=0)[0]:
                 continue
-            del self._pending_stats[name]
+            del self._pending[kind, name]
             try:
                 values: Any = ray.get(reference)
             # A dead actor has no statistics; its death is counted where its groups are.
             except RayError:
                 continue
-            self.tracker.system(name, values, step)
+            if kind == "stats":
+                self.tracker.system(name, values, step)
+            else:
+                self._keep_spans(name, values)
+
+    def _span_references(self) -> dict[tuple[str, str], Any]:
+        spans = {"learner": self.learner.spans(), **self.samplers.spans()}
+        return {("spans", name): reference for name, reference in spans.items()}
+
+    def _keep_spans(self, name: str, spans: list[Span]) -> None:
+        self._spans.setdefault(name, deque(maxlen=SPANS)).extend(spans)
 
     def _evaluate(self, loop: Orchestrator) -> None:
         from system import evaluation
@@ -220,7 +240,10 @@ class Job:
             adapter: Any = ray.get(self.learner.adapter(loop.counters.version))
             report.replace_folder(folder, adapter)
             self.tracker.artifact(folder)
-        summary = report.summary(self.config, loop.counters, self.evaluations, seconds, finished=not self.stop.is_set())
+        idle = self._finish_timeline(loop)
+        summary = report.summary(
+            self.config, loop.counters, self.evaluations, seconds, finished=not self.stop.is_set(), sampler_idle=idle
+        )
         (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
         self.tracker.artifact(self.run_dir / "summary.json")
         if len(self.evaluations) > 1:
@@ -228,6 +251,27 @@ class Job:
             for plot in report.plots(self.run_dir / "plots", self.problem, self.tokenizer, self.evaluations):
                 self.tracker.artifact(plot, "plots")
         return summary
+
+    def _finish_timeline(self, loop: Orchestrator) -> float:
+        """Collects the last spans and writes timeline.json. Returns the idle fraction of the samplers."""
+        import ray
+        from ray.exceptions import RayError
+
+        from deploy import report
+
+        for (kind, name), reference in (self._pending | self._span_references()).items():
+            try:
+                if kind == "spans":
+                    self._keep_spans(name, ray.get(reference, timeout=SPANS_SECONDS))
+            # A dead or hanging actor leaves what it had sent before.
+            except RayError as error:
+                logger.warning("the timeline lacks the last spans of %s: %s", name, error)
+        self._keep_spans("driver", loop.timeline.drain())
+        path = self.run_dir / "timeline.json"
+        idle = report.timeline(path, self._spans)
+        self.tracker.artifact(path)
+        self.tracker.metrics({"idle/samplers": idle}, loop.counters.step)
+        return idle
 
 
 def main(argv: list[str]) -> int:

@@ -24,6 +24,7 @@ from system.adapters import Adapter
 from system.config import Config, ConfigError
 from system.orchestrator import SamplerDied
 from system.tasks.problem import Problem
+from system.timeline import Span
 from system.trajectory import Group, Request
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,10 @@ class BuiltActor:
 
         return system_metrics()
 
+    def spans(self) -> list[Span]:
+        """What this process did since the last time."""
+        return self.part.timeline.drain()
+
 
 class SamplerActor(BuiltActor):
     """A Sampler in this process. If its engine dies, so does the process: a dead engine must not look alive."""
@@ -88,16 +93,20 @@ class LearnerActor(BuiltActor):
         super().__init__(_build_learner, config, problem)
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        return self.part.update(groups)
+        with self.part.timeline.span("update", "learner", step=self.part.step):
+            return self.part.update(groups)
 
     def adapter(self, version: int) -> Adapter:
-        return self.part.adapter(version)
+        with self.part.timeline.span("adapter", "learner", version=version):
+            return self.part.adapter(version)
 
     def score(self, groups: Sequence[Group]) -> list[Any]:
-        return self.part.score(groups)
+        with self.part.timeline.span("score", "learner"):
+            return self.part.score(groups)
 
     def save(self) -> np.ndarray:
-        return self.part.save()
+        with self.part.timeline.span("save", "learner", step=self.part.step):
+            return self.part.save()
 
     def restore(self, saved: np.ndarray, step: int) -> None:
         self.part.restore(saved, step)
@@ -178,6 +187,10 @@ class RaySamplers:
         """Name -> reference to that sampler's statistics."""
         return {name: actor.stats.remote() for name, actor in self._actors.items()}
 
+    def spans(self) -> dict[str, Any]:
+        """Name -> reference to what that sampler did since the last time."""
+        return {name: actor.spans.remote() for name, actor in self._actors.items()}
+
     def _settled(self, name: str, error: BaseException | None) -> BaseException | None:
         """Runs in a thread of Ray's, where no actor may be started: the dead are replaced by the next request."""
         if name in self._load:
@@ -231,6 +244,9 @@ class RayLearner:
 
     def stats(self) -> Any:
         return self.actor.stats.remote()
+
+    def spans(self) -> Any:
+        return self.actor.spans.remote()
 
 
 def wait_until_ready(*handles: Any) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from system.evaluation import Evaluation
 from system.language_model import decode
 from system.orchestrator import Counters
 from system.tasks.problem import Problem
+from system.timeline import Span, busy_fraction, chrome_trace
 
 BASE, TUNED, TARGET = "#9aa5b1", "#1f6f8b", "#d1495b"
 
@@ -30,7 +34,12 @@ def replace_folder(folder: Path, adapter: Adapter) -> None:
 
 
 def summary(
-    config: Config, counters: Counters, evaluations: list[tuple[int, Evaluation]], seconds: float, finished: bool
+    config: Config,
+    counters: Counters,
+    evaluations: list[tuple[int, Evaluation]],
+    seconds: float,
+    finished: bool,
+    sampler_idle: float = math.nan,
 ) -> dict[str, Any]:
     """Figures of a run, for summary.json and the last line of the job: seconds, nats, rates per second."""
     training = max(counters.seconds, 1e-9)
@@ -47,6 +56,7 @@ def summary(
         "seconds_training": round(counters.seconds, 1),
         "trajectories_per_second": round(counters.trajectories / training, 2),
         "learner_idle": round(1.0 - counters.learner_busy_seconds / training, 3),
+        "sampler_idle": None if math.isnan(sampler_idle) else round(sampler_idle, 3),
         "sampler_deaths": counters.deaths,
     }
     if evaluations:
@@ -69,6 +79,16 @@ def _improvement(before: Evaluation, after: Evaluation) -> dict[str, float]:
         "spread_factor_median": float(np.median(factor)),
         "spread_factor_of_means": float(mean_before / max(mean_after, 1e-12)),
     }
+
+
+def timeline(path: Path, processes: Mapping[str, Iterable[Span]]) -> float:
+    """Writes a Chrome trace. Returns the share of the training time in which samplers neither drew nor installed, or NaN."""
+    spans = {process: list(spans) for process, spans in processes.items()}
+    path.write_text(json.dumps(chrome_trace(spans)), encoding="utf-8")
+    loop = [span for span in spans.get("driver", []) if span.name in ("update", "wait for groups")]
+    engines = [[span for span in each if span.track == "engine"] for each in spans.values()]
+    fractions = [busy_fraction(each, loop[0].start, loop[-1].end) for each in engines if each and loop]
+    return 1.0 - float(np.mean(fractions)) if fractions else math.nan
 
 
 def table(evaluations: list[tuple[int, Evaluation]]) -> str:

@@ -28,6 +28,7 @@ from system.constraints import Constraints
 from system.language_model import resolve_device
 from system.posterior import Bounds
 from system.prefix_tree import Packed, PrefixTree, rows_by_budget
+from system.timeline import Timeline
 from system.trajectory import Group
 
 CANARY_TOKENS = 24
@@ -82,6 +83,7 @@ class Learner:
         )
         self.loss = losses.build(config.loss.kind, getattr(config.loss, "decay", 1.0))
         self.step = 0
+        self.timeline = Timeline()
         self.base_model = base_model
         self._canary_tokens = np.array(canary_tokens[:CANARY_TOKENS], np.int64)
         with self.policy.base():

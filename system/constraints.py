@@ -49,10 +49,6 @@ class Constraints:
         return cls(stop_token, min_tokens, max_tokens, columns.astype(np.int64), vocab_size)
 
     @property
-    def everything_allowed(self) -> bool:
-        return len(self.columns) == self.vocab_size
-
-    @property
     def stop_column(self) -> int:
         """Where the stop token stands in `columns`."""
         return int(np.searchsorted(self.columns, self.stop_token))

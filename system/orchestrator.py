@@ -23,6 +23,7 @@ import safetensors.numpy
 from system import checkpoint
 from system.config import Config
 from system.requests import Requests
+from system.timeline import Timeline
 from system.trajectory import Group, Request, merge_by_prompt
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ class Orchestrator:
     """Called before the first update, every evaluate_every updates and after the last; the newest adapter is published."""
     should_stop: Callable[[], bool] = lambda: False
     counters: Counters = field(default_factory=Counters)
+    timeline: Timeline = field(default_factory=Timeline)
     _reissue: deque[int] = field(default_factory=deque)
     _in_flight: dict[Future[Group], int] = field(default_factory=dict)
     _arrived: deque[Group] = field(default_factory=deque)
@@ -125,19 +127,22 @@ class Orchestrator:
         settings = self.config.learner
         self.publish()
         if self.counters.step == 0:
-            self.evaluate(self)
+            self._evaluate()
         began = time.perf_counter()
         while self.counters.step < settings.steps and not self.should_stop():
-            if not self._collect(settings.groups_per_update):
+            with self.timeline.span("wait for groups", "loop", step=self.counters.step):
+                collected = self._collect(settings.groups_per_update)
+            if not collected:
                 break
             self._taken.sort(key=lambda group: group.group_id)
             rng = np.random.default_rng((self.config.seed, 4, self.counters.step))
             batch = [self.replay.mix(group, rng) for group in merge_by_prompt(self._taken)]
             started = time.perf_counter()
-            update = self.learner.update(batch)
-            while not update.done():
-                self._feed()
-                self._receive(update)
+            with self.timeline.span("update", "loop", step=self.counters.step):
+                update = self.learner.update(batch)
+                while not update.done():
+                    self._feed()
+                    self._receive(update)
             now = time.perf_counter()
             self._account(update.result(), now - started, now - began)
             began = now
@@ -146,9 +151,13 @@ class Orchestrator:
             if self._due(settings.checkpoint_every):
                 self.checkpoint()
             if self._due(settings.evaluate_every or settings.steps):
-                self.evaluate(self)
+                self._evaluate()
         if self.counters.step < settings.steps:
             self.checkpoint()
+
+    def _evaluate(self) -> None:
+        with self.timeline.span("evaluate", "loop", step=self.counters.step):
+            self.evaluate(self)
 
     def _due(self, every: int) -> bool:
         return self.counters.step % every == 0 or self.counters.step == self.config.learner.steps
@@ -273,6 +282,10 @@ class Orchestrator:
 
     def checkpoint(self) -> Path:
         """Everything that the rest of the run depends on. Groups issued and not used are noted by number alone."""
+        with self.timeline.span("checkpoint", "loop", step=self.counters.step):
+            return self._checkpoint()
+
+    def _checkpoint(self) -> Path:
         learner = self.learner.save()
         arrays, records = self.replay.save()
         waiting = [group.group_id for group in (*self._arrived, *self._taken)]

@@ -22,14 +22,12 @@ def test_columns_are_the_allowed_tokens_and_the_stop_each_once() -> None:
     assert support.columns.tolist() == [2, 4, 7, 9]
     assert support.columns.dtype == np.int64
     assert support.columns[support.stop_column] == 7
-    assert not support.everything_allowed
     assert constraints(allowed=[7, 2]).columns.tolist() == [2, 7]  # the stop is not there twice
 
 
 def test_without_a_list_all_of_the_vocabulary_is_allowed() -> None:
     support = constraints(allowed=None)
     assert support.columns.tolist() == list(range(10))
-    assert support.everything_allowed
     assert support.stop_column == 7
 
 

@@ -61,7 +61,15 @@ def test_the_main_job_runs_on_the_packaged_model_and_leaves_everything_in_mlflow
     assert wanted <= run.data.metrics.keys()
     assert any(name.startswith("system/") for name in run.data.metrics)
     artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert {"adapter", "plots", "config.yaml", "summary.json", "tables"} <= artifacts
+    assert {"adapter", "plots", "config.yaml", "summary.json", "tables", "timeline.json"} <= artifacts
+    events = json.loads((run_dir / "timeline.json").read_text())["traceEvents"]
+    processes = {event["args"]["name"]: event["pid"] for event in events if event["name"] == "process_name"}
+    done = {name: [e["name"] for e in events if e["pid"] == pid and e["ph"] == "X"] for name, pid in processes.items()}
+    assert done["driver"].count("update") == done["learner"].count("update") == 8
+    (sampler,) = (spans for name, spans in done.items() if name.startswith("sampler"))
+    assert {"generate", "install", "reward"} == set(sampler)
+    assert sampler.count("reward") >= 8
+    assert 0 <= summary["sampler_idle"] < 1
     assert [entry.dataset.name for entry in run.inputs.dataset_inputs] == ["random_number"]
 
     base = AutoModelForCausalLM.from_pretrained(locate(Model()), dtype=torch.float32)
