@@ -37,13 +37,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
-# Measured figures: each prints one line of JSON.
+# Measured figures, as a table and MLflow runs; names choose: make bench ARGS="publish update_rate".
 bench: setup
-	$(BIN)/python -m tests.benchmarks.sampler_rate --threads 1
-	$(BIN)/python -m tests.benchmarks.publish
-	$(BIN)/python -m tests.benchmarks.agreement float32
-	$(BIN)/python -m tests.benchmarks.agreement bfloat16
-	$(BIN)/python -m tests.benchmarks.seeds deploy/configs/random_number.yaml
+	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 # Pins for a set-up that is the same everywhere; without hosts or folders, so it can be committed.
 lock: setup

@@ -213,6 +213,7 @@ class Job:
                 samples=self.config.learner.evaluation_samples,
                 temperature=self.config.learner.reward_temperature.end, round_=step,
             )  # fmt: skip
+        result.metrics["seconds_training"] = loop.counters.seconds
         for row in result.samples:
             row["text"] = decode(self.tokenizer, row.pop("tokens"))
         self.evaluations.append((step, result))

@@ -3,19 +3,18 @@
     python -m tests.benchmarks.agreement float32|bfloat16
 
 The engine draws continuations (allowed tokens, minimum length, forced stop) under an adapter that is far from the base.
-Prints one line of JSON, in nats a token: the mean of |difference of the sums| / tokens and the worst, and what the canary
-measured.
+In nats a token: |difference of the sums| / tokens of each trajectory, and what the canary measured.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 
 import numpy as np
 
 from actors.settings import engine_environment
+from tests.benchmarks.figures import Figure, report
 
 
 def main(dtype: str) -> None:
@@ -48,16 +47,10 @@ def main(dtype: str) -> None:
             tokens.append(len(trajectory) + 1)
     sampler.close()
     per_token = np.array(differences) / np.array(tokens)
-    figures = {
-        "engine_dtype": dtype,
-        "trajectories": len(tokens),
-        "tokens": int(np.sum(tokens)),
-        "mean_nats_per_token": float(per_token.mean()),
-        "worst_nats_per_token": float(per_token.max()),
-        "canary_error": installed["canary_error"],
-        "canary_signal": installed["canary_signal"],
-    }
-    print(json.dumps(figures))
+    name = f"engine in {dtype} against the learner in float32, whole trajectories"
+    bound = {"float32": 1e-3, "bfloat16": 0.06}[dtype]
+    detail = {key: installed[key] for key in ("canary_error", "canary_signal")}
+    report(Figure(name, "nats a token", per_token.tolist(), at_most=bound, detail={"worst": float(per_token.max())} | detail))
 
 
 if __name__ == "__main__":

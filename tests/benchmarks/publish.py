@@ -3,13 +3,11 @@
     python -m tests.benchmarks.publish [key=value …]
 
 Each round moves every LoRA weight by one update, publishes, and waits until all samplers have installed the version and
-passed its canary. Prints one line of JSON, seconds.
+passed its canary.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
 import sys
 import time
 
@@ -21,11 +19,12 @@ from system import config, tasks
 from system.language_model import load_tokenizer
 from system.models import locate
 from system.requests import Requests
+from tests.benchmarks.figures import Figure, report
 
 ROUNDS = 12
 
 
-def measure(cfg: config.Config) -> dict[str, float]:
+def measure(cfg: config.Config) -> list[Figure]:
     problem = tasks.build(cfg.task, load_tokenizer(locate(cfg.model)))
     cluster.connect(cfg)
     learner, samplers = RayLearner(cfg, problem), RaySamplers(cfg, problem)
@@ -44,16 +43,14 @@ def measure(cfg: config.Config) -> dict[str, float]:
         errors += [each["canary_error"] for each in stats]
         assert all(each["version"] == version for each in stats)
     cluster.disconnect()
-    return {
-        "publish_seconds_median": round(statistics.median(seconds), 3),
-        "publish_seconds_max": round(max(seconds), 3),
-        "install_seconds_median": round(statistics.median(installs), 3),
-        "canary_error_nats_max": round(max(errors), 6),
-        "samplers": cfg.actors.count,
-        "rounds": ROUNDS,
-    }
+    count = cfg.actors.count
+    return [
+        Figure(f"publish to {count} samplers, all ready", "s", seconds, at_most=1.0),
+        Figure(f"install of a version, {count} samplers at once", "s", installs, at_most=0.3),
+        Figure("canary, engine against learner", "nats a token", errors, at_most=0.001),
+    ]
 
 
 if __name__ == "__main__":
     overrides = ["actors.count=2", "sampler.samples_per_prompt=8", *sys.argv[1:]]
-    print(json.dumps(measure(config.load("deploy/configs/random_number.yaml", overrides))))
+    report(*measure(config.load("deploy/configs/random_number.yaml", overrides)))

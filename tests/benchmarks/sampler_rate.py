@@ -3,18 +3,15 @@
     python -m tests.benchmarks.sampler_rate [--dtype bfloat16] [--threads 2] [--repeats 5]
 
 The bare run asks vLLM for tokens alone. The sampler's has log-probs, seeds, the support and the behaviours in every
-request, a reward that costs nothing, and one caller for each group. Ends with one line of JSON. On a shared machine the
-ratio of CPU seconds, with one thread, is steadier than that of the rates.
+request, a reward that costs nothing, and one caller for each group. Both have each prompt computed once.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -27,6 +24,7 @@ from system.config import Model
 from system.constraints import Constraints
 from system.models import locate
 from system.trajectory import Behaviour, Prompt, Request, Trajectory
+from tests.benchmarks.figures import in_turns, ratio, report
 
 NEW_TOKENS, PROMPT_TOKENS, SAMPLES, RANK = 32, 40, 16, 16
 BEHAVIOURS = {
@@ -55,8 +53,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--groups", type=int, default=8, help=f"groups of {SAMPLES} samples in a measurement")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--groups", type=int, default=4, help=f"groups of {SAMPLES} samples in a measurement")
     arguments = parser.parse_args()
     os.environ.update(engine_environment(arguments.threads, gpu=False))
     import vllm
@@ -69,7 +67,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     adapter = random_adapter(BaseWeights(folder), "base", rng)
     sampler = Sampler(engine, Nothing())
-    install = sampler.install(adapter)
+    sampler.install(adapter)
     prompts = [Prompt(str(i), tuple(rng.integers(100, 40000, PROMPT_TOKENS).tolist()), (1,)) for i in range(arguments.groups)]
 
     def bare() -> int:
@@ -84,35 +82,17 @@ def main() -> None:
             return sum(group.tokens for group in callers.map(lambda request: sampler.sample(request, adapter), requests))
 
     runs = {"bare": bare} | {name: lambda b=b: sampled(b) for name, b in BEHAVIOURS.items()}
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    cpu_seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(arguments.repeats + 1):
-        for name, run in runs.items():
-            engine._forget_prefixes()
-            started, cpu_started = time.perf_counter(), time.process_time()
-            tokens = run()
-            rate, cpu = tokens / (time.perf_counter() - started), time.process_time() - cpu_started
-            # The first round warms up caches and thread pools.
-            if repeat:
-                rates[name].append(rate)
-                cpu_seconds[name].append(cpu)
-                print(f"repeat {repeat}: {name:10s} {rate:7.1f} tokens/s, {cpu:6.2f} CPU seconds", flush=True)
-    median = {name: statistics.median(values) for name, values in rates.items()}
-    ratios = {name: round(median[name] / median["bare"], 3) for name in BEHAVIOURS}
-    cpu = {name: statistics.median(values) for name, values in cpu_seconds.items()}
+
+    def rate(run: Callable[[], int]) -> float:
+        engine._forget_prefixes()
+        started = time.perf_counter()
+        return run() / (time.perf_counter() - started)
+
+    rates = in_turns({name: lambda run=run: rate(run) for name, run in runs.items()}, arguments.repeats)
     sampler.close()
-    print(
-        json.dumps({
-            "tokens_per_second": {name: round(value, 1) for name, value in median.items()},
-            "ratio_to_bare": ratios,
-            "cpu_ratio_to_bare": {name: round(cpu["bare"] / cpu[name], 3) for name in BEHAVIOURS},
-            "install_seconds": round(install["seconds"], 3),
-            "dtype": arguments.dtype,
-            "threads": arguments.threads,
-            "sequences": arguments.groups * SAMPLES,
-            "repeats": arguments.repeats,
-        })
-    )  # fmt: skip
+    what = {"dtype": arguments.dtype, "threads": arguments.threads, "sequences": arguments.groups * SAMPLES}
+    for name in BEHAVIOURS:
+        report(ratio(f"sampler over bare vLLM, tokens/s, {name}", rates[name], rates["bare"], 0.95, **what))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,311 @@
+"""How many samplers a learner can use, and how stale groups get: the loop simulated from measured durations.
+
+    python -m deploy.plan CONFIG --run RUN [--samplers 1,2,4,8] [--cores 2] [key=value …]
+    python -m deploy.plan CONFIG --update 1.0 --group 0.5 --install 0.3 [--reward 0.1] [--adapter 0.1]
+
+Durations come from the timeline of a run (seconds of work, its waiting for a core left out where an actor computes with one
+thread) or from the command line. The simulation has the loop's own gate, versions that are drained, and cores that are
+shared evenly by all who compute; without --cores everyone has cores of their own, as on a cluster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from system import config as configuration  # noqa: E402
+from system.config import Config, ConfigError  # noqa: E402
+
+DRIVER_SECONDS = 0.001
+"""Of the driver for a group: the bound that tests/benchmarks/driver_rate.py holds it to."""
+
+
+@dataclass(frozen=True)
+class Durations:
+    """Seconds of work."""
+
+    update: float
+    adapter: float
+    """Of the learner, for a version."""
+    install: float
+    group: float
+    """Of an engine, for a group."""
+    reward: float
+
+    @classmethod
+    def of_trace(cls, trace: dict[str, Any], one_thread: bool) -> Durations:
+        """From a run's timeline; medians, and for the engines means, since groups share them.
+
+        Raises:
+            ConfigError: the run was too short to have all kinds of work.
+        """
+        spans: dict[str, list[float]] = {}
+        skipped: set[tuple[int, str]] = set()
+        for event in trace["traceEvents"]:
+            if event["ph"] != "X" or event["cat"] == "loop":
+                continue
+            # The first of each kind warms up.
+            if (event["pid"], event["name"]) not in skipped:
+                skipped.add((event["pid"], event["name"]))
+                if event["name"] not in ("generate", "reward"):
+                    continue
+            seconds = event["tdur"] if one_thread else event["dur"]
+            spans.setdefault(event["name"], []).append(seconds / 1e6)
+        missing = {"update", "adapter", "install", "generate", "reward"} - spans.keys()
+        if missing:
+            raise ConfigError(f"the run's timeline has too few spans of {', '.join(sorted(missing))}; take a longer run")
+        return cls(
+            update=statistics.median(spans["update"]),
+            adapter=statistics.median(spans["adapter"]),
+            install=statistics.median(spans["install"]),
+            group=sum(spans["generate"]) / len(spans["reward"]),
+            reward=statistics.median(spans["reward"]),
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a simulation gives; a steady state, seconds and fractions."""
+
+    samplers: int
+    groups_per_second: float
+    learner_idle: float
+    sampler_idle: float
+    staleness: float
+    driver_busy: float
+
+
+@dataclass
+class _Task:
+    """Work on a core."""
+
+    left: float
+    done: Any
+
+
+@dataclass
+class _Sampler:
+    version: int = -1
+    queue: deque[tuple[int, int]] = field(default_factory=deque)
+    """(group, version it asks for)"""
+    running: dict[int, float] = field(default_factory=dict)
+    """Group -> work left."""
+    installing: float = 0.0
+    target: int = -1
+    rewards: deque[tuple[int, float]] = field(default_factory=deque)
+    """(group, work left): one thread, in order."""
+    busy: float = 0.0
+
+    @property
+    def load(self) -> int:
+        return len(self.queue) + len(self.running) + len(self.rewards)
+
+
+class Simulation:
+    """The loop of system.orchestrator in simulated time."""
+
+    def __init__(self, config: Config, durations: Durations, samplers: int, cores: float) -> None:
+        self.learner, self.cores = config.learner, cores
+        # 0 stands for no work at hand.
+        self.durations = Durations(*(max(seconds, 1e-6) for seconds in astuple(durations)))
+        self.samplers = [_Sampler() for _ in range(samplers)]
+        self.step = self.published_step = self.next_group = 0
+        self.version = -1
+        self.version_step: dict[int, int] = {}
+        self.group_version: dict[int, int] = {}
+        self.in_flight = 0
+        self.arrived: deque[int] = deque()
+        self.updating = self.publishing = 0.0
+        self.now = self.learner_busy = 0.0
+        self.staleness: list[int] = []
+
+    def run(self, steps: int) -> Plan:
+        """Simulates `steps` updates; the first tenth only fills the pipeline."""
+        self._publish_done()
+        warm = max(1, steps // 10)
+        started = busy = sampler_busy = 0.0
+        while self.step < steps:
+            before = self.step
+            self._feed()
+            self._advance()
+            if before < warm <= self.step:
+                started, busy = self.now, self.learner_busy
+                sampler_busy = sum(sampler.busy for sampler in self.samplers)
+        seconds = self.now - started
+        groups = (steps - warm) * self.learner.groups_per_update / seconds
+        engines = (sum(sampler.busy for sampler in self.samplers) - sampler_busy) / seconds / len(self.samplers)
+        idle = 1 - (self.learner_busy - busy) / seconds
+        stale = statistics.mean(self.staleness[warm * self.learner.groups_per_update :])
+        return Plan(len(self.samplers), groups, idle, 1 - engines, stale, groups * DRIVER_SECONDS)
+
+    # ------------------------------------------------------------------------------------------- the loop's rules
+
+    def _feed(self) -> None:
+        per_update = self.learner.groups_per_update
+        while True:
+            ahead = self.in_flight + len(self.arrived) + (per_update if self.updating else 0)
+            # What is being trained on counts as a step ahead.
+            used_at = self.step + ahead // per_update
+            if used_at - self.published_step > self.learner.max_staleness:
+                break
+            group, self.next_group = self.next_group, self.next_group + 1
+            sampler = min(self.samplers, key=lambda sampler: sampler.load)
+            sampler.queue.append((group, self.version))
+            self.in_flight += 1
+        if not self.updating and not self.publishing and len(self.arrived) >= per_update:
+            taken = [self.arrived.popleft() for _ in range(per_update)]
+            self.staleness += [self.step - self.version_step[self.group_version[group]] for group in taken]
+            self.updating = self.durations.update
+        for sampler in self.samplers:
+            self._admit(sampler)
+
+    def _admit(self, sampler: _Sampler) -> None:
+        while sampler.queue and not sampler.installing:
+            group, wanted = sampler.queue[0]
+            if wanted > sampler.version:
+                if not sampler.running:
+                    sampler.installing, sampler.target = self.durations.install, wanted
+                return
+            sampler.queue.popleft()
+            sampler.running[group] = self.durations.group
+            self.group_version[group] = sampler.version
+
+    def _publish_done(self) -> None:
+        self.version += 1
+        self.published_step = self.step
+        self.version_step[self.version] = self.step
+
+    # ---------------------------------------------------------------------------------------------- simulated time
+
+    def _advance(self) -> None:
+        """To the next event: the work that ends first, at the pace that the cores allow."""
+        engines = [sampler for sampler in self.samplers if sampler.installing or sampler.running]
+        scoring = [sampler for sampler in self.samplers if sampler.rewards]
+        learning = bool(self.updating or self.publishing)
+        computing = len(engines) + len(scoring) + learning
+        pace = min(1.0, self.cores / computing)
+        ends = [sampler.rewards[0][1] for sampler in scoring]
+        ends += [s.installing or min(s.running.values()) * len(s.running) for s in engines]
+        ends += [self.updating or self.publishing] if learning else []
+        work = min(ends)
+        self.now += work / pace
+        for sampler in scoring:
+            group, left = sampler.rewards[0]
+            sampler.rewards[0] = (group, left - work)
+        for sampler in engines:
+            sampler.busy += work / pace
+            if sampler.installing:
+                sampler.installing = _rest(sampler.installing, work)
+                sampler.version = sampler.target if not sampler.installing else sampler.version
+                continue
+            share = work / len(sampler.running)
+            for group in list(sampler.running):
+                sampler.running[group] = _rest(sampler.running[group], share)
+                if not sampler.running[group]:
+                    del sampler.running[group]
+                    sampler.rewards.append((group, self.durations.reward))
+        for sampler in self.samplers:
+            while sampler.rewards and not _rest(sampler.rewards[0][1], 0.0):
+                self.arrived.append(sampler.rewards.popleft()[0])
+                self.in_flight -= 1
+        if learning:
+            self.learner_busy += work / pace
+            self._learn(work)
+
+    def _learn(self, work: float) -> None:
+        if self.updating:
+            self.updating = _rest(self.updating, work)
+            if not self.updating:
+                self.step += 1
+                if self.step % self.learner.publish_every == 0:
+                    self.publishing = self.durations.adapter
+        else:
+            self.publishing = _rest(self.publishing, work)
+            if not self.publishing:
+                self._publish_done()
+
+
+def _rest(left: float, work: float) -> float:
+    """What is left of a piece of work, 0 within rounding."""
+    return 0.0 if left - work < 1e-9 else left - work
+
+
+def simulate(config: Config, durations: Durations, samplers: int, cores: float = math.inf, steps: int = 400) -> Plan:
+    return Simulation(config, durations, samplers, cores).run(steps)
+
+
+def table(plans: Sequence[Plan], samples: int) -> str:
+    head = f"{'samplers':>8} {'traj/s':>9} {'learner idle':>13} {'samplers idle':>14} {'staleness':>10} {'driver busy':>12}"
+    rows = [
+        f"{p.samplers:8d} {p.groups_per_second * samples:9.1f} {p.learner_idle:13.0%} {p.sampler_idle:14.0%} "
+        f"{p.staleness:10.2f} {p.driver_busy:12.1%}"
+        for p in plans
+    ]
+    return "\n".join([head, *rows])
+
+
+def advice(plans: Sequence[Plan]) -> str:
+    """The fewest samplers that come within 5 % of the best rate."""
+    best = max(plan.groups_per_second for plan in plans)
+    enough = next(plan for plan in plans if plan.groups_per_second >= 0.95 * best)
+    saturated = 1 / DRIVER_SECONDS
+    return (
+        f"{enough.samplers} samplers are enough for this learner; more bring less than 5 %. "
+        f"The driver saturates at {saturated:.0f} groups/s, {saturated / best:.0f} times the best rate here."
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--run", type=Path, help="folder of a run with a timeline.json")
+    for name in ("update", "group", "install"):
+        parser.add_argument(f"--{name}", type=float, help="seconds of work")
+    for name in ("reward", "adapter"):
+        parser.add_argument(f"--{name}", type=float, default=0.0, help="seconds of work")
+    parser.add_argument("--samplers", default="1,2,4,8,16,32", help="numbers to try")
+    parser.add_argument("--cores", type=float, default=math.inf, help="cores that all actors share")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        config = configuration.load(arguments.config, arguments.overrides)
+        durations = _durations(arguments, config)
+    except ConfigError as error:
+        print(f"config error: {error}", file=sys.stderr)
+        return 2
+    print(f"seconds of work: {durations}")
+    plans = [simulate(config, durations, int(count), arguments.cores) for count in arguments.samplers.split(",")]
+    print(table(plans, config.sampler.samples_per_prompt))
+    print(advice(plans))
+    return 0
+
+
+def _durations(arguments: argparse.Namespace, config: Config) -> Durations:
+    if arguments.run:
+        path = arguments.run / "timeline.json"
+        if not path.is_file():
+            raise ConfigError(f"--run {str(arguments.run)!r}: there is no {path}; a run writes it when it ends")
+        one_thread = config.actors.threads == config.learner.threads == 1 and not config.actors.gpus
+        return Durations.of_trace(json.loads(path.read_text(encoding="utf-8")), one_thread)
+    missing = [f"--{name}" for name in ("update", "group", "install") if not getattr(arguments, name)]
+    if missing:
+        raise ConfigError(f"durations are needed: --run RUN, or {', '.join(missing)} in seconds")
+    return Durations(arguments.update, arguments.adapter, arguments.install, arguments.group, arguments.reward)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

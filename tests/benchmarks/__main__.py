@@ -1,0 +1,76 @@
+"""The benchmark suite: every figure with its spread, as a table and as MLflow runs.
+
+    python -m tests.benchmarks [NAME …]
+
+Each benchmark runs in a process of its own, on a machine that should be doing nothing else. Without names all run but
+those that train for many minutes, which are marked in `LONG`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import mlflow
+
+from system.config import Tracking
+from system.tracking import resolve_uri
+from tests.benchmarks.figures import Figure, table
+
+QUICK = [
+    "sampler_rate --threads 1",
+    "generate_rate",
+    "update_rate",
+    "reward_rate",
+    "update_memory",
+    "publish",
+    "agreement float32",
+    "agreement bfloat16",
+    "driver_rate",
+]
+LONG = ["original_recipe random_number", "original_recipe continuation", "plan_check", "ablation"]
+
+
+def run(command: str) -> list[Figure]:
+    """The figures that a benchmark printed. Raises CalledProcessError if it failed."""
+    print(f"== {command}", flush=True)
+    name, *arguments = command.split()
+    figures = []
+    with subprocess.Popen(
+        [sys.executable, "-m", f"tests.benchmarks.{name}", *arguments], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.startswith('{"name"'):
+                figures.append(Figure(**json.loads(line)))
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return figures
+
+
+def log(figures: list[Figure]) -> None:
+    mlflow.set_tracking_uri(resolve_uri(Tracking().uri))
+    mlflow.set_experiment("headwater-benchmarks")
+    for figure in figures:
+        with mlflow.start_run(run_name=figure.name):
+            mlflow.log_params({"wanted": figure.wanted, "unit": figure.unit} | figure.detail)
+            for repeat, value in enumerate(figure.values):
+                mlflow.log_metric("value", value, step=repeat)
+            mlflow.log_metrics({"median": figure.median, "reached": float(figure.reached)})
+
+
+def main(names: list[str]) -> None:
+    unknown = [name for name in names if not any(name == each.split()[0] for each in QUICK + LONG)]
+    if unknown:
+        sys.exit(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(each.split()[0] for each in QUICK + LONG)}")
+    figures = []
+    for command in [each for each in QUICK + LONG if each.split()[0] in names] if names else QUICK:
+        figures += run(command)
+    log(figures)
+    print(table(figures))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,216 @@
+"""The whole loop against the recipe of the paper's code, written from its description, on the same machine.
+
+    python -m tests.benchmarks.original_recipe random_number [--seeds 0,1,2,3,4] [--limit 1800]
+    python -m tests.benchmarks.original_recipe continuation [--repeats 5]
+
+The recipe: one process; K rows with the whole prompt each; tokens drawn one at a time with a KV cache, gradients kept
+through all steps; logits over the whole vocabulary; for a language-model reward a frozen pass over the padded rows;
+sub-trajectory balance (lambda = 1) along each row; AdamW, no clipping. Support, K, learning rate and LoRA are ours.
+
+`random_number`: seconds of training until the exact KL is at most 0.05; a recipe that is not there at the limit counts
+with the limit, so the ratio is a lower bound. `continuation`: trajectories a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.rewards import import_function
+from learner.learner import Learner, lr_at
+from learner.losses import States, subtrajectory_balance
+from system import config, tasks
+from system.config import Config, FunctionReward
+from system.language_model import decode, load_tokenizer
+from system.models import locate
+from system.posterior import Exact
+from system.trajectory import Group, Prompt
+from tests.benchmarks.figures import ratio, report
+
+TARGET = 0.05
+
+
+class Recipe:
+    def __init__(self, cfg: Config) -> None:
+        folder = locate(cfg.model)
+        self.cfg = cfg
+        self.tokenizer = load_tokenizer(folder)
+        self.problem = tasks.build(cfg.task, self.tokenizer)
+        self.constraints = self.problem.constraints
+        self.learner = Learner(cfg, folder, self.constraints, cfg.model.path, self.problem.prompts[0].policy_tokens)
+        self.model: Any = self.learner.policy.language_model.model
+        self.rng = np.random.default_rng(cfg.seed)
+        torch.manual_seed(cfg.seed)
+        # The model's own output layer may be padded beyond the tokenizer's vocabulary.
+        width = self.model.get_output_embeddings().weight.shape[0]
+        self.closed_V = torch.full((width,), -torch.inf)
+        self.closed_V[torch.from_numpy(self.constraints.columns)] = 0.0
+        self.step = 0
+
+    def rollout(self, prompt: Prompt, samples: int, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(tokens [K, T], log q of them, log q(stop) [K, T + 1], lengths [K]), with gradients."""
+        stop, longest = self.constraints.stop_token, self.constraints.max_tokens
+        inputs = torch.tensor([prompt.policy_tokens]).expand(samples, -1)
+        cache, active = None, torch.ones(samples, dtype=torch.bool)
+        tokens, log_q, log_stop = [], [], []
+        for depth in range(longest + 1):
+            output = self.model(inputs, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits_KV = output.logits[:, -1].float() + self.closed_V
+            if depth < self.constraints.min_tokens:
+                logits_KV[:, stop] = -torch.inf
+            if depth == longest:
+                logits_KV = torch.full_like(logits_KV, -torch.inf)
+                logits_KV[:, stop] = 0.0
+            log_KV = logits_KV.log_softmax(-1)
+            with torch.no_grad():
+                drawn = torch.multinomial((logits_KV / temperature).softmax(-1), 1)[:, 0]
+                drawn = torch.where(active, drawn, stop)
+            can_stop = depth >= self.constraints.min_tokens
+            log_stop.append(torch.where(active & can_stop, log_KV[:, stop], 0.0) if can_stop else torch.zeros(samples))
+            active = active & (drawn != stop)
+            if depth < longest:
+                tokens.append(drawn)
+                log_q.append(torch.where(active, log_KV.gather(1, drawn[:, None])[:, 0], 0.0))
+            if not active.any():
+                break
+            inputs = drawn[:, None]
+        tokens_KT = torch.stack(tokens, 1)
+        log_stop_KT = torch.stack(log_stop, 1)
+        if log_stop_KT.shape[1] == tokens_KT.shape[1]:
+            log_stop_KT = torch.nn.functional.pad(log_stop_KT, (0, 1))
+        return tokens_KT, torch.stack(log_q, 1), log_stop_KT, (tokens_KT != stop).sum(1)
+
+    @torch.no_grad()
+    def log_reward(self, prompt: Prompt, tokens_KT: Tensor, lengths_K: Tensor) -> Tensor:
+        """[K, T + 1]: at every prefix."""
+        section = self.cfg.task.reward
+        if isinstance(section, FunctionReward):
+            function = import_function(section.path)
+            values = torch.zeros(len(tokens_KT), tokens_KT.shape[1] + 1)
+            for k, length in enumerate(lengths_K.tolist()):
+                for t in range(length + 1):
+                    prefix = tokens_KT[k, :t].tolist()
+                    values[k, t] = function(prompt, decode(self.tokenizer, prefix), prefix) / section.beta
+            return values
+        rows = torch.cat([torch.tensor([prompt.reward_tokens]).expand(len(tokens_KT), -1), tokens_KT], 1)
+        with self.learner.policy.base():
+            log_KTV = self.model(rows, use_cache=False).logits[:, len(prompt.reward_tokens) - 1 :].float().log_softmax(-1)
+        edges_KT = log_KTV[:, :-1].gather(2, tokens_KT[..., None])[..., 0]
+        return torch.nn.functional.pad(edges_KT.cumsum(1), (1, 0)) + log_KTV[..., self.constraints.stop_token]
+
+    def update(self) -> int:
+        """Trajectories used."""
+        learner, samples = self.learner, self.cfg.sampler.samples_per_prompt
+        prompt = self.problem.prompts[self.rng.integers(len(self.problem.prompts))]
+        tempered = self.cfg.task.kind == "continuation" and self.rng.random() < 0.5
+        temperature = float(self.rng.uniform(0.5, 2.0)) if tempered else 1.0
+        learner.optimizer.zero_grad(set_to_none=True)
+        tokens_KT, log_q_KT, log_stop_KT, lengths_K = self.rollout(prompt, samples, temperature)
+        reward_KT = self.log_reward(prompt, tokens_KT, lengths_K) / self.cfg.learner.reward_temperature.at(self.step)
+        at_T = torch.arange(reward_KT.shape[1])
+        inside_KT = (at_T <= lengths_K[:, None]) & (at_T >= self.constraints.min_tokens)
+        path_KT = torch.nn.functional.pad(log_q_KT.cumsum(1), (1, 0))
+        u_KT = reward_KT - log_stop_KT - path_KT
+        loss = subtrajectory_balance(States(u_KT, inside_KT, inside_KT, lengths_K), 1.0)
+        loss.backward()
+        for group in learner.optimizer.param_groups:
+            group["lr"] = lr_at(self.cfg.learner, self.step)
+        learner.optimizer.step()
+        self.step += 1
+        return samples
+
+    def kl(self) -> float:
+        problem = self.problem
+        assert problem.outcomes is not None and problem.log_target_O is not None
+        unknown = tuple(np.zeros(len(outcome) + 1) for outcome in problem.outcomes)
+        (score,) = self.learner.score([Group(problem.prompts[0], problem.outcomes, unknown, 0, 0)])
+        return Exact.of(score.log_q_K, problem.log_target_O).kl_target_q
+
+
+def recipe_seconds(seed: int, limit: float) -> tuple[float, float, int]:
+    """(seconds of training until TARGET or the limit, KL then, updates); evaluations are not counted."""
+    overrides = [f"seed={seed}", "learner.threads=2", "learner.steps=100000"]
+    recipe = Recipe(config.load("deploy/configs/random_number.yaml", overrides))
+    seconds, kl = 0.0, math.inf
+    while seconds < limit:
+        started = time.perf_counter()
+        for _ in range(5):
+            recipe.update()
+        seconds += time.perf_counter() - started
+        kl = recipe.kl()
+        print(f"recipe, seed {seed}: update {recipe.step}, {seconds:.0f} s, KL {kl:.4f}", file=sys.stderr, flush=True)
+        if kl <= TARGET:
+            break
+    return seconds, kl, recipe.step
+
+
+def job(*arguments: str) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """(summary, metrics of each evaluation) of a real run in a folder of its own."""
+    root = Path(__file__).resolve().parents[2]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(root / "deploy/job.py"), *arguments]
+        output = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
+        (run,) = (Path(folder) / "runs").iterdir()
+        evaluations = [json.loads(path.read_text())["metrics"] for path in sorted((run / "evaluations").glob("step-*.json"))]
+    return json.loads(output.splitlines()[-1]), evaluations
+
+
+def our_seconds(seed: int, *overrides: str) -> float:
+    """Seconds of training until TARGET, evaluations in between included; infinite if it is not reached."""
+    path = str(Path("deploy/configs/random_number.yaml").resolve())
+    _, evaluations = job(path, f"seed={seed}", "learner.evaluate_every=5", *overrides)
+    reached = [metrics["seconds_training"] for metrics in evaluations if metrics["exact/kl_target_q"] <= TARGET]
+    return reached[0] if reached else math.inf
+
+
+def random_number(seeds: list[int], limit: float) -> None:
+    ours, theirs, details = [], [], []
+    for seed in seeds:
+        ours.append(our_seconds(seed, "learner.steps=60"))
+        print(f"ours, seed {seed}: {ours[-1]:.1f} s", file=sys.stderr, flush=True)
+        seconds, kl, updates = recipe_seconds(seed, limit)
+        theirs.append(seconds)
+        details.append({"kl": round(kl, 4), "updates": updates, "seconds": round(seconds)})
+    name = f"time to exact KL {TARGET} on random_number, original recipe over ours"
+    report(ratio(name, theirs, ours, 50.0, limit=limit, recipe=json.dumps(details), ours=json.dumps(ours)))
+
+
+def continuation(repeats: int) -> None:
+    recipe = Recipe(config.load("deploy/configs/continuation.yaml", ["sampler.samples_per_prompt=20", "learner.threads=2"]))
+    recipe.update()
+    theirs, ours = [], []
+    path = str(Path("deploy/configs/continuation.yaml").resolve())
+    for repeat in range(repeats):
+        started = time.perf_counter()
+        used = sum(recipe.update() for _ in range(3))
+        theirs.append(used / (time.perf_counter() - started))
+        settings = ["sampler.samples_per_prompt=20", "learner.steps=24", "task.limit=24", "learner.evaluation_samples=2"]
+        summary, _ = job(path, f"seed={repeat}", *settings)
+        ours.append(summary["trajectories_per_second"])
+        print(f"repeat {repeat}: {ours[-1]:.2f} against {theirs[-1]:.2f} trajectories/s", file=sys.stderr, flush=True)
+    report(ratio("trajectories/s of the loop on continuation, K = 20, ours over the original recipe", ours, theirs, 8.0))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=("random_number", "continuation"))
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2, 3, 4])
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds that the recipe may train")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    if arguments.task == "random_number":
+        random_number(arguments.seeds, arguments.limit)
+    else:
+        continuation(arguments.repeats)
