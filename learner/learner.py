@@ -79,7 +79,7 @@ class Learner:
         )
         self._parameters = list(self.policy.parameters.values())
         self.optimizer = torch.optim.AdamW(
-            self._parameters, lr=self.config.lr, betas=self.config.betas, weight_decay=self.config.weight_decay
+            self._parameters, lr=self.config.lr, betas=self.config.betas, weight_decay=self.config.weight_decay, fused=True
         )
         self.loss = losses.build(config.loss.kind, getattr(config.loss, "decay", 1.0))
         self.step = 0
@@ -195,7 +195,7 @@ class Learner:
             state: dict[str, Tensor] = {}
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if (array := tensors.get(f"optimizer/{key}/{name}")) is not None:
-                    state[key] = torch.from_numpy(array).to("cpu" if key == "step" else parameter.device)
+                    state[key] = torch.from_numpy(array).to(parameter.device)
             if state:
                 self.optimizer.state[parameter] = state
         self.step = step

@@ -1,0 +1,60 @@
+"""deploy.plan against real runs: trajectories a second as simulated over as measured, with 1 and 2 samplers.
+
+    python -m tests.benchmarks.plan_check [--repeats 5] [--steps 40]
+
+Durations come from the timeline of the run with one sampler; the simulation shares this machine's cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from deploy.plan import Durations, simulate
+from system import config
+from tests.benchmarks.figures import Figure, report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def measure(*overrides: str) -> tuple[float, Durations]:
+    """(groups a second in training, durations) of a real run."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "deploy/job.py"), str(ROOT / "deploy/configs/random_number.yaml"), *overrides]
+        output = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
+        summary = json.loads(output.splitlines()[-1])
+        (run,) = (Path(folder) / "runs").iterdir()
+        trace = json.loads((run / "timeline.json").read_text())
+    return summary["groups"] / summary["seconds_training"], Durations.of_trace(trace, one_thread=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=40)
+    arguments = parser.parse_args()
+    settings = [f"learner.steps={arguments.steps}"]
+    cfg = config.load(ROOT / "deploy/configs/random_number.yaml", settings)
+    ratios: dict[int, list[float]] = {1: [], 2: []}
+    details: dict[int, list[str]] = {1: [], 2: []}
+    for repeat in range(arguments.repeats):
+        durations: Durations | None = None
+        for samplers, values in ratios.items():
+            real, measured = measure(f"actors.count={samplers}", f"seed={repeat}", *settings)
+            durations = durations or measured
+            simulated = simulate(cfg, durations, samplers, cores=os.cpu_count() or 1).groups_per_second
+            values.append(simulated / real)
+            details[samplers].append(f"{simulated:.3f} / {real:.3f}")
+            print(f"repeat {repeat}, {samplers} samplers: {details[samplers][-1]} groups/s, {durations}", file=sys.stderr)
+    for samplers, values in ratios.items():
+        name = f"groups/s with {samplers} samplers, simulated over real"
+        report(Figure(name, "x", values, 0.85, 1.15, {"simulated / real": "; ".join(details[samplers])}))
+
+
+if __name__ == "__main__":
+    main()
