@@ -1,8 +1,9 @@
 """The learner: groups in, one optimizer step, and a new adapter out. A plain class; Ray is applied in deploy.
 
 An update packs each group's prefix tree once, fills rows up to the token budget, and adds up the gradients of the rows;
-the loss is the mean over all groups of the update, however they fall into rows. Left out on purpose: a critic, a KL
-penalty (the prior is inside the reward), ratios and clipping against the behaviour policy (see learner.losses).
+the loss is the mean over all groups of the update, however they fall into rows. Left out of the GFlowNet losses on
+purpose: a critic, a KL penalty (the prior is inside the reward), ratios and clipping against the behaviour policy (see
+learner.losses); baselines that have them are in learner.policy_gradient.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
-from learner import losses
+from learner import losses, policy_gradient
 from learner.policy import Policy
 from learner.states import node_log_reward, states_of
 from system.adapters import Adapter, Canary
-from system.config import Config
+from system.config import GRPO, RLOO, Config
 from system.config import Learner as LearnerConfig
 from system.constraints import Constraints
 from system.language_model import resolve_device
@@ -81,7 +82,16 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             self._parameters, lr=self.config.lr, betas=self.config.betas, weight_decay=self.config.weight_decay, fused=True
         )
-        self.loss = losses.build(config.loss.kind, getattr(config.loss, "decay", 1.0))
+        self.loss: losses.Loss | None = None
+        self.policy_gradient: policy_gradient.Objective | None = None
+        self._kl = 0.0
+        match config.loss:
+            case GRPO(clip=clip, kl=kl):
+                self._kl, self.policy_gradient = kl, lambda actions: policy_gradient.grpo(actions, clip, kl)
+            case RLOO(kl=kl):
+                self._kl, self.policy_gradient = kl, lambda actions: policy_gradient.rloo(actions, kl)
+            case section:
+                self.loss = losses.build(section.kind, getattr(section, "decay", 1.0))
         self.step = 0
         self.timeline = Timeline()
         self.base_model = base_model
@@ -101,12 +111,12 @@ class Learner:
         temperature = self.config.reward_temperature.at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         total, tokens, stats = 0.0, 0, []
-        for states_G, log_q_stop_G, row_tokens in self._rows(groups, temperature):
-            loss = torch.stack([self.loss(states) for states in states_G]).sum() / len(groups)
+        for loss_G, stats_G, row_tokens in self._rows(groups, temperature):
+            loss = torch.stack(loss_G).sum() / len(groups)
             loss.backward()
             total += float(loss.detach())
             tokens += row_tokens
-            stats += [_describe(states, stop_K) for states, stop_K in zip(states_G, log_q_stop_G, strict=True)]
+            stats += stats_G
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.config.clip))
         if not (math.isfinite(total) and math.isfinite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
@@ -149,22 +159,41 @@ class Learner:
         return scores
 
     def _pack(self, group: Group) -> tuple[PrefixTree, Packed, np.ndarray]:
+        """The tree, its row, and log R float64 [N], NaN where the loss has no use for the state."""
         tree = PrefixTree.of(group.trajectories_K)
         log_reward_N = node_log_reward(tree, group)
         log_reward_N[~self.constraints.may_stop(tree.depth_N)] = np.nan
+        if self.policy_gradient:
+            inside_N = np.ones(len(tree), bool)
+            inside_N[[nodes_T[-1] for nodes_T in tree.nodes_K]] = False
+            log_reward_N[inside_N] = np.nan
         return tree, Packed.of(tree, group.prompt.policy_tokens), log_reward_N
 
-    def _rows(self, groups: Sequence[Group], temperature: float) -> Iterator[tuple[list[losses.States], list[Tensor], int]]:
-        """A row of packed trees at a time: the states of its groups, log q(stop) at their ends [K], and the row's tokens."""
+    def _rows(self, groups: Sequence[Group], temperature: float) -> Iterator[tuple[list[Tensor], list[dict[str, float]], int]]:
+        """A row of packed trees at a time: the loss of each group in it, their diagnostics, and the row's tokens."""
         packed = [self._pack(group) for group in groups]
         for row in rows_by_budget([len(piece) for _, piece, _ in packed], self.config.token_budget):
             trees, pieces, rewards = zip(*(packed[index] for index in row), strict=True)
-            log_q = self.policy.log_q(pieces, [np.isfinite(reward_N) for reward_N in rewards])
-            states, stops = [], []
-            for tree, reward_N, (edge_N, stop_N) in zip(trees, rewards, log_q, strict=True):
-                states.append(states_of(tree, reward_N, edge_N, stop_N, temperature))
-                stops.append(stop_N.detach()[[int(nodes_T[-1]) for nodes_T in tree.nodes_K]])
-            yield states, stops, sum(len(piece) for piece in pieces)
+            terminable = [np.isfinite(reward_N) for reward_N in rewards]
+            log_q = self.policy.log_q(pieces, terminable)
+            tokens = sum(len(piece) for piece in pieces)
+            base: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(row)
+            if self._kl:
+                with torch.no_grad(), self.policy.base():
+                    base = self.policy.log_q(pieces, terminable)
+                tokens *= 2
+            loss_G, stats_G = [], []
+            for index, tree, reward_N, (edge_N, stop_N), base_N in zip(row, trees, rewards, log_q, base, strict=True):
+                states = states_of(tree, reward_N, edge_N, stop_N, temperature)
+                ends_K = [int(nodes_T[-1]) for nodes_T in tree.nodes_K]
+                stats_G.append(_describe(states, stop_N.detach()[ends_K]))
+                if self.policy_gradient:
+                    actions = policy_gradient.actions_of(tree, groups[index], edge_N, stop_N, base_N, temperature)
+                    loss_G.append(self.policy_gradient(actions))
+                else:
+                    assert self.loss is not None
+                    loss_G.append(self.loss(states))
+            yield loss_G, stats_G, tokens
 
     # ------------------------------------------------------------------------------------- what leaves the learner
 

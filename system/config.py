@@ -270,7 +270,25 @@ class SubTB(Section):
     """λ: a pair of states d tokens apart weighs λ^(d-1)."""
 
 
-Loss = Annotated[Pooled | VarGrad | TrajectoryBalance | DetailedBalance | SubTB, Field(discriminator="kind")]
+class GRPO(Section):
+    """A baseline: maximises the reward instead of sampling in proportion to it. Needs samples of the policy itself."""
+
+    kind: Literal["grpo"] = "grpo"
+    clip: float = Field(default=0.2, gt=0, lt=1)
+    """Ratios to the policy that drew a sample count within 1 ± clip."""
+    kl: float = Field(default=0.0, ge=0)
+    """Weight of the KL divergence to the base model."""
+
+
+class RLOO(Section):
+    """A baseline, as GRPO: REINFORCE with the other samples of the group as its baseline."""
+
+    kind: Literal["rloo"] = "rloo"
+    kl: float = Field(default=0.0, ge=0)
+    """Weight of the KL divergence to the base model."""
+
+
+Loss = Annotated[Pooled | VarGrad | TrajectoryBalance | DetailedBalance | SubTB | GRPO | RLOO, Field(discriminator="kind")]
 
 
 class RewardTemperature(Section):
@@ -410,6 +428,17 @@ class Config(Section):
                 f"{self.task.reward.kind} gives a reward at the end alone; use loss.kind=vargrad or pooled, "
                 "or a reward with every_prefix=true"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_policy_gradient_has_its_own_samples(self) -> Config:
+        shares = {"replay.fresh": self.replay.fresh, "sampler.exploration.on_policy": self.sampler.exploration.on_policy}
+        for field, share in shares.items():
+            if isinstance(self.loss, (GRPO, RLOO)) and share != 1:
+                raise ValueError(
+                    f"loss.kind={self.loss.kind} learns from samples of the policy alone, but {field}={share:g}; set "
+                    'sampler.exploration.on_policy=1 and "replay={fresh: 1}"'
+                )
         return self
 
     def check_lengths(self, context_length: int, longest_prompt: int) -> None:

@@ -20,6 +20,7 @@ from tests.test_prefix_tree import trajectory
 VOCAB, STOP = 64, 9
 ALLOWED = list(range(10, 30))
 CONSTRAINTS = Constraints.of(stop_token=STOP, min_tokens=1, max_tokens=6, vocab_size=VOCAB, allowed=ALLOWED)
+ON_POLICY: dict[str, object] = {"sampler": {"exploration": {"on_policy": 1}}, "replay": {"fresh": 1}}
 PROMPTS = [Prompt("long", tuple(range(30, 50)), (30,)), Prompt("short", (33, 34), (33,))]
 
 
@@ -92,11 +93,14 @@ def test_a_tools_output_is_context_and_no_part_of_log_q(folder: Path) -> None:
     assert subject.score([group])[0].log_q_K == pytest.approx([expected], abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["pooled", "vargrad", "tb", "db", "subtb"])
-def test_micro_batches_do_not_change_the_update(folder: Path, kind: str) -> None:
+LOSSES: list[dict[str, object]] = [{"kind": kind} for kind in ("pooled", "vargrad", "tb", "db", "subtb", "grpo", "rloo")]
+
+
+@pytest.mark.parametrize("section", [*LOSSES, {"kind": "grpo", "kl": 0.5}, {"kind": "rloo", "kl": 0.5}], ids=str)
+def test_micro_batches_do_not_change_the_update(folder: Path, section: dict[str, object]) -> None:
     results = []
     for budget in (4096, 64):
-        loss = parse({"task": {"kind": "random_number"}, "loss": {"kind": kind}}).loss
+        loss = parse(ON_POLICY | {"task": {"kind": "random_number"}, "loss": section}).loss
         cfg = config(token_budget=budget).model_copy(update={"loss": loss})
         subject = Learner(cfg, folder, CONSTRAINTS, "base", list(range(10, 40)))
         perturb(subject)

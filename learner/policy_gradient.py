@@ -1,0 +1,103 @@
+"""Policy gradients on the same rewards: baselines that maximise E[log R / T] where the losses match a distribution.
+
+Pure functions of the log-probs of a group's actions. They need samples of the policy itself (a few versions old at most),
+so neither replay nor exploration; the config refuses both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from system.prefix_tree import PrefixTree
+from system.trajectory import Group
+
+
+@dataclass(frozen=True, eq=False)
+class Actions:
+    """The actions of one group, the stop last, along its K trajectories; T is the longest."""
+
+    log_q_KT: Tensor
+    """float [K, T + 1], nats, with gradients; 0 where there is no action (padding, a tool's token, a forced stop)."""
+    log_drawn_KT: Tensor
+    """The same under the policy that drew them."""
+    log_base_KT: Tensor | None
+    """The same under the base model, for the KL penalty."""
+    action_KT: Tensor
+    """bool [K, T + 1]."""
+    reward_K: Tensor
+    """float [K]: log R / T of the whole trajectory, nats."""
+
+
+Objective = Callable[[Actions], Tensor]
+
+
+def actions_of(
+    tree: PrefixTree,
+    group: Group,
+    edge_log_q_N: Tensor,
+    stop_log_q_N: Tensor,
+    base_N: tuple[Tensor, Tensor] | None,
+    temperature: float,
+) -> Actions:
+    """From log-probs at the nodes of the group's tree; arguments as in `learner.states.states_of`."""
+    device = edge_log_q_N.device
+    lengths_K = np.array([len(trajectory) for trajectory in group.trajectories_K])
+    shape = (len(group), int(lengths_K.max()) + 1)
+    node_KT, action_KT, stops_KT = np.zeros(shape, np.int64), np.zeros(shape, bool), np.zeros(shape, bool)
+    drawn_KT = np.zeros(shape, np.float32)
+    for k, (trajectory, nodes_T) in enumerate(zip(group.trajectories_K, tree.nodes_K, strict=True)):
+        length = len(trajectory)
+        # The action at t leads to the path's node t + 1; the last one is the stop at the end.
+        node_KT[k, :length], node_KT[k, length] = nodes_T[1:], nodes_T[-1]
+        action_KT[k, :length], action_KT[k, length] = trajectory.is_action_T, trajectory.stop == "sampled"
+        stops_KT[k, length] = True
+        drawn_KT[k, : length + 1] = trajectory.logp_T
+    nodes, stops, actions = (torch.from_numpy(array).to(device) for array in (node_KT, stops_KT, action_KT))
+
+    def along(edge_N: Tensor, stop_N: Tensor) -> Tensor:
+        return torch.where(actions, torch.where(stops, stop_N[nodes], edge_N[nodes]), 0.0)
+
+    reward_K = torch.tensor([log_reward_T[-1] / temperature for log_reward_T in group.log_reward_K], dtype=torch.float32)
+    drawn = torch.from_numpy(drawn_KT).to(device)
+    return Actions(
+        along(edge_log_q_N, stop_log_q_N),
+        torch.where(actions, drawn, 0.0),
+        None if base_N is None else along(*base_N).detach(),
+        actions,
+        reward_K.to(device),
+    )
+
+
+def grpo(actions: Actions, clip: float, kl: float) -> Tensor:
+    """Clipped ratios, advantages standardised within the group, each trajectory's mean over its actions.
+
+    Source: Shao et al. 2024, arXiv:2402.03300, Eq. 3, with its estimator of KL(q || base).
+    """
+    advantage_K = (actions.reward_K - actions.reward_K.mean()) / (actions.reward_K.std() + 1e-4)
+    ratio_KT = (actions.log_q_KT - actions.log_drawn_KT).exp()
+    gain_KT = torch.minimum(ratio_KT * advantage_K[:, None], ratio_KT.clamp(1 - clip, 1 + clip) * advantage_K[:, None])
+    if kl:
+        assert actions.log_base_KT is not None
+        away_KT = actions.log_base_KT - actions.log_q_KT
+        gain_KT = gain_KT - kl * (away_KT.exp() - away_KT - 1)
+    count_K = actions.action_KT.sum(1).clamp(min=1)
+    return -((gain_KT * actions.action_KT).sum(1) / count_K).mean()
+
+
+def rloo(actions: Actions, kl: float) -> Tensor:
+    """REINFORCE on whole trajectories; the others of the group are the baseline, the KL is part of the reward.
+
+    Source: Ahmadian et al. 2024, arXiv:2402.14740.
+    """
+    log_q_K = actions.log_q_KT.sum(1)
+    reward_K = actions.reward_K
+    if kl:
+        assert actions.log_base_KT is not None
+        reward_K = reward_K - kl * (log_q_K.detach() - actions.log_base_KT.sum(1))
+    others_K = (reward_K.sum() - reward_K) / (len(reward_K) - 1)
+    return -((reward_K - others_K) * log_q_K).mean()
