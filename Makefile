@@ -9,7 +9,7 @@ LINKS := $(shell $(FOUND) -m pip config get global.find-links 2>/dev/null)
 CPU_WHEELS := $(if $(LINKS),$(addprefix --find-links ,$(LINKS)),--extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup setup-gpu demo test lint bench lock clean
+.PHONY: setup setup-bench setup-gpu demo test lint bench lock clean
 
 setup: .venv/.ready
 
@@ -19,6 +19,9 @@ setup: .venv/.ready
 	$(BIN)/python -m pip install --quiet uv==0.13.9
 	$(BIN)/uv pip install --python $(BIN)/python $(CPU_WHEELS) --no-deps --requirements requirements/cpu.txt
 	touch $@
+
+setup-bench: setup
+	$(BIN)/uv pip install --python $(BIN)/python $(CPU_WHEELS) --requirements pyproject.toml --extra bench
 
 setup-gpu:
 	test -x $(BIN)/python || $(FOUND) -m venv .venv
