@@ -23,6 +23,11 @@ class RewardError(RuntimeError):
 
 
 class Reward(Protocol):
+    @property
+    def tokens_forwarded(self) -> int:
+        """Tokens that a model has computed for it since the start."""
+        ...
+
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
         """K arrays float64 [T + 1]."""
         ...
@@ -85,6 +90,7 @@ class Function:
         beta: float = 1.0,
         every_prefix: bool = False,
     ) -> None:
+        self.tokens_forwarded = 0
         self.function = function
         self.decode = decode
         self.beta = beta
@@ -122,6 +128,10 @@ class Product:
     def __init__(self, factors: Sequence[Reward]) -> None:
         self.factors = tuple(factors)
 
+    @property
+    def tokens_forwarded(self) -> int:
+        return sum(factor.tokens_forwarded for factor in self.factors)
+
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
         scores = [factor.score(prompt, trajectories_K) for factor in self.factors]
         return [np.sum(per_factor, axis=0) for per_factor in zip(*scores, strict=True)]
@@ -133,6 +143,10 @@ class Checked:
     def __init__(self, reward: Reward, decode: Callable[[list[int]], str]) -> None:
         self.reward = reward
         self.decode = decode
+
+    @property
+    def tokens_forwarded(self) -> int:
+        return self.reward.tokens_forwarded
 
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
         """Raises RewardError with the prompt and the sequence."""

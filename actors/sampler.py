@@ -141,6 +141,7 @@ class Sampler:
         return {
             "tokens": float(self._engine.tokens),
             "prompt_tokens": float(self._engine.prompt_tokens),
+            "reward_tokens": float(self._reward.tokens_forwarded),
             "groups": float(self._groups),
             "generate_seconds": self._seconds["generate"],
             "reward_seconds": self._seconds["reward"],

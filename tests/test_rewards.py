@@ -96,6 +96,7 @@ def test_each_distinct_prefix_is_forwarded_once() -> None:
     assert nodes == 15  # the root, 5 6 7 8, 9, 10 11 12 13 14 15 16 17, 30
     assert reward.tokens_forwarded == len(PROMPT.reward_tokens) + nodes - 1
     reward.score(PROMPT, trajectories() * 10)
+    assert rewards.Checked(rewards.Product([reward, reward]), str).tokens_forwarded == 2 * reward.tokens_forwarded
     assert reward.tokens_forwarded == 2 * (len(PROMPT.reward_tokens) + nodes - 1)
 
     reward = Posterior(LanguageModel(tiny.llama()), (2,))
@@ -180,6 +181,8 @@ def test_what_is_no_finite_number_is_refused_with_prompt_and_text(value: Any) ->
 
 class Given:
     """A reward that gives what it is told to."""
+
+    tokens_forwarded = 0
 
     def __init__(self, *values: list[float]) -> None:
         self.values = [np.array(value, np.float64) for value in values]
