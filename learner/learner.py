@@ -3,7 +3,7 @@
 An update packs each group's prefix tree once, fills rows up to the token budget, and adds up the gradients of the rows;
 the loss is the mean over all groups of the update, however they fall into rows. Left out of the GFlowNet losses on
 purpose: a critic, a KL penalty (the prior is inside the reward), ratios and clipping against the behaviour policy (see
-learner.losses); baselines that have them are in learner.policy_gradient.
+learner.losses); baselines that have them are in learner.baselines.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
-from learner import losses, policy_gradient
+from learner import baselines, losses
 from learner.policy import Policy
 from learner.states import node_log_reward, states_of
 from system.adapters import Adapter, Canary
@@ -83,13 +83,13 @@ class Learner:
             self._parameters, lr=self.config.lr, betas=self.config.betas, weight_decay=self.config.weight_decay, fused=True
         )
         self.loss: losses.Loss | None = None
-        self.policy_gradient: policy_gradient.Objective | None = None
+        self.policy_gradient: baselines.Objective | None = None
         self._kl = 0.0
         match config.loss:
             case GRPO(clip=clip, kl=kl):
-                self._kl, self.policy_gradient = kl, lambda actions: policy_gradient.grpo(actions, clip, kl)
+                self._kl, self.policy_gradient = kl, lambda actions: baselines.grpo(actions, clip, kl)
             case RLOO(kl=kl):
-                self._kl, self.policy_gradient = kl, lambda actions: policy_gradient.rloo(actions, kl)
+                self._kl, self.policy_gradient = kl, lambda actions: baselines.rloo(actions, kl)
             case section:
                 self.loss = losses.build(section.kind, getattr(section, "decay", 1.0))
         self.step = 0
@@ -188,7 +188,7 @@ class Learner:
                 ends_K = [int(nodes_T[-1]) for nodes_T in tree.nodes_K]
                 stats_G.append(_describe(states, stop_N.detach()[ends_K]))
                 if self.policy_gradient:
-                    actions = policy_gradient.actions_of(tree, groups[index], edge_N, stop_N, base_N, temperature)
+                    actions = baselines.actions_of(tree, groups[index], edge_N, stop_N, base_N, temperature)
                     loss_G.append(self.policy_gradient(actions))
                 else:
                     assert self.loss is not None

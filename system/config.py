@@ -129,12 +129,9 @@ class RandomNumber(Section):
         return self
 
 
-class Continuation(Section):
-    """The next sentence, from the tempered posterior p(Z . | X)^(1/T), with T from learner.reward_temperature."""
+class Sentence(Section):
+    """What may be drawn where Z is one sentence."""
 
-    kind: Literal["continuation"] = "continuation"
-    prompts: str = "packaged"
-    """A UTF-8 text file with one prompt a line, or `packaged` for a small one that comes with the project."""
     limit: int | None = Field(default=None, ge=1)
     """Take only this many prompts."""
     offset: int = Field(default=0, ge=0)
@@ -150,7 +147,7 @@ class Continuation(Section):
     reward: Reward = LMPosterior()
 
     @model_validator(mode="after")
-    def _lengths(self) -> Continuation:
+    def _lengths(self) -> Sentence:
         if self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: nothing can be drawn; lower min_tokens"
@@ -158,7 +155,39 @@ class Continuation(Section):
         return self
 
 
-Task = Annotated[RandomNumber | Continuation, Field(discriminator="kind")]
+class Continuation(Sentence):
+    """The next sentence, from the tempered posterior p(Z . | X)^(1/T), with T from learner.reward_temperature."""
+
+    kind: Literal["continuation"] = "continuation"
+    prompts: str = "packaged"
+    """A UTF-8 text file with one prompt a line, or `packaged` for a small one that comes with the project."""
+
+
+class Infilling(Sentence):
+    """The missing sentence Z of a story, from p(Z | X, Y) in proportion to p(X Z . Y): X is before it, Y after."""
+
+    kind: Literal["infilling"] = "infilling"
+    stories: str = "packaged"
+    """JSONL: each line {"sentences": [texts]}, of which `gap` is left out, or {"before": text, "after": text}, with
+    "middle" where it is known. `packaged` is a small file that comes with the project."""
+    gap: int = Field(default=3, ge=1)
+    """Number of the missing sentence, from 0."""
+    prompt: str = Field(default="Beginning: {before}\nEnding: {after}\nMiddle:", min_length=1)
+    """What the policy sees; `{before}` and `{after}` are filled in."""
+    max_tokens: int = Field(default=25, ge=1)
+
+    @model_validator(mode="after")
+    def _a_text_to_fill_in(self) -> Infilling:
+        try:
+            self.prompt.format(before="", after="")
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"prompt={self.prompt!r}: only {{before}} and {{after}} can be filled in; write {{{{ and }}}} for braces"
+            ) from error
+        return self
+
+
+Task = Annotated[RandomNumber | Continuation | Infilling, Field(discriminator="kind")]
 
 
 # ------------------------------------------------------------------------------------------------- who makes data

@@ -209,6 +209,69 @@ def test_a_sampled_trajectory_is_of_actions_alone() -> None:
     assert len(sampled([])) == 0
 
 
+# ------------------------------------------------------------------------------------------------------ infilling
+
+FIVE = '{"id": "a", "sentences": ["one. ", "two.", " three.", "four.", "five."]}'
+TWO = '{"before": "one.", "after": "three.", "middle": "two."}'
+
+
+def infilling(text: str, folder: Path, **fields: Any) -> Problem:
+    (folder / "stories.jsonl").write_text(text, encoding="utf-8")
+    return problem("infilling", stories=str(folder / "stories.jsonl"), **fields)
+
+
+def test_the_policy_sees_both_sides_and_the_reward_scores_the_ending_as_evidence(tmp_path: Path) -> None:
+    template = "b {before} e {after} m"
+    given = infilling(f"{FIVE}\n\n{TWO}\n", tmp_path, prompt=template)
+    five, two = given.prompts
+    assert text_of(five) == "b one. two. three. e five. m"
+    assert decode(TOKENIZER, five.reward_tokens[1:]) == "one. two. three."
+    assert decode(TOKENIZER, five.evidence_tokens or ()) == " five."
+    assert five.meta["middle"] == "four."
+    assert (two.id, text_of(two)) == ("line-3", "b one. e three. m")
+    assert given.reward_stop == (given.constraints.stop_token,)
+    # The evidence opens a sentence, so it begins with a space and without a beginning-of-sequence token.
+    assert five.evidence_tokens is not None
+    assert five.evidence_tokens[0] == TOKENIZER.encode(" ", add_special_tokens=False)[0]
+
+
+def test_the_gap_may_be_another_sentence(tmp_path: Path) -> None:
+    (story,) = infilling(FIVE, tmp_path, gap=1, prompt="{before}|{after}".replace("|", "-")).prompts
+    assert text_of(story) == "one.-three. four. five."
+    assert story.meta["middle"] == "two."
+
+
+@pytest.mark.parametrize(
+    ("text", "fields", "message"),
+    [
+        ("{", {}, "line 1: no JSON"),
+        ("[1]", {}, "line 1: needs"),
+        (f'{TWO}\n{{"before": "x"}}', {}, "line 2: needs"),
+        ('{"before": " ", "after": "y"}', {}, "line 1: needs"),
+        ('{"sentences": ["a", "", "c", "d", "e"]}', {}, "line 1: needs"),
+        (FIVE, {"gap": 4}, "line 1: task.gap=4 needs sentences before and after it, but there are 5"),
+        (f"{FIVE}\n{FIVE}", {}, "two stories have the same id"),
+        (FIVE, {"offset": 1}, "none of them after task.offset=1"),
+    ],
+)
+def test_lines_that_are_no_stories_are_refused(tmp_path: Path, text: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        infilling(text, tmp_path, **fields)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        problem("infilling", stories=str(tmp_path / "none"))
+
+
+def test_the_packaged_stories_are_whole_and_fit_the_packaged_model(smollm2: PreTrainedTokenizerBase) -> None:
+    given = problem("infilling", smollm2)
+    assert len(given.prompts) >= 10
+    assert all(prompt.meta["middle"] for prompt in given.prompts)
+    assert all(5 < len(prompt.evidence_tokens or ()) < 40 for prompt in given.prompts)
+    # What was written could have been drawn.
+    for prompt in given.prompts:
+        tokens = smollm2.encode(" " + prompt.meta["middle"].removesuffix("."), add_special_tokens=False)
+        given.constraints.column_of(np.array(tokens))
+
+
 def test_every_kind_of_task_has_a_builder() -> None:
     for kind in ("random_number", "continuation"):
         assert kind in tasks.BUILDERS

@@ -11,12 +11,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from system.tasks import continuation, random_number
+from system.tasks import continuation, infilling, random_number
 from system.tasks.problem import Problem
 
 BUILDERS: dict[str, Callable[[Any, PreTrainedTokenizerBase], Problem]] = {
     "random_number": random_number.build,
     "continuation": continuation.build,
+    "infilling": infilling.build,
 }
 
 

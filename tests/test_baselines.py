@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.policy_gradient import Actions, actions_of, grpo, rloo
+from learner.baselines import Actions, actions_of, grpo, rloo
 from system.prefix_tree import PrefixTree
 from system.trajectory import Group, Prompt, Trajectory
 from tests.test_prefix_tree import trajectory

@@ -1,0 +1,102 @@
+"""The missing sentence of a story: Z from p(Z | X, Y), in proportion to p(X Z stop Y) (Hu et al. 2024, section 4.2).
+
+The policy sees what comes before and after; the frozen model scores Z and then Y after X alone, so that Y is never part of
+what Z is scored under.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from system.config import ConfigError, Infilling
+from system.constraints import Constraints
+from system.tasks.continuation import legal_tokens
+from system.tasks.problem import Problem, context_tokens, single_token
+from system.trajectory import Prompt
+
+PACKAGED_STORIES = Path(__file__).with_name("stories.jsonl")
+
+
+@dataclass(frozen=True)
+class Story:
+    id: str
+    before: str
+    middle: str
+    """The sentence that is to be infilled, as it was written; empty where it is not known."""
+    after: str
+
+
+def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
+    """Raises ConfigError if the stories cannot be read, or the stop is not one token."""
+    stop = single_token(tokenizer, section.stop, "task.stop")
+    prompts = []
+    for story in read_stories(section):
+        policy = context_tokens(tokenizer, section.prompt.format(before=story.before, after=story.after))
+        evidence = tuple(tokenizer.encode(" " + story.after, add_special_tokens=False))
+        meta = {"before": story.before, "middle": story.middle, "after": story.after}
+        prompts.append(Prompt(story.id, policy, context_tokens(tokenizer, story.before), evidence, meta))
+    return Problem(
+        prompts=tuple(prompts),
+        constraints=Constraints.of(
+            stop_token=stop,
+            min_tokens=section.min_tokens,
+            max_tokens=section.max_tokens,
+            vocab_size=len(tokenizer),
+            allowed=legal_tokens(tokenizer, section.illegal),
+        ),
+        reward_stop=(stop,),
+    )
+
+
+def read_stories(section: Infilling) -> list[Story]:
+    """The stories chosen by offset and limit.
+
+    Raises:
+        ConfigError: the file is missing, or a line of it is no story; the message has the line's number.
+    """
+    path = PACKAGED_STORIES if section.stories == "packaged" else Path(section.stories).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"task.stories={section.stories!r} is not UTF-8 (byte {error.start}); convert it") from error
+    except OSError as error:
+        raise ConfigError(f"task.stories={section.stories!r} cannot be read: {error.strerror}; name a JSONL file") from error
+    stories: list[Story] = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            stories.append(_story(line, number, section))
+    if len({story.id for story in stories}) < len(stories):
+        raise ConfigError(f"task.stories={section.stories!r}: two stories have the same id; give each its own")
+    chosen = stories[section.offset :][: section.limit]
+    if not chosen:
+        raise ConfigError(
+            f"task.stories={section.stories!r} has {len(stories)} stories, none of them after task.offset={section.offset}; "
+            "lower the offset or name another file"
+        )
+    return chosen
+
+
+def _story(line: str, number: int, section: Infilling) -> Story:
+    where = f"task.stories={section.stories!r}, line {number}"
+    try:
+        record: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: no JSON ({error.msg})") from error
+    name = str(record.get("id", f"line-{number}")) if isinstance(record, dict) else ""
+    match record:
+        case {"sentences": [*sentences]} if all(isinstance(text, str) and text.strip() for text in sentences):
+            if not 0 < section.gap < len(sentences) - 1:
+                raise ConfigError(
+                    f"{where}: task.gap={section.gap} needs sentences before and after it, but there are {len(sentences)} "
+                    "(numbered from 0)"
+                )
+            before, middle, after = sentences[: section.gap], sentences[section.gap], sentences[section.gap + 1 :]
+            return Story(name, " ".join(map(str.strip, before)), middle.strip(), " ".join(map(str.strip, after)))
+        case {"before": str(before), "after": str(after)} if before.strip() and after.strip():
+            return Story(name, before.strip(), str(record.get("middle", "")).strip(), after.strip())
+    raise ConfigError(f'{where}: needs {{"sentences": [texts]}} or {{"before": text, "after": text}}, none of them empty')
