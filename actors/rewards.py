@@ -6,13 +6,13 @@ log R, in nats, of stopping after t tokens; NaN where it has none.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 
-from system.config import ConfigError, FunctionReward, LMPosterior, ProductReward
+from system.config import FunctionReward, LMPosterior, ProductReward
+from system.functions import import_function
 from system.language_model import LanguageModel
 from system.prefix_tree import Packed, PrefixTree, rows_by_budget
 from system.trajectory import Prompt, Trajectory
@@ -167,18 +167,6 @@ def needs_language_model(section: LMPosterior | FunctionReward | ProductReward) 
     return any(isinstance(factor, LMPosterior) for factor in factors)
 
 
-def import_function(path: str) -> Callable[[Prompt, str, list[int]], float]:
-    """The function at `package.module:function`. Raises ConfigError if there is none."""
-    module_name, _, name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"task.reward.path={path!r} cannot be imported: {error}") from error
-    if not callable(function):
-        raise ConfigError(f"task.reward.path={path!r} is a {type(function).__name__}, not a function")
-    return cast(Callable[[Prompt, str, list[int]], float], function)
-
-
 def build(
     section: LMPosterior | FunctionReward | ProductReward,
     *,
@@ -191,7 +179,7 @@ def build(
 
     def one(factor: LMPosterior | FunctionReward) -> Reward:
         if isinstance(factor, FunctionReward):
-            return Function(import_function(factor.path), decode, factor.beta, factor.every_prefix)
+            return Function(import_function(factor.path, "task.reward.path"), decode, factor.beta, factor.every_prefix)
         if model is None:
             raise ValueError("an lm_posterior reward needs the frozen model")
         return Posterior(model, stop, token_budget)

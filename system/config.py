@@ -7,6 +7,7 @@ states a property without which the run could not work.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -58,6 +59,9 @@ class Lora(Section):
 # ---------------------------------------------------------------------------------------------------- the target
 
 
+FUNCTION_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+
+
 class LMPosterior(Section):
     """log p(Z stop | X), plus log p(Y | X Z stop) where a prompt has evidence Y, at every prefix."""
 
@@ -72,7 +76,7 @@ class FunctionReward(Section):
     """A python function `f(prompt: Prompt, text: str, tokens: list[int]) -> float` as log R = f / beta, in nats."""
 
     kind: Literal["function"] = "function"
-    path: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    path: str = Field(pattern=FUNCTION_PATH)
     """Import path, `package.module:function`."""
     beta: float = Field(default=1.0, gt=0)
     """Strength of the pull towards the prior, as in p(Z | X) exp(r / beta)."""
@@ -155,12 +159,42 @@ class Sentence(Section):
         return self
 
 
-class Continuation(Sentence):
+class NextSentence(Sentence):
+    prompts: str = "packaged"
+    """A UTF-8 text file with one prompt a line, or `packaged` for a small one that comes with the project."""
+
+
+class Continuation(NextSentence):
     """The next sentence, from the tempered posterior p(Z . | X)^(1/T), with T from learner.reward_temperature."""
 
     kind: Literal["continuation"] = "continuation"
-    prompts: str = "packaged"
-    """A UTF-8 text file with one prompt a line, or `packaged` for a small one that comes with the project."""
+
+
+class Constrained(NextSentence):
+    """The next sentence, from p(Z . | X) among those that satisfy all that is asked for."""
+
+    kind: Literal["constrained"] = "constrained"
+    keywords: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Words that must be there, in any order and case."""
+    pattern: str | None = None
+    """A regular expression that must be found in the sentence."""
+    predicate: str | None = Field(default=None, pattern=FUNCTION_PATH)
+    """Import path of a function `f(prompt: Prompt, text: str, tokens: list[int]) -> bool` that must be true."""
+    floor: float = Field(default=-20.0, le=-5.0)
+    """log c of a sentence that does not satisfy them, nats."""
+    reward: Reward = ProductReward(
+        of=(LMPosterior(), FunctionReward(path="system.tasks.constrained:log_constraint", every_prefix=True))
+    )
+
+    @model_validator(mode="after")
+    def _something_is_asked_for(self) -> Constrained:
+        if not (self.keywords or self.pattern or self.predicate):
+            raise ValueError("keywords, pattern and predicate are all empty: set one of them, or use kind=continuation")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"pattern={self.pattern!r} is no regular expression: {error}") from error
+        return self
 
 
 class Infilling(Sentence):
@@ -187,7 +221,40 @@ class Infilling(Sentence):
         return self
 
 
-Task = Annotated[RandomNumber | Continuation | Infilling, Field(discriminator="kind")]
+class Verifiable(Section):
+    """Answers that a program checks, from p(Z . | X) exp(r / beta): the reward is known at the end alone."""
+
+    kind: Literal["verifiable"] = "verifiable"
+    questions: str = "packaged"
+    """JSONL, each line {"question": text, "answer": text or number}; `packaged` for all sums of two digits."""
+    limit: int | None = Field(default=None, ge=1)
+    """Take only this many questions."""
+    offset: int = Field(default=0, ge=0)
+    """Skip this many questions first."""
+    prompt: str = Field(default="Question: {question}\nAnswer:", min_length=1)
+    """`{question}` is filled in."""
+    min_tokens: int = Field(default=1, ge=0)
+    max_tokens: int = Field(default=24, ge=1)
+    stop: str = Field(default="\n", min_length=1)
+    """The end of an answer: a text that is one token."""
+    reward: Reward = ProductReward(of=(LMPosterior(), FunctionReward(path="system.tasks.verifiable:last_number", beta=0.1)))
+
+    @model_validator(mode="after")
+    def _an_answer_to_draw(self) -> Verifiable:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: nothing can be drawn; lower min_tokens"
+            )
+        try:
+            self.prompt.format(question="")
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"prompt={self.prompt!r}: only {{question}} can be filled in; write {{{{ and }}}} for braces"
+            ) from error
+        return self
+
+
+Task = Annotated[RandomNumber | Continuation | Infilling | Constrained | Verifiable, Field(discriminator="kind")]
 
 
 # ------------------------------------------------------------------------------------------------- who makes data

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from actors import rewards
 from actors.rewards import Checked, Function, Posterior, Product, RewardError
 from system.config import ConfigError, parse
+from system.functions import import_function
 from system.language_model import LanguageModel
 from system.prefix_tree import PrefixTree
 from system.tasks.problem import sampled
@@ -233,7 +234,7 @@ def test_a_reward_for_another_number_of_samples_is_refused() -> None:
 )
 def test_a_function_that_is_not_there_is_refused_by_its_path(path: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        rewards.import_function(path)
+        import_function(path, "task.reward.path")
     assert f"task.reward.path={path!r}" in str(caught.value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from system import tasks
 from system.config import ConfigError, Continuation, parse
 from system.language_model import decode, load_tokenizer
 from system.models import locate
+from system.tasks.constrained import log_constraint
 from system.tasks.continuation import read_prompts
 from system.tasks.problem import Problem, context_tokens, sampled, single_token
 from system.tasks.random_number import log_reward
+from system.tasks.verifiable import last_number
 from system.trajectory import Prompt
 from tests import tiny
 
@@ -135,7 +138,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"task\.prompts='.*' cannot be read: No such file or directory; name a text file"),
+        (None, r"task\.prompts='.*' cannot be read: No such file or directory; name a file"),
         ("caf\xe9".encode("latin-1"), r"task\.prompts='.*' is not UTF-8 \(byte 3\); convert it"),
         (b"\n  \n", r"task\.prompts='.*' has 0 prompts"),
     ],
@@ -270,6 +273,86 @@ def test_the_packaged_stories_are_whole_and_fit_the_packaged_model(smollm2: PreT
     for prompt in given.prompts:
         tokens = smollm2.encode(" " + prompt.meta["middle"].removesuffix("."), add_special_tokens=False)
         given.constraints.column_of(np.array(tokens))
+
+
+# ----------------------------------------------------------------------------------------------------- constrained
+
+
+def a_long_word(prompt: Prompt, text: str, tokens: list[int]) -> bool:
+    return max(map(len, text.split()), default=0) > 7
+
+
+@pytest.mark.parametrize(
+    ("asked", "text", "satisfied"),
+    [
+        ({"keywords": ["sea", "Sun"]}, "The SUN sank into the sea", True),
+        ({"keywords": ["sea", "sun"]}, "the sea", False),
+        ({"keywords": ["sea"]}, "a season by the seaside", False),
+        ({"keywords": ["c++"]}, "we wrote c++ there", True),
+        ({"pattern": r"\bA\w+ B\w+"}, "then Anna Bell left", True),
+        ({"pattern": r"^ ?A"}, "then Anna left", False),
+        ({"predicate": "tests.test_tasks:a_long_word"}, "a wonderful day", True),
+        ({"predicate": "tests.test_tasks:a_long_word", "keywords": ["day"]}, "a day", False),
+    ],
+)
+def test_a_constraint_costs_its_floor_where_it_is_not_satisfied(asked: dict[str, Any], text: str, satisfied: bool) -> None:
+    (prompt,) = problem("constrained", limit=1, floor=-15, **asked).prompts
+    assert log_constraint(prompt, text, []) == (0.0 if satisfied else -15.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "keywords, pattern and predicate are all empty"),
+        ({"pattern": "("}, "is no regular expression"),
+        ({"keywords": ["a.b"]}, "'a.b' has '.', which is in task.illegal"),
+        ({"predicate": "tests.test_tasks:none"}, "task.predicate='tests.test_tasks:none' cannot be imported"),
+    ],
+)
+def test_a_constraint_that_cannot_be_met_or_read_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        problem("constrained", **fields)
+
+
+# ------------------------------------------------------------------------------------------------------ verifiable
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [(" 7", 1), (" 3 + 4 = 7", 1), (" 7.0", 1), (" 7 or 8", 0), ("", 0), (" seven", 0), (" -7", 0), (" 17", 0)],
+)
+def test_the_last_number_of_an_answer_is_what_counts(text: str, score: float) -> None:
+    assert last_number(Prompt("q", (1,), (1,), meta={"answer": "7"}), text, []) == score
+
+
+def test_an_answer_that_is_no_number_needs_another_verifier() -> None:
+    with pytest.raises(ValueError, match="'Paris' is no number; name a verifier"):
+        last_number(Prompt("q", (1,), (1,), meta={"answer": "Paris"}), "7", [])
+
+
+def test_the_packaged_questions_are_the_sums_of_two_digits(smollm2: PreTrainedTokenizerBase) -> None:
+    given = problem("verifiable", smollm2)
+    assert len(given.prompts) == 100
+    assert (given.prompts[34].meta["question"], given.prompts[34].meta["answer"]) == ("What is 3 + 4?", "7")
+    assert given.prompts[35].meta["answer"] == "8"
+    assert decode(smollm2, given.prompts[34].policy_tokens) == "Question: What is 3 + 4?\nAnswer:"
+    assert given.outcomes is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "line 1: no JSON"), ('{"question": "a?"}', "line 1: needs"), ('\n{"question": " ", "answer": 1}', "line 2: needs")],
+)
+def test_lines_that_are_no_questions_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "q.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        problem("verifiable", questions=str(tmp_path / "q.jsonl"))
+
+
+def test_questions_come_from_a_file_too(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question": "1+1?", "answer": 2}\n{"question": "x?", "answer": "y"}')
+    given = problem("verifiable", questions=str(tmp_path / "q.jsonl"), offset=1)
+    assert [(p.id, p.meta["answer"]) for p in given.prompts] == [("question-2", "y")]
 
 
 def test_every_kind_of_task_has_a_builder() -> None:

@@ -11,13 +11,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from system.tasks import continuation, infilling, random_number
+from system.tasks import constrained, continuation, infilling, random_number, verifiable
 from system.tasks.problem import Problem
 
 BUILDERS: dict[str, Callable[[Any, PreTrainedTokenizerBase], Problem]] = {
     "random_number": random_number.build,
     "continuation": continuation.build,
     "infilling": infilling.build,
+    "constrained": constrained.build,
+    "verifiable": verifiable.build,
 }
 
 

@@ -12,15 +12,16 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from system.config import ConfigError, Continuation
+from system.config import ConfigError, NextSentence
 from system.constraints import Constraints
+from system.tasks.files import choose, read_lines
 from system.tasks.problem import Problem, context_tokens, single_token
 from system.trajectory import Prompt
 
 PACKAGED_PROMPTS = Path(__file__).with_name("prompts.txt")
 
 
-def build(section: Continuation, tokenizer: PreTrainedTokenizerBase) -> Problem:
+def build(section: NextSentence, tokenizer: PreTrainedTokenizerBase) -> Problem:
     """Raises ConfigError if the prompts cannot be read, or the stop is not one token."""
     stop = single_token(tokenizer, section.stop, "task.stop")
     allowed = legal_tokens(tokenizer, section.illegal)
@@ -44,30 +45,18 @@ def build(section: Continuation, tokenizer: PreTrainedTokenizerBase) -> Problem:
     )
 
 
-def read_prompts(section: Continuation) -> list[tuple[int, str]]:
+def read_prompts(section: NextSentence) -> list[tuple[int, str]]:
     """(line number from 1, text) of the prompts chosen by offset and limit; empty lines and repetitions are left out.
 
     Raises:
         ConfigError: the file is missing, not UTF-8, or has no prompt in that range.
     """
-    path = PACKAGED_PROMPTS if section.prompts == "packaged" else Path(section.prompts).expanduser()
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"task.prompts={section.prompts!r} is not UTF-8 (byte {error.start}); convert it") from error
-    except OSError as error:
-        raise ConfigError(f"task.prompts={section.prompts!r} cannot be read: {error.strerror}; name a text file") from error
+    path = PACKAGED_PROMPTS if section.prompts == "packaged" else Path(section.prompts)
     first: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            first.setdefault(line.strip(), number)
-    chosen = [(number, text) for text, number in first.items()][section.offset :][: section.limit]
-    if not chosen:
-        raise ConfigError(
-            f"task.prompts={section.prompts!r} has {len(first)} prompts, none of them after task.offset={section.offset}; "
-            "lower the offset or name another file"
-        )
-    return chosen
+    for number, line in read_lines(path, "task.prompts"):
+        first.setdefault(line, number)
+    prompts = [(number, text) for text, number in first.items()]
+    return choose(prompts, section.offset, section.limit, "task.prompts", section.prompts)
 
 
 def legal_tokens(tokenizer: PreTrainedTokenizerBase, illegal: tuple[str, ...]) -> np.ndarray:

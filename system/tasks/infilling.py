@@ -6,7 +6,6 @@ what Z is scored under.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from system.config import ConfigError, Infilling
 from system.constraints import Constraints
 from system.tasks.continuation import legal_tokens
+from system.tasks.files import choose, read_records
 from system.tasks.problem import Problem, context_tokens, single_token
 from system.trajectory import Prompt
 
@@ -59,34 +59,15 @@ def read_stories(section: Infilling) -> list[Story]:
     Raises:
         ConfigError: the file is missing, or a line of it is no story; the message has the line's number.
     """
-    path = PACKAGED_STORIES if section.stories == "packaged" else Path(section.stories).expanduser()
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"task.stories={section.stories!r} is not UTF-8 (byte {error.start}); convert it") from error
-    except OSError as error:
-        raise ConfigError(f"task.stories={section.stories!r} cannot be read: {error.strerror}; name a JSONL file") from error
-    stories: list[Story] = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            stories.append(_story(line, number, section))
+    path = PACKAGED_STORIES if section.stories == "packaged" else Path(section.stories)
+    stories = [_story(record, number, section) for number, record in read_records(path, "task.stories")]
     if len({story.id for story in stories}) < len(stories):
         raise ConfigError(f"task.stories={section.stories!r}: two stories have the same id; give each its own")
-    chosen = stories[section.offset :][: section.limit]
-    if not chosen:
-        raise ConfigError(
-            f"task.stories={section.stories!r} has {len(stories)} stories, none of them after task.offset={section.offset}; "
-            "lower the offset or name another file"
-        )
-    return chosen
+    return choose(stories, section.offset, section.limit, "task.stories", section.stories)
 
 
-def _story(line: str, number: int, section: Infilling) -> Story:
+def _story(record: Any, number: int, section: Infilling) -> Story:
     where = f"task.stories={section.stories!r}, line {number}"
-    try:
-        record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: no JSON ({error.msg})") from error
     name = str(record.get("id", f"line-{number}")) if isinstance(record, dict) else ""
     match record:
         case {"sentences": [*sentences]} if all(isinstance(text, str) and text.strip() for text in sentences):

@@ -27,11 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.rewards import import_function
 from learner.learner import Learner, lr_at
 from learner.losses import States, subtrajectory_balance
 from system import config, tasks
 from system.config import Config, FunctionReward
+from system.functions import import_function
 from system.language_model import decode, load_tokenizer
 from system.models import locate
 from system.posterior import Exact
@@ -97,7 +97,7 @@ class Recipe:
         """[K, T + 1]: at every prefix."""
         section = self.cfg.task.reward
         if isinstance(section, FunctionReward):
-            function = import_function(section.path)
+            function = import_function(section.path, "task.reward.path")
             values = torch.zeros(len(tokens_KT), tokens_KT.shape[1] + 1)
             for k, length in enumerate(lengths_K.tolist()):
                 for t in range(length + 1):

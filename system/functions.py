@@ -1,0 +1,23 @@
+"""Python functions that a config names by their import path."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from system.config import ConfigError
+
+
+@functools.cache
+def import_function(path: str, field: str) -> Callable[..., Any]:
+    """The function at `package.module:function`. Raises ConfigError, naming the config's field, if there is none."""
+    module_name, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{field}={path!r} cannot be imported: {error}") from error
+    if not callable(function):
+        raise ConfigError(f"{field}={path!r} is a {type(function).__name__}, not a function")
+    return function

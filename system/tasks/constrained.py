@@ -1,0 +1,51 @@
+"""Text that satisfies a constraint, and is otherwise as likely as the model finds it: R = p(Z stop | X) * c(Z).
+
+c is 1 where every keyword is there, the pattern is found and the predicate is true, and exp(floor) elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerBase
+
+from system.config import ConfigError, Constrained
+from system.functions import import_function
+from system.tasks import continuation
+from system.tasks.problem import Problem
+from system.trajectory import Prompt
+
+
+def build(section: Constrained, tokenizer: PreTrainedTokenizerBase) -> Problem:
+    """Raises ConfigError as `continuation.build`, or if the predicate cannot be imported."""
+    if section.predicate:
+        import_function(section.predicate, "task.predicate")
+    for keyword in section.keywords:
+        piece = next((piece for piece in section.illegal if piece in keyword), None)
+        if piece is not None:
+            raise ConfigError(f"task.keywords: {keyword!r} has {piece!r}, which is in task.illegal; take it out of one of them")
+    problem = continuation.build(section, tokenizer)
+    constraint = {
+        "keywords": list(section.keywords),
+        "pattern": section.pattern,
+        "predicate": section.predicate,
+        "floor": section.floor,
+    }
+    return replace(problem, prompts=tuple(replace(p, meta=p.meta | {"constraint": constraint}) for p in problem.prompts))
+
+
+def satisfied(prompt: Prompt, text: str, tokens: list[int]) -> bool:
+    """Keywords are whole words, whatever their case."""
+    constraint = prompt.meta["constraint"]
+    if not all(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in constraint["keywords"]):
+        return False
+    if constraint["pattern"] and not re.search(constraint["pattern"], text):
+        return False
+    predicate = constraint["predicate"]
+    return not predicate or bool(import_function(predicate, "task.predicate")(prompt, text, tokens))
+
+
+def log_constraint(prompt: Prompt, text: str, tokens: list[int]) -> float:
+    """log c, nats."""
+    return 0.0 if satisfied(prompt, text, tokens) else float(prompt.meta["constraint"]["floor"])

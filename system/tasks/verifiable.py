@@ -1,0 +1,77 @@
+"""Questions with answers that a program can check: R = p(Z stop | X) * exp(r(Z) / beta), known at the end alone.
+
+The setting of reinforcement learning with verifiable rewards; its KL-regularised optimum is this posterior (TBA,
+arXiv:2503.18929). Without a file the questions are all sums of two digits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from system.config import ConfigError, Verifiable
+from system.constraints import Constraints
+from system.tasks.files import choose, read_records
+from system.tasks.problem import Problem, context_tokens, single_token
+from system.trajectory import Prompt
+
+
+def build(section: Verifiable, tokenizer: PreTrainedTokenizerBase) -> Problem:
+    """Raises ConfigError if the questions cannot be read, or the stop is not one token."""
+    stop = single_token(tokenizer, section.stop, "task.stop")
+    special = set(tokenizer.all_special_ids) - {stop}
+    prompts = []
+    for number, question, answer in read_questions(section):
+        context = context_tokens(tokenizer, section.prompt.format(question=question))
+        prompts.append(Prompt(f"question-{number}", context, context, meta={"question": question, "answer": answer}))
+    return Problem(
+        prompts=tuple(prompts),
+        constraints=Constraints.of(
+            stop_token=stop,
+            min_tokens=section.min_tokens,
+            max_tokens=section.max_tokens,
+            vocab_size=len(tokenizer),
+            allowed=np.array([token for token in range(len(tokenizer)) if token not in special]),
+        ),
+        reward_stop=(stop,),
+    )
+
+
+def read_questions(section: Verifiable) -> list[tuple[int, str, str]]:
+    """(number from 1, question, answer) of those chosen by offset and limit.
+
+    Raises:
+        ConfigError: the file is missing, or a line of it is no question; the message has the line's number.
+    """
+    if section.questions == "packaged":
+        pairs = itertools.product(range(10), repeat=2)
+        everything = [(n, f"What is {a} + {b}?", str(a + b)) for n, (a, b) in enumerate(pairs, 1)]
+    else:
+        records = read_records(Path(section.questions), "task.questions")
+        everything = [_question(record, number, section) for number, record in records]
+    return choose(everything, section.offset, section.limit, "task.questions", section.questions)
+
+
+def _question(record: Any, number: int, section: Verifiable) -> tuple[int, str, str]:
+    match record:
+        case {"question": str(question), "answer": str() | int() | float() as answer} if question.strip():
+            return number, question.strip(), str(answer)
+    where = f"task.questions={section.questions!r}, line {number}"
+    raise ConfigError(f'{where}: needs {{"question": text, "answer": text or number}}')
+
+
+def last_number(prompt: Prompt, text: str, tokens: list[int]) -> float:
+    """1 if the last number of the text is the answer, else 0; a text without one is wrong."""
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", text)
+    try:
+        return float(bool(numbers) and float(numbers[-1]) == float(prompt.meta["answer"]))
+    except ValueError:
+        raise ValueError(
+            f"prompt {prompt.id!r}: the answer {prompt.meta['answer']!r} is no number; "
+            "name a verifier of your own in task.reward"
+        ) from None
