@@ -179,7 +179,8 @@ class Engine:
         """Makes `adapter` what the next sample is drawn with, and proves it by the canary.
 
         Returns seconds, and in nats a token `canary_error` (mean distance from the learner's log-probs) and
-        `canary_signal` (mean distance of those from the base's: what the canary could have shown), NaN without a canary.
+        `canary_signal` (mean distance of those from the base's: what the canary could have shown), NaN without a canary;
+        `effective_update` as `Merging.write`, 1 for an adapter beside the base.
 
         Raises:
             AdapterError: the adapter is damaged, of another model or not plain LoRA: what was installed stays. Or its
@@ -196,10 +197,11 @@ class Engine:
                 f"adapter {adapter.version}: max_model_len is too small for its canary of {len(adapter.canary.tokens_T)}"
             )
         updates = self._base.by_weight(adapter.updates())
+        effective = 1.0
         if self.settings.install == "merged":
             self._merging.check(updates)
             self.installed = None
-            self._merging.write(updates)
+            effective = self._merging.write(updates)
             self._forget_prefixes()
             error = self._canary(adapter, None)
         else:
@@ -208,7 +210,12 @@ class Engine:
         signal = math.nan
         if adapter.canary:
             signal = float(np.mean(np.abs(np.subtract(adapter.canary.logp_T, adapter.canary.base_logp_T))))
-        return {"seconds": time.perf_counter() - started, "canary_error": error, "canary_signal": signal}
+        return {
+            "seconds": time.perf_counter() - started,
+            "canary_error": error,
+            "canary_signal": signal,
+            "effective_update": effective,
+        }
 
     def _install_beside(self, adapter: Adapter) -> float:
         """Loads a LoRA adapter under an id, name and folder that were never used: vLLM caches by each of them."""

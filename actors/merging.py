@@ -7,6 +7,7 @@ to vLLM's own packing. vLLM's `reload_weights` does the same through fresh copie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,11 +62,29 @@ class Merging:
                 shape = (sum(shape[rows] for shape in shapes), shapes[0][columns])
                 self._layers[path] = _Layer(self._modules[path], parts, update.transposed, shape)
 
-    def write(self, updates: Mapping[str, LoraUpdate]) -> None:
-        """Makes the model base + `updates`, which `check` has seen."""
+    def write(self, updates: Mapping[str, LoraUpdate]) -> float:
+        """Makes the model base + `updates`, which `check` has seen.
+
+        Returns the effective update: the cosine between what was added to the first layer and what the model's precision
+        kept of it. 1 is all; bfloat16 rounds small updates away. NaN where nothing was added.
+        """
+        effective = math.nan
         with torch.no_grad():
-            for layer in self._layers.values():
-                self._put(layer, self._merged(layer, updates))
+            for index, layer in enumerate(self._layers.values()):
+                merged_OI = self._merged(layer, updates)
+                if index == 0:
+                    effective = self._effective(layer, merged_OI.clone())
+                    merged_OI = self._merged(layer, updates)
+                self._put(layer, merged_OI)
+        return effective
+
+    def _effective(self, layer: _Layer, merged_OI: torch.Tensor) -> float:
+        base_OI = self._merged(layer, {})
+        wanted_OI, kept_OI = merged_OI - base_OI, merged_OI.to(self._dtype).float() - base_OI.to(self._dtype).float()
+        lengths = float(wanted_OI.norm() * kept_OI.norm())
+        if not float(wanted_OI.norm()):
+            return math.nan
+        return float((wanted_OI * kept_OI).sum()) / lengths if lengths else 0.0
 
     def _find(self, name: str) -> tuple[str, tuple[_Part, ...]]:
         """The layer that holds a checkpoint's weight, and all that it is made of."""

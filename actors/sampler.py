@@ -67,7 +67,9 @@ class Sampler:
         self._seconds = {"generate": 0.0, "reward": 0.0, "install": 0.0}
         self._groups = 0
         self.timeline = Timeline()
-        self._installed: dict[str, float] = {"seconds": math.nan, "canary_error": math.nan, "canary_signal": math.nan}
+        self._installed: dict[str, float] = dict.fromkeys(
+            ("seconds", "canary_error", "canary_signal", "effective_update"), math.nan
+        )
         # One thread for all rewards: each thread that computes would get OpenMP threads of its own.
         self._rewards = ThreadPoolExecutor(1, thread_name_prefix="reward")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -149,6 +151,7 @@ class Sampler:
             "last_install_seconds": self._installed["seconds"],
             "canary_error": self._installed["canary_error"],
             "canary_signal": self._installed["canary_signal"],
+            "effective_update": self._installed["effective_update"],
             "version": float(self._version),
             "busy": (self._seconds["generate"] + self._seconds["install"]) / elapsed,
             "rss_bytes": float(psutil.Process().memory_info().rss),

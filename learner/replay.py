@@ -6,6 +6,7 @@ day, so what is stored stays true while the temperature anneals. A rare mode tha
 
 from __future__ import annotations
 
+import heapq
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,10 @@ class Replay:
             if np.isfinite(log_reward_T[-1]):
                 entries.pop(trajectory.key, None)
                 entries[trajectory.key] = (trajectory, log_reward_T)
-        for _ in range(len(entries) - self.config.capacity):
-            # Of equal rewards the oldest goes: min returns the first.
-            del entries[min(entries, key=lambda key: entries[key][1][-1])]
+        # Of equal rewards the oldest goes: nsmallest keeps the order of what ties.
+        excess = max(0, len(entries) - self.config.capacity)
+        for key in heapq.nsmallest(excess, entries, key=lambda key: entries[key][1][-1]):
+            del entries[key]
 
     def mix(self, fresh: Group, rng: np.random.Generator) -> Group:
         """`fresh` with replayed trajectories of its prompt, in the configured shares; those it has itself are not drawn.
