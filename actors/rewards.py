@@ -40,7 +40,7 @@ class Posterior:
     passes. `tokens_forwarded` counts what that costs.
     """
 
-    def __init__(self, model: LanguageModel, stop: Sequence[int], token_budget: int = 4096) -> None:
+    def __init__(self, model: LanguageModel, stop: Sequence[int], token_budget: int = 1024) -> None:
         self.model = model
         self.stop = tuple(stop)
         self.token_budget = token_budget

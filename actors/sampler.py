@@ -11,12 +11,13 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import psutil
 
 from actors.engine import Engine
@@ -25,7 +26,7 @@ from system.adapters import Adapter, AdapterError
 from system.config import Config
 from system.constraints import Constraints
 from system.timeline import Timeline
-from system.trajectory import Group, Request, Trajectory
+from system.trajectory import Group, Prompt, Request, Trajectory
 
 if TYPE_CHECKING:
     from actors.rewards import Reward
@@ -136,6 +137,10 @@ class Sampler:
             EngineDied: as `sample`.
         """
         return self._submit(_Job(None, adapter))
+
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+        """log R at every prefix, K arrays float64 [T + 1], of trajectories that may come from anywhere."""
+        return self._rewards.submit(self._reward.score, prompt, trajectories_K).result()
 
     def stats(self) -> dict[str, float]:
         """Totals since the start and the state of the last install; seconds, tokens, nats, bytes."""

@@ -288,8 +288,8 @@ class Sampler(Section):
     """Of the engine. Merging into bfloat16 loses small updates."""
     reward_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen model that scores."""
-    token_budget: int = Field(default=4096, ge=64)
-    """Most tokens in one row of the scoring pass."""
+    token_budget: int = Field(default=1024, ge=64)
+    """Most tokens in one row of the scoring pass. The cost of attention grows with its square; a GPU takes more at once."""
     max_num_seqs: int = Field(default=64, ge=1)
     """Sequences that the engine decodes at once."""
     kv_cache_mb: int = Field(default=512, ge=16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,16 @@ def test_the_gap_may_be_another_sentence(tmp_path: Path) -> None:
     (story,) = infilling(FIVE, tmp_path, gap=1, prompt="{before}|{after}".replace("|", "-")).prompts
     assert text_of(story) == "one.-three. four. five."
     assert story.meta["middle"] == "two."
+
+
+def test_tokens_that_a_model_drew_are_taken_as_they_are(tmp_path: Path) -> None:
+    after, middle = TOKENIZER.encode("  xy", add_special_tokens=False), TOKENIZER.encode("ab", add_special_tokens=False)
+    story = {"before": "one.", "after": "xy", "middle": "ab.", "tokens": {"middle": middle, "after": after}}
+    (prompt,) = infilling(json.dumps(story), tmp_path).prompts
+    assert list(prompt.evidence_tokens or ()) == after
+    assert prompt.meta["middle_tokens"] == middle
+    with pytest.raises(ConfigError, match="are not its text"):
+        infilling(json.dumps(story | {"after": "yx"}), tmp_path)
 
 
 @pytest.mark.parametrize(

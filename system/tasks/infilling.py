@@ -6,7 +6,7 @@ what Z is scored under.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError, Infilling
 from system.constraints import Constraints
+from system.language_model import decode
 from system.tasks.continuation import legal_tokens
 from system.tasks.files import choose, read_records
 from system.tasks.problem import Problem, context_tokens, single_token
@@ -29,17 +30,29 @@ class Story:
     middle: str
     """The sentence that is to be infilled, as it was written; empty where it is not known."""
     after: str
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    """`middle` (without its stop) and `after` as tokens, where a model drew them: texts do not always become them again."""
 
 
 def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
-    """Raises ConfigError if the stories cannot be read, or the stop is not one token."""
+    """Raises ConfigError if the stories cannot be read, are of another tokenizer, or the stop is not one token."""
     stop = single_token(tokenizer, section.stop, "task.stop")
     prompts = []
     for story in read_stories(section):
         policy = context_tokens(tokenizer, section.prompt.format(before=story.before, after=story.after))
-        evidence = tuple(tokenizer.encode(" " + story.after, add_special_tokens=False))
-        meta = {"before": story.before, "middle": story.middle, "after": story.after}
-        prompts.append(Prompt(story.id, policy, context_tokens(tokenizer, story.before), evidence, meta))
+        tokens = story.tokens or {"after": tokenizer.encode(" " + story.after, add_special_tokens=False)}
+        if decode(tokenizer, tokens["after"]).strip() != story.after:
+            raise ConfigError(
+                f"task.stories={section.stories!r}: the tokens of story {story.id!r} are not its text; "
+                "they are of another tokenizer: draw the stories anew with this model"
+            )
+        meta: dict[str, Any] = {"before": story.before, "middle": story.middle, "after": story.after}
+        if "middle" in tokens:
+            meta["middle_tokens"] = tokens["middle"]
+        elif story.middle:
+            sentence = story.middle.removesuffix(section.stop)
+            meta["middle_tokens"] = tokenizer.encode(" " + sentence, add_special_tokens=False)
+        prompts.append(Prompt(story.id, policy, context_tokens(tokenizer, story.before), tuple(tokens["after"]), meta))
     return Problem(
         prompts=tuple(prompts),
         constraints=Constraints.of(
@@ -79,5 +92,11 @@ def _story(record: Any, number: int, section: Infilling) -> Story:
             before, middle, after = sentences[: section.gap], sentences[section.gap], sentences[section.gap + 1 :]
             return Story(name, " ".join(map(str.strip, before)), middle.strip(), " ".join(map(str.strip, after)))
         case {"before": str(before), "after": str(after)} if before.strip() and after.strip():
-            return Story(name, before.strip(), str(record.get("middle", "")).strip(), after.strip())
+            tokens = {}
+            match record:
+                case {"tokens": {"middle": [*middle], "after": [*ending]}} if all(
+                    isinstance(token, int) for token in [*middle, *ending]
+                ):
+                    tokens = {"middle": middle, "after": ending}
+            return Story(name, before.strip(), str(record.get("middle", "")).strip(), after.strip(), tokens)
     raise ConfigError(f'{where}: needs {{"sentences": [texts]}} or {{"before": text, "after": text}}, none of them empty')

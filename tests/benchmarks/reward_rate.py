@@ -20,7 +20,7 @@ from system.models import locate
 from system.trajectory import Behaviour, Prompt, Trajectory
 from tests.benchmarks.figures import in_turns, ratio, report, seconds
 
-K, T, PROMPT, EVIDENCE, STOP = 16, 25, 40, 20, 30
+K, T, PROMPT, EVIDENCE, STOP = 16, 25, 64, 20, 30
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     rng = np.random.default_rng(0)
     model = load_pretrained(locate(Model()), torch.float32, torch.device("cpu"))
-    reward = Posterior(LanguageModel(model), (STOP,), token_budget=16384)
+    reward = Posterior(LanguageModel(model), (STOP,))
     x, y = (tuple(rng.integers(100, 40000, n).tolist()) for n in (PROMPT, EVIDENCE))
     prompt = Prompt("p", x, x, evidence_tokens=y)
     samples = [rng.integers(100, 40000, T).astype(np.int32) for _ in range(K)]

@@ -1,0 +1,185 @@
+"""How good a finished run's samples are, on other data than it was trained on: `python deploy/evaluate.py RUN [key=value …]`.
+
+Draws on-policy samples of each prompt from the base model and from the run's adapter, in this process and without Ray, and
+bounds the distance of both to the posterior. `key=value` changes the run's config: held-out prompts (task.offset=950) or
+another file. Writes RUN/heldout.json and logs the metrics to the run in MLflow as heldout/… and heldout/base/….
+
+Where a prompt's true Z is known (a story's `middle`), E[u] over the true Z is an upper bound on log Z, provided that the
+stories were drawn from the model itself (python deploy/self_consistent.py): then the gap between the bounds is
+KL(q || p) + KL(p || q), and zero means done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from actors.settings import engine_environment  # noqa: E402
+from deploy.job import find_run  # noqa: E402
+from system import config as configuration  # noqa: E402
+from system.config import Config, ConfigError  # noqa: E402
+
+if TYPE_CHECKING:
+    from actors.sampler import Sampler
+    from learner.learner import Learner
+    from system.adapters import Adapter
+    from system.evaluation import Evaluation
+    from system.tasks.problem import Problem
+    from system.trajectory import Group, Request
+
+logger = logging.getLogger("headwater")
+
+ROUND = 1_000_003
+"""Of the draws: no training evaluation has this number, so no seed is used twice."""
+
+
+@dataclass
+class Local:
+    """A sampler and a learner of this process behind the handles that `system.evaluation` takes."""
+
+    sampler: Sampler
+    learner: Learner
+    callers: ThreadPoolExecutor
+    adapter: Adapter | None = None
+
+    def publish(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def sample(self, request: Request) -> Future[Group]:
+        assert self.adapter is not None
+        return self.callers.submit(self.sampler.sample, request, self.adapter)
+
+    def score(self, groups: Sequence[Group]) -> Future[list[Any]]:
+        return self.callers.submit(self.learner.score, groups)
+
+
+def evaluate(config: Config, run_dir: Path, samples: int) -> dict[str, Evaluation]:
+    """{"base": …, "tuned": …}.
+
+    Raises:
+        ConfigError: the run has no adapter, or it is not of this model and rank.
+    """
+    import safetensors.numpy
+
+    from actors.build import build_sampler
+    from learner.learner import Learner
+    from system import evaluation, tasks
+    from system.language_model import load_tokenizer
+    from system.models import context_length, locate
+    from system.requests import Requests
+
+    path = run_dir / "adapter" / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} has no {path.relative_to(run_dir)}: the run did not end; --resume it first")
+    folder = locate(config.model)
+    tokenizer = load_tokenizer(folder)
+    problem = tasks.build(config.task, tokenizer)
+    config.check_lengths(context_length(folder), problem.longest_prompt)
+    prompt = problem.prompts[0]
+    learner = Learner(config, folder, problem.constraints, config.model.path, prompt.policy_tokens + prompt.reward_tokens)
+    requests = Requests(problem.prompts, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed)
+    results = {}
+    with ThreadPoolExecutor(config.sampler.groups_in_flight) as callers:
+        local = Local(build_sampler(config, problem), learner, callers)
+        try:
+            for version, name in enumerate(("base", "tuned")):
+                if name == "tuned":
+                    try:
+                        learner.policy.load_adapter(safetensors.numpy.load_file(path))
+                    except ValueError as error:
+                        raise ConfigError(f"{path} does not fit lora.rank={config.lora.rank}: {error}") from error
+                local.publish(learner.adapter(version))
+                if problem.outcomes is not None:
+                    results[name] = evaluation.exact(problem, local)
+                    continue
+                temperature = config.learner.reward_temperature.end
+                result = evaluation.sampled(requests, local, local, samples=samples, temperature=temperature, round_=ROUND)
+                result.metrics.update(_upper_bound(problem, local, temperature, result))
+                results[name] = result
+        finally:
+            local.sampler.close()
+    return results
+
+
+def _upper_bound(problem: Problem, local: Local, temperature: float, result: Evaluation) -> dict[str, float]:
+    """From the prompts whose true Z is known and could have been drawn; nothing where there is none."""
+    import numpy as np
+
+    from system.tasks.problem import sampled
+    from system.trajectory import Group
+
+    upper, lower = [], []
+    for prompt, row in zip(problem.prompts, result.per_prompt, strict=True):
+        tokens = prompt.meta.get("middle_tokens")
+        if tokens is None:
+            continue
+        inside = np.isin(tokens, problem.constraints.columns).all() and problem.constraints.stop_token not in tokens
+        if not (inside and problem.constraints.min_tokens <= len(tokens) <= problem.constraints.max_tokens):
+            continue
+        trajectory = sampled(tokens)
+        log_reward_K = tuple(local.sampler.score(prompt, [trajectory]))
+        [score] = local.learner.score([Group(prompt, (trajectory,), log_reward_K, 0, 0)])
+        upper.append(float(score.log_reward_K[0] / temperature - score.log_q_K[0]))
+        lower.append(row["log_z_lower"])
+    if not upper:
+        return {}
+    return {
+        "posterior/log_z_upper": float(np.mean(upper)),
+        "posterior/symmetrised_kl": float(np.mean(upper) - np.mean(lower)),
+        "posterior/prompts_with_true_z": float(len(upper)),
+    }
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python deploy/evaluate.py", description=__doc__)
+    parser.add_argument("run", help="folder of a run, or its name under runs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as task.offset=950")
+    parser.add_argument("--samples", type=int, default=32, help="draws of each prompt")
+    arguments = parser.parse_intermixed_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        if arguments.samples < 2:
+            raise ConfigError(f"--samples={arguments.samples}: one draw says nothing about the spread; take 2 at least")
+        run_dir = find_run(arguments.run)
+        config = configuration.load(run_dir / "config.yaml", arguments.overrides)
+        os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
+        results = evaluate(config, run_dir, arguments.samples)
+    except ConfigError as error:
+        print(f"config error: {error}", file=sys.stderr)
+        return 2
+    metrics = _log(run_dir, results)
+    width = max(map(len, results["tuned"].metrics))
+    for name, value in results["tuned"].metrics.items():
+        print(f"{name:{width}}  base {results['base'].metrics[name]:12.5g}  tuned {value:12.5g}")
+    print(json.dumps(metrics))
+    return 0
+
+
+def _log(run_dir: Path, results: dict[str, Evaluation]) -> dict[str, float]:
+    from system.tracking import Tracker
+
+    metrics = {f"heldout/{name}": value for name, value in results["tuned"].metrics.items()}
+    metrics |= {f"heldout/base/{name}": value for name, value in results["base"].metrics.items()}
+    (run_dir / "heldout.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+    # The run's own config: what this evaluation changes is no param of the run.
+    tracker = Tracker(run_dir, configuration.load(run_dir / "config.yaml", []), resume=True)
+    tracker.metrics(metrics, 0)
+    tracker.artifact(run_dir / "heldout.json")
+    tracker.close("FINISHED")
+    return metrics
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,134 @@
+"""The bounds on log Z around its exact value, on stories that a tiny model told itself; and the command, on a real engine."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from actors.rewards import Posterior
+from deploy import evaluate, self_consistent
+from learner.learner import Learner
+from system import config, tasks
+from system.config import Config
+from system.evaluation import Evaluation
+from system.language_model import LanguageModel, load_pretrained, load_tokenizer
+from system.models import locate
+from system.posterior import log_mean_exp
+from system.tasks.problem import context_tokens, sampled
+from system.trajectory import Group
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+STORY = {"before": "ab", "after": "ba"}
+
+
+def settings(folder: Path, **task: Any) -> dict[str, Any]:
+    """A support of the eight characters that the model likes best here, so that its own sentences lie in it."""
+    model = load_pretrained(folder / "model", torch.float32, torch.device("cpu"))
+    tokenizer = load_tokenizer(folder / "model")
+    with torch.no_grad():
+        logits = model(torch.tensor([context_tokens(tokenizer, STORY["before"])])).logits[0, -1]
+    best = [tokenizer.decode([token]) for token in logits.argsort(descending=True).tolist()]
+    stop, *letters = [text for text in best if text in tiny.CHARACTERS and not text.isspace()][:9]
+    section = {
+        "kind": "infilling", "stories": str(folder / "stories.jsonl"), "prompt": "{before}{after}", "stop": stop,
+        "illegal": [text for text in tiny.CHARACTERS if text not in letters], "max_tokens": 3, "min_tokens": 1,
+    }  # fmt: skip
+    return {
+        "model": {"path": str(folder / "model")},
+        "lora": {"rank": 4, "alpha": 8},
+        "task": section | task,
+        "sampler": {"kv_cache_mb": 16, "exploration": {"on_policy": 1}},
+        "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate")
+    tiny.folder(folder).rename(folder / "model")
+    (folder / "stories.jsonl").write_text(json.dumps(STORY) + "\n")
+    return folder
+
+
+def learner_of(cfg: Config, problem: Any) -> Learner:
+    learner = Learner(cfg, locate(cfg.model), problem.constraints, cfg.model.path, list(range(10, 40)))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in learner.policy.parameters.values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.03)
+    return learner
+
+
+def test_bounds_from_self_consistent_stories_enclose_the_exact_log_z(folder: Path) -> None:
+    cfg = config.parse(settings(folder))
+    stories = self_consistent.draw(cfg, per_story=150, ending=2, seed=0)
+    assert len(stories) == 150
+    (folder / "told.jsonl").write_text("".join(json.dumps(story) + "\n" for story in stories))
+    cfg = config.parse(settings(folder, stories=str(folder / "told.jsonl")))
+    problem = tasks.build(cfg.task, load_tokenizer(locate(cfg.model)))
+    learner = learner_of(cfg, problem)
+    frozen = load_pretrained(locate(cfg.model), torch.float32, torch.device("cpu"))
+    reward = Posterior(LanguageModel(frozen), problem.reward_stop)
+
+    letters = [t for t in problem.constraints.columns.tolist() if t != problem.constraints.stop_token]
+    outcomes = tuple(sampled(list(z)) for n in (1, 2, 3) for z in itertools.product(letters, repeat=n))
+    exact, lower, gaps = [], [], []
+    for prompt in problem.prompts:
+        log_reward_K = tuple(reward.score(prompt, outcomes))
+        [score] = learner.score([Group(prompt, outcomes, log_reward_K, 0, 0)])
+        q, u = np.exp(score.log_q_K), score.log_reward_K - score.log_q_K
+        assert q.sum() == pytest.approx(1.0, abs=1e-4)
+        log_z = log_mean_exp(score.log_reward_K) + np.log(len(outcomes))
+        p = np.exp(score.log_reward_K - log_z)
+        exact.append(log_z)
+        lower.append(float((q * u).sum()))
+        gaps.append(float(((p - q) * u).sum()))
+    rows = [{"log_z_lower": value} for value in lower]
+    local: Any = SimpleNamespace(sampler=reward, learner=learner)
+    metrics = evaluate._upper_bound(problem, local, 1.0, Evaluation({}, rows))
+    assert metrics["posterior/prompts_with_true_z"] == 150
+    assert np.mean(lower) < np.mean(exact) < metrics["posterior/log_z_upper"]
+    # E over the stories of u(true Z) - E_q[u] is the symmetrised KL, here known by enumeration.
+    assert metrics["posterior/symmetrised_kl"] == pytest.approx(np.mean(gaps), rel=0.35)
+
+
+def test_the_command_compares_the_base_with_the_adapter_on_other_data(folder: Path) -> None:
+    run = folder / "runs" / "one"
+    run.mkdir(parents=True)
+    cfg = config.parse(settings(folder))
+    (run / "config.yaml").write_text(config.dump(cfg))
+    problem = tasks.build(cfg.task, load_tokenizer(locate(cfg.model)))
+    learner_of(cfg, problem).adapter(1).materialise(run / "adapter")
+    tokenizer = load_tokenizer(locate(cfg.model))
+    middle = [t for t in problem.constraints.columns.tolist() if t != problem.constraints.stop_token][:2]
+    after = tokenizer.encode(" ab", add_special_tokens=False)
+    story = {"before": "ca", "after": "ab", "tokens": {"middle": middle, "after": after}}
+    (folder / "other.jsonl").write_text(json.dumps(story) + "\n")
+
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, str(ROOT / "deploy/evaluate.py"), *arguments]
+        return subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+
+    done = command("one", f"task.stories={folder / 'other.jsonl'}", "--samples", "64")
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads(done.stdout.splitlines()[-1])
+    assert json.loads((run / "heldout.json").read_text()) == metrics
+    assert metrics["heldout/posterior/prompts_with_true_z"] == 1
+    assert metrics["heldout/posterior/spread"] != metrics["heldout/base/posterior/spread"]
+    for which in ("heldout", "heldout/base"):
+        assert metrics[f"{which}/posterior/log_z_lower"] < metrics[f"{which}/posterior/log_z_weighted"]
+
+    assert "one draw says nothing" in command("one", "--samples", "1").stderr
+    assert "no such run" in command("two").stderr
+    (run / "adapter" / "adapter_model.safetensors").unlink()
+    assert "the run did not end; --resume it first" in command("one").stderr
