@@ -261,8 +261,9 @@ def advice(plans: Sequence[Plan]) -> str:
     best = max(plan.groups_per_second for plan in plans)
     enough = next(plan for plan in plans if plan.groups_per_second >= 0.95 * best)
     saturated = 1 / DRIVER_SECONDS
+    number = "1 sampler is" if enough.samplers == 1 else f"{enough.samplers} samplers are"
     return (
-        f"{enough.samplers} samplers are enough for this learner; more bring less than 5 %. "
+        f"{number} enough for this learner; more bring less than 5 %. "
         f"The driver saturates at {saturated:.0f} groups/s, {saturated / best:.0f} times the best rate here."
     )
 

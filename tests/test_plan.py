@@ -101,7 +101,7 @@ def test_the_command_prints_a_table_and_says_how_many_are_enough(
     base = ["deploy/configs/random_number.yaml", "--samplers", "1,2,3"]
     assert plan.main([*base, "--update", "0.1", "--group", "0.2", "--install", "0.01"]) == 0
     output = capsys.readouterr().out
-    assert "samplers are enough" in output
+    assert "enough for this learner" in output
     assert len(output.splitlines()) == 6
     content = trace(update=[1, 1], adapter=[0.1, 0.1], install=[0.1, 0.1], generate=[1], reward=[1])
     (tmp_path / "timeline.json").write_text(json.dumps(content))
