@@ -145,7 +145,7 @@ def test_a_policy_gradient_refuses_samples_that_are_not_the_policys(loss: str) -
     message = refusal(base | own | {"replay": {"fresh": 0.5, "uniform": 0.5}})
     assert f"loss.kind={loss}" in message
     assert "replay.fresh=0.5" in message
-    assert 'set sampler.exploration.on_policy=1 and "replay={fresh: 1}"' in message
+    assert 'set sampler.exploration.on_policy=1 and "replay={fresh: 1, prioritised: 0, uniform: 0}"' in message
     assert "sampler.exploration.on_policy=0.5" in refusal(base | {"replay": {"fresh": 1}})
 
 
