@@ -29,7 +29,8 @@ from tests.benchmarks.original_recipe import job
 SAMPLES, LIMIT, LR = 20, 24, 1e-6
 CONFIG = "deploy/configs/continuation.yaml"
 OVERRIDES = [
-    f"sampler.samples_per_prompt={SAMPLES}", f"task.limit={LIMIT}", "loss.kind=grpo", "replay={fresh: 1, prioritised: 0, uniform: 0}",
+    f"sampler.samples_per_prompt={SAMPLES}", f"task.limit={LIMIT}", "loss.kind=grpo",
+    "replay={fresh: 1, prioritised: 0, uniform: 0}",
     "sampler.exploration.on_policy=1", f"learner.lr={LR}", "learner.evaluation_samples=2",
     "learner.reward_temperature={start: 1, end: 1, horizon: 0}",
 ]  # fmt: skip
