@@ -71,15 +71,14 @@ class Merging:
         effective = math.nan
         with torch.no_grad():
             for index, layer in enumerate(self._layers.values()):
+                base_OI = self._merged(layer, {}).clone() if index == 0 else None
                 merged_OI = self._merged(layer, updates)
-                if index == 0:
-                    effective = self._effective(layer, merged_OI.clone())
-                    merged_OI = self._merged(layer, updates)
+                if base_OI is not None:
+                    effective = self._effective(base_OI, merged_OI)
                 self._put(layer, merged_OI)
         return effective
 
-    def _effective(self, layer: _Layer, merged_OI: torch.Tensor) -> float:
-        base_OI = self._merged(layer, {})
+    def _effective(self, base_OI: torch.Tensor, merged_OI: torch.Tensor) -> float:
         wanted_OI, kept_OI = merged_OI - base_OI, merged_OI.to(self._dtype).float() - base_OI.to(self._dtype).float()
         lengths = float(wanted_OI.norm() * kept_OI.norm())
         if not float(wanted_OI.norm()):

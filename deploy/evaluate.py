@@ -87,8 +87,7 @@ def evaluate(config: Config, run_dir: Path, samples: int) -> dict[str, Evaluatio
     tokenizer = load_tokenizer(folder)
     problem = tasks.build(config.task, tokenizer)
     config.check_lengths(context_length(folder), problem.longest_prompt)
-    prompt = problem.prompts[0]
-    learner = Learner(config, folder, problem.constraints, config.model.path, prompt.policy_tokens + prompt.reward_tokens)
+    learner = Learner.build(config, problem)
     requests = Requests(problem.prompts, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed)
     results = {}
     with ThreadPoolExecutor(config.sampler.groups_in_flight) as callers:

@@ -120,11 +120,8 @@ def _build_sampler(config: Config, problem: Problem) -> Any:
 
 def _build_learner(config: Config, problem: Problem) -> Any:
     from learner.learner import Learner
-    from system.models import locate
 
-    prompt = problem.prompts[0]
-    canary = prompt.policy_tokens + prompt.reward_tokens
-    return Learner(config, locate(config.model), problem.constraints, config.model.path, canary)
+    return Learner.build(config, problem)
 
 
 def _exit_soon() -> None:

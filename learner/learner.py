@@ -27,8 +27,10 @@ from system.config import GRPO, RLOO, Config
 from system.config import Learner as LearnerConfig
 from system.constraints import Constraints
 from system.language_model import resolve_device
+from system.models import locate
 from system.posterior import Bounds
 from system.prefix_tree import Packed, PrefixTree, rows_by_budget
+from system.tasks.problem import Problem
 from system.timeline import Timeline
 from system.trajectory import Group
 
@@ -98,6 +100,13 @@ class Learner:
         self._canary_tokens = np.array(canary_tokens[:CANARY_TOKENS], np.int64)
         with self.policy.base():
             self._canary_base = self._canary_log_probs()
+
+    @classmethod
+    def build(cls, config: Config, problem: Problem) -> Learner:
+        """The learner of a run; its canary is the first prompt. Raises ConfigError where the model cannot be had."""
+        prompt = problem.prompts[0]
+        canary = prompt.policy_tokens + prompt.reward_tokens
+        return cls(config, locate(config.model), problem.constraints, config.model.path, canary)
 
     # ---------------------------------------------------------------------------------------------- the update
 

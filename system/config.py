@@ -98,6 +98,15 @@ class ProductReward(Section):
 Reward = Annotated[LMPosterior | FunctionReward | ProductReward, Field(discriminator="kind")]
 
 
+def _check_template(prompt: str, **values: object) -> None:
+    """Raises ValueError for a prompt with anything else to fill in than `values`."""
+    try:
+        prompt.format(**values)
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        names = " and ".join(f"{{{name}}}" for name in values)
+        raise ValueError(f"prompt={prompt!r}: only {names} can be filled in; write {{{{ and }}}} for braces") from error
+
+
 class RandomNumber(Section):
     """An integer, uniform over low..high: the posterior is known exactly, so this task measures the method."""
 
@@ -124,17 +133,12 @@ class RandomNumber(Section):
     def _an_interval(self) -> RandomNumber:
         if self.high <= self.low:
             raise ValueError(f"high={self.high} must be above low={self.low}; raise high or lower low")
-        try:
-            self.prompt.format(low=self.low, high=self.high)
-        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"prompt={self.prompt!r}: only {{low}} and {{high}} can be filled in; write {{{{ and }}}} for braces"
-            ) from error
+        _check_template(self.prompt, low=self.low, high=self.high)
         return self
 
 
-class Sentence(Section):
-    """What may be drawn where Z is one sentence."""
+class Drawn(Section):
+    """Which prompts a run takes of a file, and how long what is drawn for them may be."""
 
     limit: int | None = Field(default=None, ge=1)
     """Take only this many prompts."""
@@ -142,6 +146,19 @@ class Sentence(Section):
     """Skip this many prompts first."""
     min_tokens: int = Field(default=1, ge=0)
     max_tokens: int = Field(default=30, ge=1)
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Drawn:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: nothing can be drawn; lower min_tokens"
+            )
+        return self
+
+
+class Sentence(Drawn):
+    """What may be drawn where Z is one sentence."""
+
     stop: str = Field(default=".", min_length=1)
     """The end of a sentence: a text that is one token. Its log-probability is part of the reward."""
     illegal: tuple[str, ...] = (
@@ -149,14 +166,6 @@ class Sentence(Section):
     )  # fmt: skip
     """A token whose text contains one of these is outside the policy's support, as are special tokens."""
     reward: Reward = LMPosterior()
-
-    @model_validator(mode="after")
-    def _lengths(self) -> Sentence:
-        if self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: nothing can be drawn; lower min_tokens"
-            )
-        return self
 
 
 class NextSentence(Sentence):
@@ -212,45 +221,26 @@ class Infilling(Sentence):
 
     @model_validator(mode="after")
     def _a_text_to_fill_in(self) -> Infilling:
-        try:
-            self.prompt.format(before="", after="")
-        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"prompt={self.prompt!r}: only {{before}} and {{after}} can be filled in; write {{{{ and }}}} for braces"
-            ) from error
+        _check_template(self.prompt, before="", after="")
         return self
 
 
-class Verifiable(Section):
+class Verifiable(Drawn):
     """Answers that a program checks, from p(Z . | X) exp(r / beta): the reward is known at the end alone."""
 
     kind: Literal["verifiable"] = "verifiable"
     questions: str = "packaged"
     """JSONL, each line {"question": text, "answer": text or number}; `packaged` for all sums of two digits."""
-    limit: int | None = Field(default=None, ge=1)
-    """Take only this many questions."""
-    offset: int = Field(default=0, ge=0)
-    """Skip this many questions first."""
     prompt: str = Field(default="Question: {question}\nAnswer:", min_length=1)
     """`{question}` is filled in."""
-    min_tokens: int = Field(default=1, ge=0)
     max_tokens: int = Field(default=24, ge=1)
     stop: str = Field(default="\n", min_length=1)
     """The end of an answer: a text that is one token."""
     reward: Reward = ProductReward(of=(LMPosterior(), FunctionReward(path="system.tasks.verifiable:last_number", beta=0.1)))
 
     @model_validator(mode="after")
-    def _an_answer_to_draw(self) -> Verifiable:
-        if self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: nothing can be drawn; lower min_tokens"
-            )
-        try:
-            self.prompt.format(question="")
-        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"prompt={self.prompt!r}: only {{question}} can be filled in; write {{{{ and }}}} for braces"
-            ) from error
+    def _a_question_to_fill_in(self) -> Verifiable:
+        _check_template(self.prompt, question="")
         return self
 
 

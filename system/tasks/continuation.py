@@ -13,9 +13,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError, NextSentence
-from system.constraints import Constraints
 from system.tasks.files import choose, read_lines
-from system.tasks.problem import Problem, context_tokens, single_token
+from system.tasks.problem import Problem, context_tokens, single_token, support
 from system.trajectory import Prompt
 
 PACKAGED_PROMPTS = Path(__file__).with_name("prompts.txt")
@@ -34,13 +33,7 @@ def build(section: NextSentence, tokenizer: PreTrainedTokenizerBase) -> Problem:
         prompts.append(Prompt(f"line-{number}", context, context, meta={"text": text}))
     return Problem(
         prompts=tuple(prompts),
-        constraints=Constraints.of(
-            stop_token=stop,
-            min_tokens=section.min_tokens,
-            max_tokens=section.max_tokens,
-            vocab_size=len(tokenizer),
-            allowed=allowed,
-        ),
+        constraints=support(section, tokenizer, stop, allowed),
         reward_stop=(stop,),
     )
 

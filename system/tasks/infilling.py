@@ -13,11 +13,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError, Infilling
-from system.constraints import Constraints
 from system.language_model import decode
 from system.tasks.continuation import legal_tokens
 from system.tasks.files import choose, read_records
-from system.tasks.problem import Problem, context_tokens, single_token
+from system.tasks.problem import Problem, context_tokens, single_token, support
 from system.trajectory import Prompt
 
 PACKAGED_STORIES = Path(__file__).with_name("stories.jsonl")
@@ -55,13 +54,7 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
         prompts.append(Prompt(story.id, policy, context_tokens(tokenizer, story.before), tuple(tokens["after"]), meta))
     return Problem(
         prompts=tuple(prompts),
-        constraints=Constraints.of(
-            stop_token=stop,
-            min_tokens=section.min_tokens,
-            max_tokens=section.max_tokens,
-            vocab_size=len(tokenizer),
-            allowed=legal_tokens(tokenizer, section.illegal),
-        ),
+        constraints=support(section, tokenizer, stop, legal_tokens(tokenizer, section.illegal)),
         reward_stop=(stop,),
     )
 

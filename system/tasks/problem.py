@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -33,6 +35,17 @@ class Problem:
             return len(prompt.reward_tokens) + len(self.reward_stop) + len(prompt.evidence_tokens or ())
 
         return max(max(len(prompt.policy_tokens), scored(prompt)) for prompt in self.prompts)
+
+
+def support(section: Any, tokenizer: PreTrainedTokenizerBase, stop: int, allowed: Sequence[int] | np.ndarray) -> Constraints:
+    """What a config section lets the policy draw: its lengths, the allowed tokens and the stop."""
+    return Constraints.of(
+        stop_token=stop,
+        min_tokens=section.min_tokens,
+        max_tokens=section.max_tokens,
+        vocab_size=len(tokenizer),
+        allowed=allowed,
+    )
 
 
 def single_token(tokenizer: PreTrainedTokenizerBase, text: str, field: str) -> int:

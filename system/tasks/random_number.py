@@ -9,8 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from system.config import RandomNumber
-from system.constraints import Constraints
-from system.tasks.problem import Problem, context_tokens, sampled, single_token
+from system.tasks.problem import Problem, context_tokens, sampled, single_token, support
 from system.trajectory import Prompt
 
 
@@ -27,13 +26,7 @@ def build(section: RandomNumber, tokenizer: PreTrainedTokenizerBase) -> Problem:
     uniform = section.reward == RandomNumber().reward
     return Problem(
         prompts=(Prompt("random_number", context, context, meta=meta),),
-        constraints=Constraints.of(
-            stop_token=stop,
-            min_tokens=section.min_tokens,
-            max_tokens=section.max_tokens,
-            vocab_size=len(tokenizer),
-            allowed=list(digits.values()),
-        ),
+        constraints=support(section, tokenizer, stop, list(digits.values())),
         reward_stop=(stop,),
         outcomes=outcomes if uniform else None,
         log_target_O=np.full(len(outcomes), -np.log(len(outcomes))) if uniform else None,

@@ -11,13 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError, Verifiable
-from system.constraints import Constraints
 from system.tasks.files import choose, read_records
-from system.tasks.problem import Problem, context_tokens, single_token
+from system.tasks.problem import Problem, context_tokens, single_token, support
 from system.trajectory import Prompt
 
 
@@ -25,19 +23,14 @@ def build(section: Verifiable, tokenizer: PreTrainedTokenizerBase) -> Problem:
     """Raises ConfigError if the questions cannot be read, or the stop is not one token."""
     stop = single_token(tokenizer, section.stop, "task.stop")
     special = set(tokenizer.all_special_ids) - {stop}
+    allowed = [token for token in range(len(tokenizer)) if token not in special]
     prompts = []
     for number, question, answer in read_questions(section):
         context = context_tokens(tokenizer, section.prompt.format(question=question))
         prompts.append(Prompt(f"question-{number}", context, context, meta={"question": question, "answer": answer}))
     return Problem(
         prompts=tuple(prompts),
-        constraints=Constraints.of(
-            stop_token=stop,
-            min_tokens=section.min_tokens,
-            max_tokens=section.max_tokens,
-            vocab_size=len(tokenizer),
-            allowed=np.array([token for token in range(len(tokenizer)) if token not in special]),
-        ),
+        constraints=support(section, tokenizer, stop, allowed),
         reward_stop=(stop,),
     )
 

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 from tests.benchmarks.figures import Figure, report
-from tests.benchmarks.original_recipe import TARGET, job
+from tests.benchmarks.original_recipe import TARGET
+from tests.benchmarks.runs import job
 
 NO_REPLAY = ["replay.fresh=1", "replay.prioritised=0", "replay.uniform=0"]
 ON_POLICY = ["sampler.exploration.on_policy=1"]
@@ -47,13 +48,13 @@ def main() -> None:
         times, final, worst, rates = [], [], [], []
         for seed in arguments.seeds.split(","):
             steps = [f"seed={seed}", "learner.evaluate_every=5", f"learner.steps={arguments.steps}"]
-            summary, evaluations = job(path, *steps, *overrides)
-            reached = [m["seconds_training"] for m in evaluations if m["exact/kl_target_q"] <= TARGET]
+            run = job(path, *steps, *overrides)
+            reached = [m["seconds_training"] for m in run.evaluations if m["exact/kl_target_q"] <= TARGET]
             # Not reached: longer than the run was.
-            times.append(min(reached, default=summary["seconds_training"]))
-            final.append(summary["after"]["exact/kl_target_q"])
-            worst.append(summary["after"]["exact/worst_ratio"])
-            rates.append(summary["trajectories_per_second"])
+            times.append(min(reached, default=run.summary["seconds_training"]))
+            final.append(run.summary["after"]["exact/kl_target_q"])
+            worst.append(run.summary["after"]["exact/worst_ratio"])
+            rates.append(run.summary["trajectories_per_second"])
             print(f"{name}, seed {seed}: {times[-1]:.1f} s, KL {final[-1]:.4f}, worst {worst[-1]:.2f}", file=sys.stderr)
         detail = {
             "kl_after": json.dumps([round(value, 5) for value in final]),

@@ -24,7 +24,7 @@ from system import config, tasks
 from system.language_model import load_pretrained, load_tokenizer
 from system.models import locate
 from tests.benchmarks.figures import ratio, report
-from tests.benchmarks.original_recipe import job
+from tests.benchmarks.runs import job
 
 SAMPLES, LIMIT, LR = 20, 24, 1e-6
 CONFIG = "deploy/configs/continuation.yaml"
@@ -103,11 +103,9 @@ def main() -> None:
     for repeat in range(arguments.repeats):
         rate, length = trl_rates(max(3, arguments.steps // 4), repeat)
         theirs.append(rate)
-        summary, evaluations = job(
-            str(Path(CONFIG).resolve()), f"seed={repeat}", f"learner.steps={arguments.steps}", *OVERRIDES
-        )
-        ours.append(summary["trajectories_per_second"])
-        lengths.append(f"{evaluations[-1]['posterior/length']:.1f} / {length:.1f}")
+        run = job(str(Path(CONFIG).resolve()), f"seed={repeat}", f"learner.steps={arguments.steps}", *OVERRIDES)
+        ours.append(run.summary["trajectories_per_second"])
+        lengths.append(f"{run.evaluations[-1]['posterior/length']:.1f} / {length:.1f}")
         print(f"repeat {repeat}: {ours[-1]:.2f} against {rate:.2f} trajectories/s", file=sys.stderr, flush=True)
     name = f"GRPO on continuation, trajectories/s, K = {SAMPLES}, ours over TRL with transformers"
     report(ratio(name, ours, theirs, 3.0, mean_lengths="; ".join(lengths)))

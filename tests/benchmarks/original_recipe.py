@@ -16,9 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,7 @@ from system.models import locate
 from system.posterior import Exact
 from system.trajectory import Group, Prompt
 from tests.benchmarks.figures import ratio, report
+from tests.benchmarks.runs import job
 
 TARGET = 0.05
 
@@ -156,21 +155,10 @@ def recipe_seconds(seed: int, limit: float) -> tuple[float, float, int]:
     return seconds, kl, recipe.step
 
 
-def job(*arguments: str) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """(summary, metrics of each evaluation) of a real run in a folder of its own."""
-    root = Path(__file__).resolve().parents[2]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(root / "deploy/job.py"), *arguments]
-        output = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
-        (run,) = (Path(folder) / "runs").iterdir()
-        evaluations = [json.loads(path.read_text())["metrics"] for path in sorted((run / "evaluations").glob("step-*.json"))]
-    return json.loads(output.splitlines()[-1]), evaluations
-
-
 def our_seconds(seed: int, *overrides: str) -> float:
     """Seconds of training until TARGET, evaluations in between included; infinite if it is not reached."""
     path = str(Path("deploy/configs/random_number.yaml").resolve())
-    _, evaluations = job(path, f"seed={seed}", "learner.evaluate_every=5", *overrides)
+    evaluations = job(path, f"seed={seed}", "learner.evaluate_every=5", *overrides).evaluations
     reached = [metrics["seconds_training"] for metrics in evaluations if metrics["exact/kl_target_q"] <= TARGET]
     return reached[0] if reached else math.inf
 
@@ -197,7 +185,7 @@ def continuation(repeats: int) -> None:
         used = sum(recipe.update() for _ in range(3))
         theirs.append(used / (time.perf_counter() - started))
         settings = ["sampler.samples_per_prompt=20", "learner.steps=24", "task.limit=24", "learner.evaluation_samples=2"]
-        summary, _ = job(path, f"seed={repeat}", *settings)
+        summary = job(path, f"seed={repeat}", *settings).summary
         ours.append(summary["trajectories_per_second"])
         print(f"repeat {repeat}: {ours[-1]:.2f} against {theirs[-1]:.2f} trajectories/s", file=sys.stderr, flush=True)
     report(ratio("trajectories/s of the loop on continuation, K = 20, ours over the original recipe", ours, theirs, 8.0))

@@ -8,29 +8,19 @@ Durations come from the timeline of the run with one sampler; the simulation sha
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 from deploy.plan import Durations, simulate
 from system import config
 from tests.benchmarks.figures import Figure, report
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.benchmarks.runs import ROOT, job
 
 
 def measure(*overrides: str) -> tuple[float, Durations]:
     """(groups a second in training, durations) of a real run."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "deploy/job.py"), str(ROOT / "deploy/configs/random_number.yaml"), *overrides]
-        output = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
-        summary = json.loads(output.splitlines()[-1])
-        (run,) = (Path(folder) / "runs").iterdir()
-        trace = json.loads((run / "timeline.json").read_text())
-    return summary["groups"] / summary["seconds_training"], Durations.of_trace(trace, one_thread=True)
+    run = job(str(ROOT / "deploy/configs/random_number.yaml"), *overrides)
+    return run.summary["groups"] / run.summary["seconds_training"], Durations.of_trace(run.trace, one_thread=True)
 
 
 def main() -> None:

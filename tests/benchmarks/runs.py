@@ -1,0 +1,32 @@
+"""Real runs of deploy/job.py, each in a folder of its own that is removed afterwards."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Run:
+    summary: dict[str, Any]
+    evaluations: list[dict[str, float]]
+    """The metrics of each, in order."""
+    trace: dict[str, Any]
+    """timeline.json."""
+
+
+def job(*arguments: str) -> Run:
+    """Raises CalledProcessError if it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "deploy/job.py"), *arguments]
+        output = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
+        (run,) = (Path(folder) / "runs").iterdir()
+        evaluations = [json.loads(path.read_text())["metrics"] for path in sorted((run / "evaluations").glob("step-*.json"))]
+        return Run(json.loads(output.splitlines()[-1]), evaluations, json.loads((run / "timeline.json").read_text()))
