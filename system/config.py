@@ -117,9 +117,14 @@ class RandomNumber(Section):
     """`{low}` and `{high}` are filled in."""
     stop: str = Field(default=".", min_length=1)
     """What ends a number: a text that is one token."""
+    support: Literal["digits", "vocabulary"] = "digits"
+    """What may be drawn before the stop. With `vocabulary`, as in the paper, what is a number has to be learned too."""
     floor: float = Field(default=-12.0, le=-10.0)
     """log R of anything that is not one of the numbers, nats. A number has log R = 0."""
     reward: Reward = FunctionReward(path="system.tasks.random_number:log_reward", every_prefix=True)
+    """`system.tasks.random_number:paper_log_reward` is the paper's."""
+    longest: int | None = Field(default=None, ge=1, le=16)
+    """Most tokens of a draw; by default the digits of `high`."""
 
     @property
     def min_tokens(self) -> int:
@@ -127,12 +132,15 @@ class RandomNumber(Section):
 
     @property
     def max_tokens(self) -> int:
-        return len(str(self.high))
+        return self.longest or len(str(self.high))
 
     @model_validator(mode="after")
     def _an_interval(self) -> RandomNumber:
         if self.high <= self.low:
             raise ValueError(f"high={self.high} must be above low={self.low}; raise high or lower low")
+        digits = len(str(self.high))
+        if self.max_tokens < digits:
+            raise ValueError(f"longest={self.longest} is too short for high={self.high}; raise longest to {digits}")
         _check_template(self.prompt, low=self.low, high=self.high)
         return self
 

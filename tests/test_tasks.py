@@ -18,7 +18,7 @@ from system.models import locate
 from system.tasks.constrained import log_constraint
 from system.tasks.continuation import read_prompts
 from system.tasks.problem import Problem, context_tokens, sampled, single_token
-from system.tasks.random_number import log_reward
+from system.tasks.random_number import log_reward, paper_log_reward
 from system.tasks.verifiable import last_number
 from system.trajectory import Prompt
 from tests import tiny
@@ -102,6 +102,23 @@ def test_another_reward_has_another_target_so_nothing_is_listed() -> None:
     assert other.reward_stop == (other.constraints.stop_token,)
     own = {"kind": "function", "path": "system.tasks.random_number:log_reward", "every_prefix": True}
     assert problem("random_number", reward=own).outcomes is not None
+
+
+def test_over_the_whole_vocabulary_numbers_are_listed_and_everything_else_costs_by_its_length() -> None:
+    own = {"kind": "function", "path": "system.tasks.random_number:paper_log_reward", "every_prefix": True}
+    task = problem("random_number", support="vocabulary", longest=5, reward=own)
+    [prompt], columns = task.prompts, set(task.constraints.columns.tolist())
+    assert len(columns) > 11
+    assert not columns & set(TOKENIZER.all_special_ids)
+    assert task.constraints.max_tokens == 5
+    assert task.outcomes is not None
+    assert len(task.outcomes) == 101
+    assert [paper_log_reward(prompt, text, [1] * len(text)) for text in ("", "7", "100", "101", "x")] == [-8, 8, 8, -24, -8]
+
+
+def test_draws_too_short_for_the_largest_number_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"longest=2 is too short for high=100; raise longest to 3"):
+        problem("random_number", longest=2)
 
 
 def test_a_stop_of_several_tokens_is_refused() -> None:

@@ -56,6 +56,12 @@ def single_token(tokenizer: PreTrainedTokenizerBase, text: str, field: str) -> i
     return ids[0]
 
 
+def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The vocabulary without its special tokens."""
+    special = set(tokenizer.all_special_ids)
+    return [token for token in range(len(tokenizer)) if token not in special]
+
+
 def context_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     """A context as the model expects it: with the tokenizer's own beginning-of-sequence token, if it has one."""
     ids = tokenizer.encode(text)

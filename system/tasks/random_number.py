@@ -8,25 +8,27 @@ from __future__ import annotations
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from system.config import RandomNumber
-from system.tasks.problem import Problem, context_tokens, sampled, single_token, support
+from system.config import FunctionReward, RandomNumber
+from system.tasks.problem import Problem, context_tokens, ordinary_tokens, sampled, single_token, support
 from system.trajectory import Prompt
 
 
 def build(section: RandomNumber, tokenizer: PreTrainedTokenizerBase) -> Problem:
-    """One prompt; the support is the ten digits and the stop. Raises ConfigError if a digit or the stop is no token.
+    """One prompt. Raises ConfigError if a digit or the stop is no token.
 
-    Under a reward that is not the task's own, the target is not uniform, so no outcomes are listed.
+    The outcomes are the numbers, and the target is uniform over them. They are listed under the rewards of this file
+    alone: by another one the numbers are not equally good.
     """
     digits = {digit: single_token(tokenizer, digit, "digit") for digit in "0123456789"}
     stop = single_token(tokenizer, section.stop, "task.stop")
     context = context_tokens(tokenizer, section.prompt.format(low=section.low, high=section.high))
     meta = {"low": section.low, "high": section.high, "floor": section.floor}
     outcomes = tuple(sampled([digits[digit] for digit in str(number)]) for number in range(section.low, section.high + 1))
-    uniform = section.reward == RandomNumber().reward
+    uniform = isinstance(section.reward, FunctionReward) and section.reward.path in OWN_REWARDS
+    allowed = list(digits.values()) if section.support == "digits" else ordinary_tokens(tokenizer)
     return Problem(
         prompts=(Prompt("random_number", context, context, meta=meta),),
-        constraints=support(section, tokenizer, stop, list(digits.values())),
+        constraints=support(section, tokenizer, stop, allowed),
         reward_stop=(stop,),
         outcomes=outcomes if uniform else None,
         log_target_O=np.full(len(outcomes), -np.log(len(outcomes))) if uniform else None,
@@ -35,6 +37,23 @@ def build(section: RandomNumber, tokenizer: PreTrainedTokenizerBase) -> Problem:
 
 def log_reward(prompt: Prompt, text: str, tokens: list[int]) -> float:
     """0 for a number of the interval, written as it is (no leading zero); the floor for anything else. Nats."""
+    return 0.0 if is_number(prompt, text) else float(prompt.meta["floor"])
+
+
+def paper_log_reward(prompt: Prompt, text: str, tokens: list[int]) -> float:
+    """8 for a number of the interval, -8 for each token of anything else, as in the paper's code. Nats.
+
+    Over a whole vocabulary V this posterior is not the numbers alone: the V^n strings of n tokens share V^n exp(-8 n), which
+    grows with n (ln 49152 = 10.8 > 8) and passes the numbers' 101 exp(8) at n = 5. What the policy never draws it never
+    unlearns, so on-policy training ends near the numbers all the same.
+    """
+    return 8.0 if is_number(prompt, text) else -8.0 * max(1, len(tokens))
+
+
+OWN_REWARDS = {f"{__name__}:{function.__name__}" for function in (log_reward, paper_log_reward)}
+
+
+def is_number(prompt: Prompt, text: str) -> bool:
+    """A number of the interval, written as it is: no leading zero, no space."""
     number = int(text) if text.isdecimal() and text.isascii() else -1
-    valid = str(number) == text and prompt.meta["low"] <= number <= prompt.meta["high"]
-    return 0.0 if valid else float(prompt.meta["floor"])
+    return str(number) == text and prompt.meta["low"] <= number <= prompt.meta["high"]

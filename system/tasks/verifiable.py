@@ -15,22 +15,20 @@ from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError, Verifiable
 from system.tasks.files import choose, read_records
-from system.tasks.problem import Problem, context_tokens, single_token, support
+from system.tasks.problem import Problem, context_tokens, ordinary_tokens, single_token, support
 from system.trajectory import Prompt
 
 
 def build(section: Verifiable, tokenizer: PreTrainedTokenizerBase) -> Problem:
     """Raises ConfigError if the questions cannot be read, or the stop is not one token."""
     stop = single_token(tokenizer, section.stop, "task.stop")
-    special = set(tokenizer.all_special_ids) - {stop}
-    allowed = [token for token in range(len(tokenizer)) if token not in special]
     prompts = []
     for number, question, answer in read_questions(section):
         context = context_tokens(tokenizer, section.prompt.format(question=question))
         prompts.append(Prompt(f"question-{number}", context, context, meta={"question": question, "answer": answer}))
     return Problem(
         prompts=tuple(prompts),
-        constraints=support(section, tokenizer, stop, allowed),
+        constraints=support(section, tokenizer, stop, ordinary_tokens(tokenizer)),
         reward_stop=(stop,),
     )
 
