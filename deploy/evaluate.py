@@ -4,7 +4,7 @@ Draws on-policy samples of each prompt from the base model and from the run's ad
 bounds the distance of both to the posterior. `key=value` changes the run's config: held-out prompts (task.offset=950) or
 another file. Writes RUN/heldout.json and logs the metrics to the run in MLflow as heldout/… and heldout/base/….
 
-Where a prompt's true Z is known (a story's `middle`), E[u] over the true Z is an upper bound on log Z, provided that the
+Where a prompt's true Z is known (its demonstrations), E[u] over the true Z is an upper bound on log Z, provided that the
 stories were drawn from the model itself (python deploy/self_consistent.py): then the gap between the bounds is
 KL(q || p) + KL(p || q), and zero means done.
 """
@@ -76,7 +76,7 @@ def evaluate(config: Config, run_dir: Path, samples: int) -> dict[str, Evaluatio
     from actors.build import build_sampler
     from learner.learner import Learner
     from system import evaluation, tasks
-    from system.language_model import load_tokenizer
+    from system.language_model import decode, load_tokenizer
     from system.models import context_length, locate
     from system.requests import Requests
 
@@ -104,7 +104,10 @@ def evaluate(config: Config, run_dir: Path, samples: int) -> dict[str, Evaluatio
                     results[name] = evaluation.exact(problem, local)
                     continue
                 temperature = config.learner.reward_temperature.end
-                result = evaluation.sampled(requests, local, local, samples=samples, temperature=temperature, round_=ROUND)
+                result = evaluation.sampled(
+                    requests, local, local, samples=samples, temperature=temperature, round_=ROUND,
+                    judge=evaluation.judge(problem, lambda tokens: decode(tokenizer, tokens)),
+                )  # fmt: skip
                 result.metrics.update(_upper_bound(problem, local, temperature, result))
                 results[name] = result
         finally:
@@ -116,21 +119,15 @@ def _upper_bound(problem: Problem, local: Local, temperature: float, result: Eva
     """From the prompts whose true Z is known and could have been drawn; nothing where there is none."""
     import numpy as np
 
-    from system.tasks.problem import sampled
     from system.trajectory import Group
 
     upper, lower = [], []
     for prompt, row in zip(problem.prompts, result.per_prompt, strict=True):
-        tokens = prompt.meta.get("middle_tokens")
-        if tokens is None:
+        if not (trajectories_K := problem.demonstrations.get(prompt.id)):
             continue
-        inside = np.isin(tokens, problem.constraints.columns).all() and problem.constraints.stop_token not in tokens
-        if not (inside and problem.constraints.min_tokens <= len(tokens) <= problem.constraints.max_tokens):
-            continue
-        trajectory = sampled(tokens)
-        log_reward_K = tuple(local.sampler.score(prompt, [trajectory]))
-        [score] = local.learner.score([Group(prompt, (trajectory,), log_reward_K, 0, 0)])
-        upper.append(float(score.log_reward_K[0] / temperature - score.log_q_K[0]))
+        log_reward_K = tuple(local.sampler.score(prompt, trajectories_K))
+        [score] = local.learner.score([Group(prompt, trajectories_K, log_reward_K, 0, 0)])
+        upper.append(float(np.mean(score.log_reward_K / temperature - score.log_q_K)))
         lower.append(row["log_z_lower"])
     if not upper:
         return {}

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,10 @@ from system import config as configuration  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
 if TYPE_CHECKING:
+    from learner.replay import Replay
     from system.evaluation import Evaluation
-    from system.orchestrator import Orchestrator
+    from system.orchestrator import Orchestrator, Samplers
+    from system.requests import Requests
     from system.timeline import Span
     from system.trajectory import Group
 
@@ -81,7 +84,6 @@ class Job:
     def run(self) -> dict[str, Any]:
         from deploy import cluster
         from deploy.remote import RayLearner, RaySamplers, wait_until_ready
-        from learner.replay import Replay
         from system import checkpoint, tasks
         from system.language_model import load_tokenizer
         from system.models import context_length, locate
@@ -106,11 +108,12 @@ class Job:
             )
             self.learner, self.samplers = RayLearner(config, self.problem), RaySamplers(config, self.problem)
             self._describe_run()
+            wait_until_ready(self.learner, self.samplers)
+            requests, samplers, replay = self._sources(lambda: loop.counters.version)
             loop = Orchestrator(
-                config, self.requests, self.samplers, self.learner, Replay(config.replay), self.tracker,
+                config, requests, samplers, self.learner, replay, self.tracker,
                 self.run_dir / "checkpoints", on_step=self._on_step, evaluate=self._evaluate, should_stop=self.stop.is_set,
             )  # fmt: skip
-            wait_until_ready(self.learner, self.samplers)
             if files:
                 self.learner.restore(loop.restore(files), loop.counters.step)
                 self._restore_evaluations(loop.counters.step)
@@ -122,6 +125,21 @@ class Job:
         finally:
             self.tracker.close(status)
             cluster.disconnect()
+
+    def _sources(self, version: Callable[[], int]) -> tuple[Requests, Samplers, Replay]:
+        """Where training groups come from: samplers and replay, and the task's demonstrations where the config wants them."""
+        from learner.replay import Replay
+        from system.demonstrations import Demonstrations, scored
+
+        config, replay = self.config, Replay(self.config.replay)
+        imitates = config.loss.kind == "mle"
+        groups = scored(self.problem, self.samplers) if imitates or config.replay.demonstrations else []
+        if not imitates:
+            for group in groups:
+                replay.add(group)
+            return self.requests, self.samplers, replay
+        prompts = [group.prompt for group in groups]
+        return self.requests.of(prompts), Demonstrations(groups, self.samplers, version), replay
 
     # ------------------------------------------------------------------------------------------ while it runs
 
@@ -212,6 +230,7 @@ class Job:
                 self.requests, self.samplers, self.learner,
                 samples=self.config.learner.evaluation_samples,
                 temperature=self.config.learner.reward_temperature.end, round_=step,
+                judge=evaluation.judge(self.problem, lambda tokens: decode(self.tokenizer, tokens)),
             )  # fmt: skip
         result.metrics["seconds_training"] = loop.counters.seconds
         for row in result.samples:

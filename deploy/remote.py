@@ -25,7 +25,7 @@ from system.config import Config, ConfigError
 from system.orchestrator import SamplerDied
 from system.tasks.problem import Problem
 from system.timeline import Span
-from system.trajectory import Group, Request
+from system.trajectory import Group, Prompt, Request, Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,9 @@ class SamplerActor(BuiltActor):
 
     def sample(self, request: Request, adapter: Adapter) -> Group:
         return self.part.sample(request, adapter)
+
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+        return self.part.score(prompt, trajectories_K)
 
     def stats(self) -> dict[str, float]:
         return self.part.stats() | super().stats()
@@ -179,6 +182,11 @@ class RaySamplers:
         self._load[name] += 1
         reference = self._actors[name].sample.remote(request, self._adapter)
         return _future(reference, lambda error: self._settled(name, error))
+
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
+        """log R at every prefix of trajectories that may come from anywhere, by the first sampler."""
+        actor = next(iter(self._actors.values()))
+        return _future(actor.score.remote(prompt, trajectories_K))
 
     def stats(self) -> dict[str, Any]:
         """Name -> reference to that sampler's statistics."""

@@ -1,7 +1,7 @@
-"""Policy gradients on the same rewards: baselines that maximise E[log R / T] where the losses match a distribution.
+"""Baselines in the same loop: policy gradients, which maximise E[log R / T] where the losses match a distribution, and MLE.
 
-Pure functions of the log-probs of a group's actions. They need samples of the policy itself (a few versions old at most),
-so neither replay nor exploration; the config refuses both.
+Pure functions of the log-probs of a group's actions. Policy gradients need samples of the policy itself (a few versions
+old at most), so neither replay nor exploration; the config refuses both. MLE is given demonstrations.
 """
 
 from __future__ import annotations
@@ -101,3 +101,8 @@ def rloo(actions: Actions, kl: float) -> Tensor:
         reward_K = reward_K - kl * (log_q_K.detach() - actions.log_base_KT.sum(1))
     others_K = (reward_K.sum() - reward_K) / (len(reward_K) - 1)
     return -((reward_K - others_K) * log_q_K).mean()
+
+
+def mle(actions: Actions) -> Tensor:
+    """Supervised fine-tuning: minus the mean log q of an action, the stop included, nats."""
+    return -actions.log_q_KT.sum() / actions.action_KT.sum().clamp(min=1)

@@ -23,7 +23,7 @@ from learner import baselines, losses
 from learner.policy import Policy
 from learner.states import node_log_reward, states_of
 from system.adapters import Adapter, Canary
-from system.config import GRPO, RLOO, Config
+from system.config import GRPO, MLE, RLOO, Config
 from system.config import Learner as LearnerConfig
 from system.constraints import Constraints
 from system.language_model import resolve_device
@@ -85,13 +85,15 @@ class Learner:
             self._parameters, lr=self.config.lr, betas=self.config.betas, weight_decay=self.config.weight_decay, fused=True
         )
         self.loss: losses.Loss | None = None
-        self.policy_gradient: baselines.Objective | None = None
+        self.baseline: baselines.Objective | None = None
         self._kl = 0.0
         match config.loss:
             case GRPO(clip=clip, kl=kl):
-                self._kl, self.policy_gradient = kl, lambda actions: baselines.grpo(actions, clip, kl)
+                self._kl, self.baseline = kl, lambda actions: baselines.grpo(actions, clip, kl)
             case RLOO(kl=kl):
-                self._kl, self.policy_gradient = kl, lambda actions: baselines.rloo(actions, kl)
+                self._kl, self.baseline = kl, lambda actions: baselines.rloo(actions, kl)
+            case MLE():
+                self.baseline = baselines.mle
             case section:
                 self.loss = losses.build(section.kind, getattr(section, "decay", 1.0))
         self.step = 0
@@ -139,7 +141,7 @@ class Learner:
         self.optimizer.step()
         self.step += 1
         seconds = time.perf_counter() - started
-        mean = {name: float(np.nanmean([stat[name] for stat in stats])) for name in stats[0]}
+        mean = {name: _mean_of_known([stat[name] for stat in stats]) for name in stats[0]}
         return {
             "loss": total,
             "grad_norm": norm,
@@ -172,7 +174,7 @@ class Learner:
         tree = PrefixTree.of(group.trajectories_K)
         log_reward_N = node_log_reward(tree, group)
         log_reward_N[~self.constraints.may_stop(tree.depth_N)] = np.nan
-        if self.policy_gradient:
+        if self.baseline:
             inside_N = np.ones(len(tree), bool)
             inside_N[[nodes_T[-1] for nodes_T in tree.nodes_K]] = False
             log_reward_N[inside_N] = np.nan
@@ -196,9 +198,9 @@ class Learner:
                 states = states_of(tree, reward_N, edge_N, stop_N, temperature)
                 ends_K = [int(nodes_T[-1]) for nodes_T in tree.nodes_K]
                 stats_G.append(_describe(states, stop_N.detach()[ends_K]))
-                if self.policy_gradient:
+                if self.baseline:
                     actions = baselines.actions_of(tree, groups[index], edge_N, stop_N, base_N, temperature)
-                    loss_G.append(self.policy_gradient(actions))
+                    loss_G.append(self.baseline(actions))
                 else:
                     assert self.loss is not None
                     loss_G.append(self.loss(states))
@@ -244,6 +246,11 @@ class Learner:
             hidden = model.hidden([Packed.of(PrefixTree.of([]), tokens.tolist())])
             logp_T = model.log_probs(hidden, np.arange(len(tokens) - 1), tokens[1:])
         return tuple(logp_T.double().cpu().tolist())
+
+
+def _mean_of_known(values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
 
 
 def _describe(states: losses.States, log_q_stop_K: Tensor) -> dict[str, float]:

@@ -330,6 +330,8 @@ class Replay(Section):
     """Drawn in proportion to exp(log R / prioritised_temperature)."""
     uniform: float = Field(default=0.0, ge=0, lt=1)
     prioritised_temperature: float = Field(default=1.0, gt=0)
+    demonstrations: bool = False
+    """Start with the task's demonstrations in the buffer."""
 
     @model_validator(mode="after")
     def _shares(self) -> Replay:
@@ -382,7 +384,15 @@ class RLOO(Section):
     """Weight of the KL divergence to the base model."""
 
 
-Loss = Annotated[Pooled | VarGrad | TrajectoryBalance | DetailedBalance | SubTB | GRPO | RLOO, Field(discriminator="kind")]
+class MLE(Section):
+    """A baseline: supervised fine-tuning on the task's demonstrations. Samplers draw for evaluations alone."""
+
+    kind: Literal["mle"] = "mle"
+
+
+Loss = Annotated[
+    Pooled | VarGrad | TrajectoryBalance | DetailedBalance | SubTB | GRPO | RLOO | MLE, Field(discriminator="kind")
+]
 
 
 class RewardTemperature(Section):
@@ -525,7 +535,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _a_policy_gradient_has_its_own_samples(self) -> Config:
+    def _a_baseline_has_its_own_samples(self) -> Config:
+        if isinstance(self.loss, MLE) and (self.replay.fresh != 1 or self.replay.demonstrations):
+            raise ValueError(
+                "loss.kind=mle learns from demonstrations alone; set "
+                '"replay={fresh: 1, prioritised: 0, uniform: 0, demonstrations: false}"'
+            )
         shares = {"replay.fresh": self.replay.fresh, "sampler.exploration.on_policy": self.sampler.exploration.on_policy}
         for field, share in shares.items():
             if isinstance(self.loss, (GRPO, RLOO)) and share != 1:

@@ -61,6 +61,11 @@ class Constraints:
             raise ValueError(f"tokens {np.unique(np.asarray(tokens)[~found])[:8].tolist()} are outside the policy's support")
         return position
 
+    def admits(self, tokens: Sequence[int] | np.ndarray) -> bool:
+        """The policy could draw these actions and then stop."""
+        inside = np.isin(tokens, self.columns).all() and self.stop_token not in tokens
+        return bool(inside) and self.min_tokens <= len(tokens) <= self.max_tokens
+
     def may_stop(self, depth: np.ndarray) -> np.ndarray:
         """bool: the stop is in the support at this many actions."""
         return np.asarray(depth) >= self.min_tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -50,10 +50,33 @@ def exact(problem: Problem, scorer: Scorer) -> Evaluation:
     return Evaluation(metrics, rows, log_q_O=scores[0].log_q_K)
 
 
+Judge = Callable[[Group], dict[str, float]]
+
+
+def judge(problem: Problem, decode: Callable[[Sequence[int]], str]) -> Judge:
+    """The task's own verdict on a group, from its texts; no metrics where the task has none."""
+
+    def verdict(group: Group) -> dict[str, float]:
+        if problem.judge is None:
+            return {}
+        return problem.judge(group.prompt, [decode(t.tokens_T.tolist()) for t in group.trajectories_K])
+
+    return verdict
+
+
 def sampled(
-    requests: Requests, samplers: Samplers, scorer: Scorer, *, samples: int, temperature: float, round_: int
+    requests: Requests,
+    samplers: Samplers,
+    scorer: Scorer,
+    *,
+    samples: int,
+    temperature: float,
+    round_: int,
+    judge: Judge = lambda group: {},
 ) -> Evaluation:
     """Bounds on log Z, ESS and spread from `samples` on-policy draws of each prompt, at reward temperature `temperature`.
+
+    `judge` adds what it says of each prompt's group to its row, and the means to the metrics, as task/….
 
     Raises:
         SamplerDied: the samplers that a prompt was given to died ATTEMPTS times.
@@ -66,13 +89,16 @@ def sampled(
         bounds_G.append(bounds)
         lengths = [len(trajectory) for trajectory in group.trajectories_K]
         row = {name: getattr(bounds, name) for name in Bounds.__dataclass_fields__}
-        per_prompt.append({"prompt": group.prompt.id, **row, "length": float(np.mean(lengths))})
+        verdict = {f"task/{name}": value for name, value in judge(group).items()}
+        per_prompt.append({"prompt": group.prompt.id, **row, "length": float(np.mean(lengths)), **verdict})
         for trajectory, log_q, log_reward in zip(group.trajectories_K, score.log_q_K, score.log_reward_K, strict=True):
             tokens = trajectory.tokens_T.tolist()
             table.append({"prompt": group.prompt.id, "tokens": tokens, "log_q": float(log_q), "log_reward": float(log_reward)})
     metrics = mean_metrics(bounds_G)
     metrics["posterior/log_q_stop"] = float(np.mean([score.log_q_stop_K.mean() for score in scores]))
     metrics["posterior/length"] = float(np.mean([row["length"] for row in per_prompt]))
+    for name in [name for name in per_prompt[0] if name.startswith("task/")]:
+        metrics[name] = float(np.mean([row[name] for row in per_prompt]))
     return Evaluation(metrics, per_prompt, table)
 
 

@@ -23,6 +23,10 @@ class Requests:
         self.exploration = exploration
         self.seed = seed
 
+    def of(self, prompts: Sequence[Prompt]) -> Requests:
+        """The same for other prompts."""
+        return Requests(prompts, self.samples_per_prompt, self.exploration, self.seed)
+
     def training(self, group_id: int) -> Request:
         """The request of group `group_id`, from 0."""
         epoch, index = divmod(group_id, len(self.prompts))

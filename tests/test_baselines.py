@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.baselines import Actions, actions_of, grpo, rloo
+from learner.baselines import Actions, actions_of, grpo, mle, rloo
 from system.prefix_tree import PrefixTree
 from system.trajectory import Group, Prompt, Trajectory
 from tests.test_prefix_tree import trajectory
@@ -45,6 +45,12 @@ def test_actions_leave_out_padding_tool_tokens_and_forced_stops() -> None:
     assert result.log_base_KT.tolist() == [[2 * value for value in row] for row in expected]
     assert result.log_drawn_KT[2].tolist() == [-0.25, -0.5, 0, 0]
     assert result.reward_K.tolist() == [1.5, 3.0, -1.0]
+
+
+def test_mle_is_the_mean_over_the_actions_and_not_over_the_trajectories() -> None:
+    nan = float("nan")
+    subject = actions([5.0, -5.0], [[-1, -2, -3], [-4, nan, nan]])
+    assert mle(subject).item() == pytest.approx(10 / 4)
 
 
 def test_grpo_weighs_each_action_by_the_standardised_reward_of_its_trajectory() -> None:

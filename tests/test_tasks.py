@@ -265,9 +265,11 @@ def test_the_gap_may_be_another_sentence(tmp_path: Path) -> None:
 def test_tokens_that_a_model_drew_are_taken_as_they_are(tmp_path: Path) -> None:
     after, middle = TOKENIZER.encode("  xy", add_special_tokens=False), TOKENIZER.encode("ab", add_special_tokens=False)
     story = {"before": "one.", "after": "xy", "middle": "ab.", "tokens": {"middle": middle, "after": after}}
-    (prompt,) = infilling(json.dumps(story), tmp_path).prompts
+    task = infilling(json.dumps(story), tmp_path)
+    (prompt,) = task.prompts
     assert list(prompt.evidence_tokens or ()) == after
-    assert prompt.meta["middle_tokens"] == middle
+    [demonstration] = task.demonstrations[prompt.id]
+    assert demonstration.tokens_T.tolist() == middle
     with pytest.raises(ConfigError, match="are not its text"):
         infilling(json.dumps(story | {"after": "yx"}), tmp_path)
 

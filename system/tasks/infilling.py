@@ -16,7 +16,7 @@ from system.config import ConfigError, Infilling
 from system.language_model import decode
 from system.tasks.continuation import legal_tokens
 from system.tasks.files import choose, read_records
-from system.tasks.problem import Problem, context_tokens, single_token, support
+from system.tasks.problem import Problem, context_tokens, sampled, single_token, support
 from system.trajectory import Prompt
 
 PACKAGED_STORIES = Path(__file__).with_name("stories.jsonl")
@@ -36,7 +36,8 @@ class Story:
 def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
     """Raises ConfigError if the stories cannot be read, are of another tokenizer, or the stop is not one token."""
     stop = single_token(tokenizer, section.stop, "task.stop")
-    prompts = []
+    constraints = support(section, tokenizer, stop, legal_tokens(tokenizer, section.illegal))
+    prompts, demonstrations = [], {}
     for story in read_stories(section):
         policy = context_tokens(tokenizer, section.prompt.format(before=story.before, after=story.after))
         tokens = story.tokens or {"after": tokenizer.encode(" " + story.after, add_special_tokens=False)}
@@ -45,17 +46,18 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
                 f"task.stories={section.stories!r}: the tokens of story {story.id!r} are not its text; "
                 "they are of another tokenizer: draw the stories anew with this model"
             )
-        meta: dict[str, Any] = {"before": story.before, "middle": story.middle, "after": story.after}
-        if "middle" in tokens:
-            meta["middle_tokens"] = tokens["middle"]
-        elif story.middle:
-            sentence = story.middle.removesuffix(section.stop)
-            meta["middle_tokens"] = tokenizer.encode(" " + sentence, add_special_tokens=False)
+        meta = {"before": story.before, "middle": story.middle, "after": story.after}
+        middle = tokens.get("middle")
+        if middle is None and story.middle:
+            middle = tokenizer.encode(" " + story.middle.removesuffix(section.stop), add_special_tokens=False)
+        if middle is not None and constraints.admits(middle):
+            demonstrations[story.id] = (sampled(middle),)
         prompts.append(Prompt(story.id, policy, context_tokens(tokenizer, story.before), tuple(tokens["after"]), meta))
     return Problem(
         prompts=tuple(prompts),
-        constraints=support(section, tokenizer, stop, legal_tokens(tokenizer, section.illegal)),
+        constraints=constraints,
         reward_stop=(stop,),
+        demonstrations=demonstrations,
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,12 @@ class Problem:
     """Every outcome that the target gives mass worth counting, where they can be listed; the same for all prompts."""
     log_target_O: np.ndarray | None = None
     """float64 [O]: normalised log-probability of each outcome under the target, nats."""
+    demonstrations: Mapping[str, tuple[Trajectory, ...]] = field(default_factory=dict)
+    """Prompt id -> samples that are known to be good, and that the policy could draw: a story's own sentence, a worked
+    rationale. What `loss.kind=mle` imitates and `replay.demonstrations` starts the buffer with."""
+    judge: Callable[[Prompt, Sequence[str]], dict[str, float]] | None = None
+    """Scores the texts of K on-policy samples of one prompt by what the task is about: accuracy, overlap, validity. A
+    function of a module, since it travels between processes. Evaluations log the means over prompts as task/…."""
 
     @property
     def longest_prompt(self) -> int:

@@ -1,0 +1,59 @@
+"""Samples that are known to be good, as groups: what supervised fine-tuning imitates and replay may start with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from system.config import ConfigError
+from system.orchestrator import Samplers
+from system.tasks.problem import Problem
+from system.trajectory import Group, Prompt, Request, Trajectory
+
+
+class Rewards(Protocol):
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
+        """log R at every prefix, K arrays float64 [T + 1]."""
+        ...
+
+
+def scored(problem: Problem, rewards: Rewards) -> list[Group]:
+    """A group for each prompt that has demonstrations, with their rewards. Raises ConfigError if none has."""
+    prompts = [prompt for prompt in problem.prompts if problem.demonstrations.get(prompt.id)]
+    if not prompts:
+        raise ConfigError(
+            "task: no prompt has a demonstration that the policy could draw, which loss.kind=mle and "
+            "replay.demonstrations=true need; see the task's fields for where they come from"
+        )
+    futures = [rewards.score(prompt, problem.demonstrations[prompt.id]) for prompt in prompts]
+    return [
+        Group(prompt, problem.demonstrations[prompt.id], tuple(future.result()), -1, -1)
+        for prompt, future in zip(prompts, futures, strict=True)
+    ]
+
+
+class Demonstrations:
+    """In place of samplers during training: every request is answered with the demonstrations of its prompt.
+
+    Evaluations, whose requests have negative numbers, are passed on to the real samplers.
+    """
+
+    def __init__(self, groups: Sequence[Group], samplers: Samplers, version: Callable[[], int]) -> None:
+        """`version` is the adapter version published last, which the groups are given: they are never stale."""
+        self._groups = {group.prompt.id: group for group in groups}
+        self._samplers, self._version = samplers, version
+
+    def publish(self, adapter: Any) -> None:
+        self._samplers.publish(adapter)
+
+    def sample(self, request: Request) -> Future[Group]:
+        if request.group_id < 0:
+            return self._samplers.sample(request)
+        future: Future[Group] = Future()
+        group = self._groups[request.prompt.id]
+        future.set_result(replace(group, adapter_version=self._version(), group_id=request.group_id))
+        return future

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from system import demonstrations
+from system.config import ConfigError, parse
+from system.constraints import Constraints
+from system.requests import Requests
+from system.tasks.problem import Problem, sampled
+from system.trajectory import Prompt, Trajectory
+from tests.fakes import PROMPTS, FakeSamplers
+
+SHOWN = {"prompt-0": (sampled([3, 4]), sampled([5])), "prompt-2": (sampled([6]),)}
+PROBLEM = Problem(PROMPTS, Constraints.of(stop_token=0, min_tokens=1, max_tokens=4, vocab_size=9), (0,), demonstrations=SHOWN)
+
+
+class Lengths:
+    """log R of stopping after t tokens is -t."""
+
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
+        future: Future[list[np.ndarray]] = Future()
+        future.set_result([-np.arange(len(trajectory) + 1.0) for trajectory in trajectories_K])
+        return future
+
+
+def test_prompts_with_demonstrations_become_groups_with_rewards() -> None:
+    groups = demonstrations.scored(PROBLEM, Lengths())
+    assert [group.prompt.id for group in groups] == ["prompt-0", "prompt-2"]
+    assert [values.tolist() for values in groups[0].log_reward_K] == [[0, -1, -2], [0, -1]]
+
+
+def test_a_task_without_demonstrations_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no prompt has a demonstration .* loss.kind=mle"):
+        demonstrations.scored(replace(PROBLEM, demonstrations={}), Lengths())
+
+
+def test_training_requests_get_demonstrations_and_evaluations_the_real_samplers() -> None:
+    samplers = FakeSamplers()
+    groups = demonstrations.scored(PROBLEM, Lengths())
+    source = demonstrations.Demonstrations(groups, samplers, lambda: 7)
+    exploration = parse({"task": {"kind": "random_number"}}).sampler.exploration
+    requests = Requests(PROMPTS, 4, exploration, 0).of([group.prompt for group in groups])
+    source.publish(7)
+    seen = [source.sample(requests.training(number)).result() for number in range(4)]
+    assert {group.prompt.id for group in seen} == set(SHOWN)
+    assert [(group.group_id, group.adapter_version) for group in seen] == [(number, 7) for number in range(4)]
+    assert all(group.trajectories_K == SHOWN[group.prompt.id] for group in seen)
+    assert not samplers.issued
+    assert len(source.sample(requests.evaluation(0, 3, 0)).result()) == 3
+    assert samplers.issued == [-1]
+    assert samplers.version == 7
