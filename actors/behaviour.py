@@ -3,10 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from system.constraints import Constraints
+from system.tools import Player
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A running sample: how its next token is drawn."""
+
+    temperature: float
+    epsilon: float
+    depth: int
+    """Actions so far."""
+    forced: int | None = None
+    """The token that must come next."""
+
+
+@dataclass(frozen=True, eq=False)
+class Running:
+    """A sample that vLLM draws; it lets `output` grow."""
+
+    behaviour: tuple[float, float]
+    """Temperature, epsilon."""
+    output: list[int]
+    player: Player
+
+    def row(self) -> Row:
+        """After taking in the tokens drawn since the last time."""
+        for token in self.output[len(self.player.is_action) :]:
+            self.player.push(token)
+        return Row(*self.behaviour, self.player.depth, self.player.forced)
 
 
 class BehaviourLogits:
@@ -23,13 +53,18 @@ class BehaviourLogits:
         self._buffer: torch.Tensor | None = None
         self._size = len(constraints.columns)
         self._stop = constraints.stop_token
-        self._min_tokens = constraints.min_tokens
+        self._min_tokens, self._max_tokens = constraints.min_tokens, constraints.max_tokens
 
-    def rows(self, logits_BV: torch.Tensor, rows_B: Sequence[tuple[float, float, Sequence[int]]]) -> torch.Tensor:
-        """As `__call__`, for rows given as temperature, epsilon and the tokens drawn so far."""
-        temperature, epsilon, tokens = zip(*rows_B, strict=True)
-        no_stop = [len(drawn) < self._min_tokens for drawn in tokens]
-        return self(logits_BV, *(torch.tensor(column, device=logits_BV.device) for column in (temperature, epsilon, no_stop)))
+    def rows(self, logits_BV: torch.Tensor, rows_B: Sequence[Row]) -> torch.Tensor:
+        """As `__call__`, for the rows of a batch. A forced token has log-probability 0, and so has a forced stop."""
+        columns = zip(*((row.temperature, row.epsilon, row.depth < self._min_tokens) for row in rows_B), strict=True)
+        result_BV = self(logits_BV, *(torch.tensor(column, device=logits_BV.device) for column in columns))
+        for number, row in enumerate(rows_B):
+            forced = row.forced if row.forced is not None else self._stop if row.depth >= self._max_tokens else None
+            if forced is not None:
+                result_BV[number] = -torch.inf
+                result_BV[number, forced] = 0.0
+        return result_BV
 
     def __call__(
         self, logits_BV: torch.Tensor, temperature_B: torch.Tensor, epsilon_B: torch.Tensor, no_stop_B: torch.Tensor

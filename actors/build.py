@@ -34,4 +34,7 @@ def build_sampler(config: Config, problem: Problem, on_death: Callable[[], None]
         decode=lambda tokens: decode(tokenizer, tokens),
         token_budget=config.sampler.token_budget,
     )
-    return Sampler.build(config, folder, problem.constraints, reward, longest_prompt=problem.longest_prompt, on_death=on_death)
+    return Sampler.build(
+        config, folder, problem.constraints, reward,
+        longest_prompt=problem.longest_prompt, tool=problem.tool, on_death=on_death,
+    )  # fmt: skip

@@ -24,6 +24,7 @@ from actors.merging import Merging
 from actors.settings import BLOCK, LORA_RANKS, EngineSettings, engine_environment
 from system.adapters import Adapter, AdapterError, BaseWeights
 from system.constraints import Constraints
+from system.tools import Player, Tool
 from system.trajectory import Behaviour, Request, Trajectory
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ class Engine:
     and `prompt_tokens` computed since the start: a prompt's tokens count where they are not read from a cache.
     """
 
-    def __init__(self, folder: Path, base_model: str, constraints: Constraints, settings: EngineSettings) -> None:
+    def __init__(
+        self, folder: Path, base_model: str, constraints: Constraints, settings: EngineSettings, tool: Tool | None = None
+    ) -> None:
         """`folder` holds the base model's files, `base_model` is the name that adapters give their base.
 
         Raises:
@@ -59,7 +62,7 @@ class Engine:
             os.environ.setdefault(name, value)
         import vllm
 
-        self.constraints, self.settings, self.base_model = constraints, settings, base_model
+        self.constraints, self.settings, self.base_model, self.tool = constraints, settings, base_model, tool
         self.installed: Adapter | None = None
         self.tokens = 0
         self.prompt_tokens = 0
@@ -82,10 +85,11 @@ class Engine:
         self._llm = vllm.LLM(
             str(folder), skip_tokenizer_init=True, dtype=settings.dtype, max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs, seed=settings.seed, enforce_eager=True, generation_config="vllm",
-            load_format="safetensors", logprobs_mode="processed_logprobs", logits_processors=[_processor(constraints)],
+            load_format="safetensors", logprobs_mode="processed_logprobs", logits_processors=[_processor(constraints, tool)],
             # A prompt is computed in one step: vLLM 0.32 cannot rewind a seeded CPU generator after half a prompt.
             enable_chunked_prefill=False, max_num_batched_tokens=max(4096, settings.max_model_len),
-            enable_prefix_caching=True, **memory,
+            # The processor reads the tokens drawn so far, and an asynchronous scheduler would be a step ahead of them.
+            enable_prefix_caching=True, async_scheduling=False, **memory,
         )  # fmt: skip
         self._engine = self._llm.llm_engine
         self._merging = Merging(self._llm.apply_model(lambda model: model)[0], self._base)
@@ -100,9 +104,9 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raises ValueError for a request that this engine cannot draw."""
         prompt, limit = request.prompt, self.settings.max_model_len
-        if len(prompt.policy_tokens) + self.constraints.max_tokens > limit:
+        if len(prompt.policy_tokens) + self.constraints.longest > limit:
             raise ValueError(
-                f"prompt {prompt.id!r}: {len(prompt.policy_tokens)} tokens and task.max_tokens={self.constraints.max_tokens} "
+                f"prompt {prompt.id!r}: {len(prompt.policy_tokens)} tokens and samples of {self.constraints.longest} "
                 f"are more than the engine's {limit}; build it with a larger max_model_len"
             )
         if not 0 <= min(prompt.policy_tokens) <= max(prompt.policy_tokens) < self.constraints.vocab_size:
@@ -130,7 +134,8 @@ class Engine:
         self._groups[ticket] = _Group(request.behaviours_K)
         for k, behaviour in enumerate(request.behaviours_K):
             params = vllm.SamplingParams(
-                temperature=1.0, max_tokens=self.constraints.max_tokens, stop_token_ids=[self.constraints.stop_token],
+                temperature=1.0, max_tokens=self.constraints.longest + bool(self.tool),
+                stop_token_ids=[self.constraints.stop_token],
                 ignore_eos=True, detokenize=False, logprobs=0, flat_logprobs=True,
                 seed=int(np.random.SeedSequence((request.seed, k)).generate_state(1)[0]),
                 extra_args={"behaviour": (behaviour.temperature, behaviour.epsilon)},
@@ -165,12 +170,16 @@ class Engine:
                 f"vLLM ended a sample with {output.finish_reason!r} and log-probs {logp[:8]} of {len(tokens)} tokens"
             )
         self.tokens += len(tokens)
+        # With a tool, a sample of the most actions still has room, and its stop is drawn as the only token there is.
         if output.finish_reason == "stop":
             tokens = tokens[:-1]
         else:
             logp = np.append(logp, np.float32(0))
-        is_action_T = np.ones(len(tokens), bool)
-        stop = "sampled" if output.finish_reason == "stop" else "forced"
+        player = Player(self.tool, self.constraints.tool_tokens)
+        for token in tokens:
+            player.push(token)
+        is_action_T = np.array(player.is_action, bool)
+        stop = "forced" if player.depth == self.constraints.max_tokens else "sampled"
         return Trajectory(np.array(tokens, np.int32), is_action_T, logp, stop, behaviour)
 
     # -------------------------------------------------------------------------------------------------- installing
@@ -276,26 +285,27 @@ class Engine:
         cleanup_dist_env_and_memory()
 
 
-def _processor(constraints: Constraints) -> Any:
-    """A vLLM logits processor class that applies `constraints` and each request's behaviour to the whole batch."""
+def _processor(constraints: Constraints, tool: Tool | None) -> Any:
+    """A vLLM logits processor class that applies `constraints`, `tool` and each request's behaviour to the whole batch."""
     from vllm.v1.sample.logits_processor.builtin import process_dict_updates
     from vllm.v1.sample.logits_processor.interface import LogitsProcessor
 
-    from actors.behaviour import BehaviourLogits
+    from actors.behaviour import BehaviourLogits, Running
 
     class BehaviourProcessor(LogitsProcessor):
         def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
             self.logits: BehaviourLogits | None = None
-            # Row of the batch -> temperature, epsilon, and the request's own growing list of output tokens.
-            self.rows: dict[int, tuple[float, float, list[int]]] = {}
+            self.rows: dict[int, Running] = {}
 
         def is_argmax_invariant(self) -> bool:
             return False
 
         def update_state(self, batch_update: Any) -> None:
-            def state(params: Any, _: Any, output: list[int]) -> tuple[float, float, list[int]] | None:
+            def state(params: Any, _: Any, output: list[int]) -> Running | None:
                 # The canary has no behaviour: it scores the model itself.
-                return (*params.extra_args["behaviour"], output) if params.extra_args else None
+                if not params.extra_args:
+                    return None
+                return Running(params.extra_args["behaviour"], output, Player(tool, constraints.tool_tokens))
 
             process_dict_updates(self.rows, batch_update, state)
 
@@ -304,6 +314,6 @@ def _processor(constraints: Constraints) -> Any:
                 return logits
             if self.logits is None:
                 self.logits = BehaviourLogits(constraints, logits.shape[1], logits.device)
-            return self.logits.rows(logits, [self.rows[row] for row in range(len(logits))])
+            return self.logits.rows(logits, [self.rows[row].row() for row in range(len(logits))])
 
     return BehaviourProcessor

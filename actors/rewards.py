@@ -40,8 +40,10 @@ class Posterior:
     passes. `tokens_forwarded` counts what that costs.
     """
 
-    def __init__(self, model: LanguageModel, stop: Sequence[int], token_budget: int = 1024) -> None:
+    def __init__(self, model: LanguageModel, stop: Sequence[int], token_budget: int = 1024, every_prefix: bool = True) -> None:
+        """Without `every_prefix`, log R is known where a trajectory of the group ends, and NaN elsewhere."""
         self.model = model
+        self.every_prefix = every_prefix
         self.stop = tuple(stop)
         self.token_budget = token_budget
         self.tokens_forwarded = 0
@@ -49,7 +51,7 @@ class Posterior:
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
         suffix = self.stop + tuple(prompt.evidence_tokens or ())
         parts = self._parts(prompt, trajectories_K, suffix)
-        pieces = [Packed.of(tree, prompt.reward_tokens, suffix) for tree, _ in parts]
+        pieces = [Packed.of(tree, prompt.reward_tokens, suffix, self._branches(tree, suffix)) for tree, _ in parts]
         result: list[np.ndarray] = [np.zeros(0)] * len(trajectories_K)
         for row in rows_by_budget([len(piece) for piece in pieces], self.token_budget):
             self.tokens_forwarded += sum(len(pieces[index]) for index in row)
@@ -59,13 +61,21 @@ class Posterior:
                     result[k] = np.cumsum(edge_N[nodes_T]) + (suffix_N[nodes_T] if suffix else 0.0)
         return result
 
+    def _branches(self, tree: PrefixTree, suffix: tuple[int, ...]) -> np.ndarray | None:
+        if self.every_prefix or not suffix:
+            return None
+        branch_N = np.zeros(len(tree), bool)
+        branch_N[[nodes_T[-1] for nodes_T in tree.nodes_K]] = True
+        return branch_N
+
     def _parts(
         self, prompt: Prompt, trajectories_K: Sequence[Trajectory], suffix: tuple[int, ...]
     ) -> list[tuple[PrefixTree, list[int]]]:
         """The group as one tree, or as several with neighbouring samples where one would not fit the token budget."""
         order = sorted(range(len(trajectories_K)), key=lambda k: trajectories_K[k].tokens_T.tolist())
         tree = PrefixTree.of([trajectories_K[k] for k in order])
-        tokens = len(prompt.reward_tokens) + len(tree) * max(1, len(suffix))
+        branches = len(tree) if self.every_prefix else len(order)
+        tokens = len(prompt.reward_tokens) + len(tree) + branches * max(0, len(suffix) - 1)
         if tokens <= self.token_budget or len(order) == 1:
             return [(tree, order)]
         half = len(order) // 2
@@ -138,7 +148,10 @@ class Product:
 
 
 class Checked:
-    """Refuses what no learner could use: a log R at the end that is not finite, or an infinity anywhere."""
+    """Refuses what no learner could use: a log R at the end that is not finite, or an infinity anywhere.
+
+    Inside a tool's output nothing can stop, so there is NaN.
+    """
 
     def __init__(self, reward: Reward, decode: Callable[[list[int]], str]) -> None:
         self.reward = reward
@@ -159,7 +172,10 @@ class Checked:
                     f"prompt {prompt.id!r}: log R {log_reward_T.tolist()} for {self.decode(trajectory.tokens_T.tolist())!r} "
                     f"({len(trajectory)} tokens); {len(trajectory) + 1} values are needed, finite at the end"
                 )
-        return scores
+        return [
+            np.where(np.append(trajectory.is_action_T, True), log_reward_T, np.nan)
+            for trajectory, log_reward_T in zip(trajectories_K, scores, strict=True)
+        ]
 
 
 def needs_language_model(section: LMPosterior | FunctionReward | ProductReward) -> bool:
@@ -182,7 +198,7 @@ def build(
             return Function(import_function(factor.path, "task.reward.path"), decode, factor.beta, factor.every_prefix)
         if model is None:
             raise ValueError("an lm_posterior reward needs the frozen model")
-        return Posterior(model, stop, token_budget)
+        return Posterior(model, stop, token_budget, factor.every_prefix)
 
     if isinstance(section, ProductReward):
         return Checked(Product([one(factor) for factor in section.of]), decode)

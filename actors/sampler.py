@@ -26,6 +26,7 @@ from system.adapters import Adapter, AdapterError
 from system.config import Config
 from system.constraints import Constraints
 from system.timeline import Timeline
+from system.tools import Tool
 from system.trajectory import Group, Prompt, Request, Trajectory
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Sampler:
         reward: Reward,
         *,
         longest_prompt: int,
+        tool: Tool | None = None,
         on_death: Callable[[], None] = lambda: None,
     ) -> Sampler:
         """A sampler for a run. `folder` holds the model's files; `longest_prompt` is in tokens.
@@ -98,7 +100,7 @@ class Sampler:
         install = section.install
         if install == "auto":
             install = "adapter" if torch.cuda.is_available() else "merged"
-        context = max(SHORTEST_CONTEXT, longest_prompt + constraints.max_tokens)
+        context = max(SHORTEST_CONTEXT, longest_prompt + constraints.longest)
         settings = EngineSettings(
             max_model_len=math.ceil(context / BLOCK) * BLOCK,
             install=install,
@@ -111,7 +113,7 @@ class Sampler:
             threads=config.actors.threads,
             seed=config.seed,
         )
-        return cls(Engine(folder, config.model.path, constraints, settings), reward, on_death)
+        return cls(Engine(folder, config.model.path, constraints, settings, tool), reward, on_death)
 
     # --------------------------------------------------------------------------------------------- for any thread
 

@@ -226,8 +226,9 @@ class Job:
         if self.problem.outcomes is not None:
             result = evaluation.exact(self.problem, self.learner)
         else:
+            prompts = evaluation.spread(self.problem.prompts, self.config.learner.evaluation_prompts)
             result = evaluation.sampled(
-                self.requests, self.samplers, self.learner,
+                self.requests.of(prompts), self.samplers, self.learner,
                 samples=self.config.learner.evaluation_samples,
                 temperature=self.config.learner.reward_temperature.end, round_=step,
                 judge=evaluation.judge(self.problem, lambda tokens: decode(self.tokenizer, tokens)),

@@ -63,13 +63,11 @@ FUNCTION_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 
 
 class LMPosterior(Section):
-    """log p(Z stop | X), plus log p(Y | X Z stop) where a prompt has evidence Y, at every prefix."""
+    """log p(Z stop | X), plus log p(Y | X Z stop) where a prompt has evidence Y."""
 
     kind: Literal["lm_posterior"] = "lm_posterior"
-
-    @property
-    def every_prefix(self) -> bool:
-        return True
+    every_prefix: bool = True
+    """False: where a trajectory ends alone, which saves the evidence at every other prefix; for `vargrad` or `pooled`."""
 
 
 class FunctionReward(Section):
@@ -252,7 +250,42 @@ class Verifiable(Drawn):
         return self
 
 
-Task = Annotated[RandomNumber | Continuation | Infilling | Constrained | Verifiable, Field(discriminator="kind")]
+class Arithmetic(Drawn):
+    """Rationales that work out a sum with a calculator, from p(Z . "The answer is Y." | examples X)."""
+
+    kind: Literal["arithmetic"] = "arithmetic"
+    questions: str = "generated"
+    """`generated`, or a JSON or JSONL file: {"question": "Question: 1 + 2 = ? Answer:", "answer": 3}, or the paper's files."""
+    rationales: str | None = None
+    """With questions from a file: a file of questions that have a "rationale" too."""
+    split: Literal["train", "test"] = "train"
+    """`test`: generated questions that are in no training set; from a file, those of `questions` without `rationales`."""
+    operands: tuple[int, ...] = Field(default=(3, 4), min_length=1)
+    """Generated questions have one of these numbers of operands."""
+    test_operands: tuple[int, ...] | None = None
+    """Of the test questions; by default as `operands`."""
+    count: int = Field(default=1000, ge=1)
+    """Generated questions."""
+    worked: int = Field(default=50, ge=0)
+    """Generated training questions that have a rationale."""
+    examples: int = Field(default=3, ge=0)
+    """Worked examples in front of every question, the first of those with a rationale."""
+    min_tokens: int = Field(default=5, ge=0)
+    max_tokens: int = Field(default=32, ge=1)
+    """Actions: the calculator's tokens do not count."""
+    tool_tokens: int = Field(default=24, ge=0)
+    """Most tokens that the calculator writes into one sample."""
+    reward: Reward = LMPosterior(every_prefix=False)
+
+    @field_validator("operands", "test_operands")
+    @classmethod
+    def _few_operands(cls, operands: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if operands is not None and (not operands or not all(2 <= number <= 10 for number in operands)):
+            raise ValueError("each number of operands must be from 2 to 10, as in [3, 4]")
+        return operands
+
+
+Task = Annotated[RandomNumber | Continuation | Infilling | Constrained | Verifiable | Arithmetic, Field(discriminator="kind")]
 
 
 # ------------------------------------------------------------------------------------------------- who makes data
@@ -452,6 +485,8 @@ class Learner(Section):
     checkpoint_every: int = Field(default=50, ge=1)
     evaluate_every: int | None = Field(default=None, ge=1)
     """Updates between two evaluations; by default before the first and after the last alone."""
+    evaluation_prompts: int = Field(default=64, ge=1)
+    """An evaluation takes this many prompts, evenly spaced, where there are more."""
     evaluation_samples: int = Field(default=32, ge=2)
     """On-policy samples of each prompt in an evaluation, where the outcomes cannot be listed."""
 
@@ -552,7 +587,7 @@ class Config(Section):
 
     def check_lengths(self, context_length: int, longest_prompt: int) -> None:
         """Raises ConfigError if the longest prompt (tokens, evidence included) and task.max_tokens do not fit the model."""
-        needed = longest_prompt + self.task.max_tokens + 1
+        needed = longest_prompt + self.task.max_tokens + getattr(self.task, "tool_tokens", 0) + 1
         if needed > context_length:
             raise ConfigError(
                 f"task.max_tokens={self.task.max_tokens}: with the longest prompt ({longest_prompt} tokens) and the stop token "

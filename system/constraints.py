@@ -23,6 +23,13 @@ class Constraints:
     columns: np.ndarray
     """int64 [C], sorted: the allowed tokens and the stop token. Log q is a log-softmax over these columns alone."""
     vocab_size: int
+    tool_tokens: int = 0
+    """Most tokens that a tool may write into a sample, besides the actions."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample, the tool's among them, the stop not."""
+        return self.max_tokens + self.tool_tokens
 
     @classmethod
     def of(
@@ -33,6 +40,7 @@ class Constraints:
         max_tokens: int,
         vocab_size: int,
         allowed: Sequence[int] | np.ndarray | None = None,
+        tool_tokens: int = 0,
     ) -> Constraints:
         """`allowed` are the tokens that may be drawn before the stop; None means all of the vocabulary.
 
@@ -46,7 +54,7 @@ class Constraints:
             raise ValueError("nothing is allowed but the stop token: the only sample would be the empty one")
         if not 0 <= min_tokens <= max_tokens or max_tokens < 1:
             raise ValueError(f"min_tokens={min_tokens}, max_tokens={max_tokens}: 0 <= min <= max and max >= 1 are needed")
-        return cls(stop_token, min_tokens, max_tokens, columns.astype(np.int64), vocab_size)
+        return cls(stop_token, min_tokens, max_tokens, columns.astype(np.int64), vocab_size, tool_tokens)
 
     @property
     def stop_column(self) -> int:

@@ -15,7 +15,7 @@ from system.orchestrator import SamplerDied, Samplers
 from system.posterior import Bounds, Exact, mean_metrics
 from system.requests import Requests
 from system.tasks.problem import Problem
-from system.trajectory import Group
+from system.trajectory import Group, Prompt
 
 ATTEMPTS = 3
 """How often the samples of a prompt are asked for before a lost sampler fails the evaluation."""
@@ -48,6 +48,13 @@ def exact(problem: Problem, scorer: Scorer) -> Evaluation:
     metrics = {name: float(np.mean([result[name] for result in results])) for name in results[0]}
     rows = [{"prompt": p.id, **result} for p, result in zip(problem.prompts, results, strict=True)]
     return Evaluation(metrics, rows, log_q_O=scores[0].log_q_K)
+
+
+def spread(prompts: Sequence[Prompt], count: int) -> Sequence[Prompt]:
+    """`count` of the prompts, evenly spaced; all, where there are no more."""
+    if len(prompts) <= count:
+        return prompts
+    return [prompts[index * len(prompts) // count] for index in range(count)]
 
 
 Judge = Callable[[Group], dict[str, float]]

@@ -81,24 +81,32 @@ def publish(version: int, model: PeftModel, canary: Sequence[int] = CANARY) -> A
 
 
 def next_log_probs(
-    model: torch.nn.Module, constraints: Constraints, prompt: Prompt, tokens_T: np.ndarray, behaviour: Behaviour
+    model: torch.nn.Module,
+    constraints: Constraints,
+    prompt: Prompt,
+    tokens_T: np.ndarray,
+    behaviour: Behaviour,
+    is_action_T: np.ndarray | None = None,
 ) -> torch.Tensor:
     """float64 [T + 1, V]: log of (1 - eps) softmax(logits / temperature) + eps uniform, over the support at each depth."""
+    depth = np.cumsum(np.append(0, np.ones(len(tokens_T)) if is_action_T is None else is_action_T))
     context = [*prompt.policy_tokens, *tokens_T.tolist()]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([context])).logits[0, len(prompt.policy_tokens) - 1 :].double()
     support = torch.zeros(logits.shape, dtype=torch.bool)
     support[:, constraints.columns] = True
-    support[: constraints.min_tokens, constraints.stop_token] = False
+    support[torch.from_numpy(depth < constraints.min_tokens), constraints.stop_token] = False
     probs = (logits / behaviour.temperature).masked_fill(~support, -torch.inf).softmax(-1)
     return ((1 - behaviour.epsilon) * probs + behaviour.epsilon * support / support.sum(-1, keepdim=True)).log()
 
 
 def drawn_log_probs(model: torch.nn.Module, constraints: Constraints, prompt: Prompt, trajectory: Trajectory) -> np.ndarray:
     """float64 [T + 1]: what `Trajectory.logp_T` has to be."""
-    logp = next_log_probs(model, constraints, prompt, trajectory.tokens_T, trajectory.behaviour)
+    is_action_T = trajectory.is_action_T
+    logp = next_log_probs(model, constraints, prompt, trajectory.tokens_T, trajectory.behaviour, is_action_T)
     drawn = [*trajectory.tokens_T.tolist(), constraints.stop_token]
     result = logp[torch.arange(len(drawn)), drawn].numpy()
     if trajectory.stop == "forced":
         result[-1] = 0.0
+    result[:-1][~is_action_T] = 0.0
     return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from actors.behaviour import BehaviourLogits
+from actors.behaviour import BehaviourLogits, Row
 from actors.engine import Engine
 from actors.settings import EngineSettings
 from system.adapters import Adapter, AdapterError
 from system.constraints import Constraints
+from system.tools import play
 from system.trajectory import Behaviour, Prompt, Request, Trajectory
 from tests import lora
 
@@ -256,7 +257,7 @@ def test_a_request_that_does_not_fit_is_refused(case: Case, request_: Request, m
 def test_under_the_minimum_length_the_uniform_share_goes_to_other_tokens() -> None:
     constraints = Constraints.of(stop_token=3, min_tokens=1, max_tokens=4, vocab_size=6, allowed=[0, 1, 4])
     logits = torch.tensor([[1.0, 2.0, 50.0, 9.0, 3.0, 50.0, 50.0]] * 2)
-    drawn = BehaviourLogits(constraints, width=7, device=torch.device("cpu")).rows(logits, [(1.0, 0.6, []), (1.0, 0.6, [1])])
+    drawn = BehaviourLogits(constraints, width=7, device=torch.device("cpu")).rows(logits, [Row(1.0, 0.6, 0), Row(1.0, 0.6, 1)])
     probs = drawn.softmax(-1)
     assert probs[:, [2, 5, 6]].sum() == 0
     assert probs[0, 3] == 0
@@ -264,3 +265,40 @@ def test_under_the_minimum_length_the_uniform_share_goes_to_other_tokens() -> No
     torch.testing.assert_close(probs[0, [0, 1, 4]], 0.4 * soft + 0.6 / 3)
     soft = torch.tensor([1.0, 2.0, 9.0, 3.0]).softmax(0)
     torch.testing.assert_close(probs[1, [0, 1, 3, 4]], 0.4 * soft + 0.6 / 4)
+
+
+class Doubling:
+    """Writes 6, 7 after every 9."""
+
+    def output(self, tokens: Sequence[int]) -> Sequence[int]:
+        return (6, 7) if tokens[-1] == 9 else ()
+
+
+def test_a_tool_writes_into_samples_and_log_q_leaves_it_out(tmp_path: Path) -> None:
+    constraints = replace(CONSTRAINTS, tool_tokens=4)
+    folder = lora.folder(tmp_path, "llama")
+    settings = EngineSettings(max_model_len=96, kv_cache_mb=16, max_lora_rank=4)
+    engine = Engine(folder, lora.NAME, constraints, settings, Doubling())
+    case = Case(folder, "llama", engine)
+    try:
+        adapter, model = case.version(0)
+        engine.install(adapter)
+        (drawn,) = case.draw(Request(0, SHORT, (Behaviour(2.0, 0.5),) * 96, 0))
+    finally:
+        engine.close()
+    for trajectory in drawn:
+        actions = trajectory.tokens_T[trajectory.is_action_T]
+        tokens_T, is_action_T = play(Doubling(), 4, actions.tolist())
+        assert trajectory.tokens_T.tolist() == tokens_T.tolist()
+        assert trajectory.is_action_T.tolist() == is_action_T.tolist()
+        assert constraints.admits(actions)
+        assert trajectory.stop == ("forced" if len(actions) == constraints.max_tokens else "sampled")
+        assert not trajectory.logp_T[:-1][~is_action_T].any()
+        assert (trajectory.logp_T[:-1][is_action_T] < 0).all()
+        assert (trajectory.logp_T[-1] == 0) == (trajectory.stop == "forced")
+        expected = lora.drawn_log_probs(model, constraints, SHORT, trajectory)
+        np.testing.assert_allclose(trajectory.logp_T, expected, atol=1e-4)
+    written = [int((~trajectory.is_action_T).sum()) for trajectory in drawn]
+    assert set(written) == {0, 2, 4}
+    assert any((trajectory.tokens_T == 9).sum() > 2 for trajectory in drawn), "no sample went over the tool's budget"
+    assert {trajectory.stop for trajectory in drawn} == {"sampled", "forced"}

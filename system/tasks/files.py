@@ -24,7 +24,20 @@ def read_lines(path: Path, field: str) -> list[tuple[int, str]]:
 
 
 def read_records(path: Path, field: str) -> list[tuple[int, Any]]:
-    """(line, value) of a JSONL file. Raises ConfigError as `read_lines`, or for a line that is no JSON."""
+    """(line, value) of a JSONL file; (number from 1, value) of a .json file with a list.
+
+    Raises:
+        ConfigError: as `read_lines`, for a line that is no JSON, or a .json file that is no list.
+    """
+    if path.suffix == ".json":
+        text = "\n".join(line for _, line in read_lines(path, field))
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{field}={str(path)!r}: no JSON ({error.msg}, line {error.lineno})") from error
+        if not isinstance(values, list):
+            raise ConfigError(f"{field}={str(path)!r}: holds a {type(values).__name__}; it needs a list")
+        return list(enumerate(values, 1))
     records = []
     for number, line in read_lines(path, field):
         try:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError
 from system.constraints import Constraints
+from system.tools import Tool
 from system.trajectory import Prompt, Trajectory
 
 
@@ -29,6 +30,8 @@ class Problem:
     demonstrations: Mapping[str, tuple[Trajectory, ...]] = field(default_factory=dict)
     """Prompt id -> samples that are known to be good, and that the policy could draw: a story's own sentence, a worked
     rationale. What `loss.kind=mle` imitates and `replay.demonstrations` starts the buffer with."""
+    tool: Tool | None = None
+    """Writes into samples while they are drawn, at most `constraints.tool_tokens` tokens each."""
     judge: Callable[[Prompt, Sequence[str]], dict[str, float]] | None = None
     """Scores the texts of K on-policy samples of one prompt by what the task is about: accuracy, overlap, validity. A
     function of a module, since it travels between processes. Evaluations log the means over prompts as task/…."""
@@ -51,6 +54,7 @@ def support(section: Any, tokenizer: PreTrainedTokenizerBase, stop: int, allowed
         max_tokens=section.max_tokens,
         vocab_size=len(tokenizer),
         allowed=allowed,
+        tool_tokens=getattr(section, "tool_tokens", 0),
     )
 
 

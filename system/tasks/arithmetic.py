@@ -1,0 +1,195 @@
+"""Integer arithmetic with a calculator: Z is a rationale, in proportion to p(Z . Y | examples X) (Hu et al. 2024, section 4.4).
+
+` 6 - 0 = 6, 6 - 4 = 2, 2 - 8 = -6` works out `6 - 0 - 4 - 8`: the policy writes the expressions, the calculator what
+follows `=`. Policy and frozen model see the same worked examples in front of the question; the evidence is the answer.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from system.config import Arithmetic, ConfigError
+from system.tasks.files import choose, read_records
+from system.tasks.problem import Problem, context_tokens, sampled, single_token, support
+from system.tools import Calculator, play
+from system.trajectory import Prompt, Trajectory
+
+QUESTION = re.compile(r"Question: (-?\d+(?: [+-] \d+)+) = \? Answer:", re.ASCII)
+HELD_OUT = 5
+"""Of generated questions, one in so many is for tests, by a hash of its text: no question is in both halves."""
+
+
+@dataclass(frozen=True)
+class Question:
+    text: str
+    """`Question: 6 - 0 - 4 = ? Answer:`."""
+    answer: int
+    steps: tuple[str, ...] | None = None
+    """The expressions of a worked rationale: `6 - 0`, `6 - 4`; None where none is given."""
+
+    @property
+    def worked(self) -> str:
+        """As an example in front of another question."""
+        assert self.steps is not None
+        results = ", ".join(f"{step} = {evaluate(step)}" for step in self.steps)
+        return f"{self.text} {results}. The answer is {self.answer}.\n"
+
+
+def build(section: Arithmetic, tokenizer: PreTrainedTokenizerBase) -> Problem:
+    """Raises ConfigError if the questions cannot be read, there are too few examples, or the stop is not one token."""
+    stop = single_token(tokenizer, ".", "task: the stop")
+    tool = Calculator(tokenizer)
+    questions, shown = read_questions(section)
+    if len(shown) < section.examples:
+        raise ConfigError(
+            f"task.examples={section.examples}, but only {len(shown)} questions have a rationale; "
+            "lower it, or give more in task.rationales"
+        )
+    front = "".join(question.worked for question in shown[: section.examples])
+    constraints = support(section, tokenizer, stop, sorted(rationale_tokens(tokenizer)))
+    prompts, demonstrations = [], {}
+    for number, question in questions:
+        context = context_tokens(tokenizer, front + question.text)
+        answer = tokenizer.encode(f" The answer is {question.answer}.", add_special_tokens=False)
+        prompt = Prompt(f"question-{number}", context, context, tuple(answer), {"answer": question.answer})
+        prompts.append(prompt)
+        if question.steps and constraints.admits(actions := encode_steps(tokenizer, question.steps)):
+            demonstrations[prompt.id] = (_demonstration(*play(tool, section.tool_tokens, actions)),)
+    return Problem(
+        prompts=tuple(prompts),
+        constraints=constraints,
+        reward_stop=(stop,),
+        demonstrations=demonstrations,
+        tool=tool,
+        judge=judge,
+    )
+
+
+def _demonstration(tokens_T: np.ndarray, is_action_T: np.ndarray) -> Trajectory:
+    return Trajectory(tokens_T, is_action_T, sampled(tokens_T.tolist()).logp_T, "sampled")
+
+
+def encode_steps(tokenizer: PreTrainedTokenizerBase, steps: Sequence[str]) -> list[int]:
+    """The actions of a rationale: what stands between the calculator's outputs."""
+    parts = [f"{', ' if number else ' '}{step} =" for number, step in enumerate(steps)]
+    return [token for part in parts for token in tokenizer.encode(part, add_special_tokens=False)]
+
+
+def rationale_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """What rationales are written with: each number, positive and negative, at each place."""
+    numbers = [str(number) for number in range(-99, 100)]
+    steps = [f"{number} {sign} {abs(int(number))}" for number in numbers for sign in "+-"]
+    return set(encode_steps(tokenizer, steps))
+
+
+def evaluate(expression: str) -> int:
+    """Of integers with + and - between them, from left to right. Nothing else is understood: it never runs the text."""
+    first, *rest = re.findall(r"^-?\d+|[+-] \d+", expression, re.ASCII)
+    return int(first) + sum(int(term.replace(" ", "")) for term in rest)
+
+
+def steps_of(expression: str) -> tuple[str, ...]:
+    """The rationale that works an expression out from left to right, two operands at a time."""
+    first, *rest = re.findall(r"^-?\d+|[+-] \d+", expression, re.ASCII)
+    steps, value = [], int(first)
+    for term in rest:
+        steps.append(f"{value} {term}")
+        value += int(term.replace(" ", ""))
+    return tuple(steps)
+
+
+# ------------------------------------------------------------------------------------------------------ questions
+
+
+def read_questions(section: Arithmetic) -> tuple[list[tuple[int, Question]], list[Question]]:
+    """(questions with their numbers from 1, chosen by offset and limit; the worked ones, of which the first are examples).
+
+    Training questions are the worked ones that are no examples, and those without a rationale; `split` says which half.
+
+    Raises:
+        ConfigError: a file is missing, or a record of it is no question; the message has the record's number.
+    """
+    if section.questions == "generated":
+        asked = generate(section.operands, section.count, test=False)
+        shown = [Question(q.text, q.answer, steps_of(_expression(q.text))) for q in asked[: section.worked]]
+        asked = asked[section.worked :]
+        if section.split == "test":
+            asked = generate(section.test_operands or section.operands, section.count, test=True)
+    else:
+        shown = _read(section.rationales, "task.rationales") if section.rationales else []
+        asked = _read(section.questions, "task.questions")
+    if section.split == "train":
+        asked = shown[section.examples :] + asked
+    numbered = list(enumerate(asked, 1))
+    return choose(numbered, section.offset, section.limit, "task.questions", section.questions), shown
+
+
+def generate(operands: Sequence[int], count: int, *, test: bool) -> list[Question]:
+    """Distinct questions with one-digit operands, the same in every run. Raises ConfigError if there are not so many."""
+    rng = np.random.default_rng(0)
+    found: dict[str, Question] = {}
+    for _ in range(100 * count):
+        if len(found) == count:
+            return list(found.values())
+        terms = int(rng.choice(operands))
+        digits, signs = rng.integers(0, 10, terms), rng.choice(["+", "-"], terms - 1)
+        expression = str(digits[0]) + "".join(f" {sign} {digit}" for sign, digit in zip(signs, digits[1:], strict=True))
+        text = f"Question: {expression} = ? Answer:"
+        if (zlib.crc32(text.encode()) % HELD_OUT == 0) == test:
+            found.setdefault(text, Question(text, evaluate(expression)))
+    raise ConfigError(f"task.count={count}: there are not so many questions with {list(operands)} operands; lower it")
+
+
+def _read(path: str, field: str) -> list[Question]:
+    return [_question(record, f"{field}={path!r}, record {number}") for number, record in read_records(Path(path), field)]
+
+
+def _question(record: Any, where: str) -> Question:
+    match record:
+        case {"str_query": str(text), "num_sol": int(answer)} | {"question": str(text), "answer": int(answer)}:
+            steps = record.get("str_rationale", record.get("rationale"))
+            if QUESTION.fullmatch(text.strip()) and isinstance(steps, (str, type(None))):
+                if answer != evaluate(_expression(text)):
+                    raise ConfigError(f"{where}: {text!r} is {evaluate(_expression(text))}, not {answer}; mend the file")
+                return Question(text.strip(), answer, None if steps is None else _steps(steps))
+    raise ConfigError(
+        f'{where}: needs {{"question": "Question: 1 + 2 - 3 = ? Answer:", "answer": 0}}, and perhaps '
+        '"rationale": "1 + 2 =, 3 - 3 ="'
+    )
+
+
+def _steps(rationale: str) -> tuple[str, ...]:
+    return tuple(step.partition("=")[0].strip() for step in rationale.split(","))
+
+
+def _expression(text: str) -> str:
+    match = QUESTION.fullmatch(text.strip())
+    assert match is not None
+    return match.group(1)
+
+
+# ------------------------------------------------------------------------------------------------------- verdicts
+
+
+def result(text: str) -> int | None:
+    """The number after the last `=`, where the text ends with it."""
+    match = re.search(r"=\s*(-?\d{1,9})\s*$", text, re.ASCII)
+    return int(match.group(1)) if match else None
+
+
+def judge(prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
+    """Whether the answer that most texts give is right (a tie, or no number, is wrong), and the share of right texts."""
+    answer = prompt.meta["answer"]
+    results = [result(text) for text in texts]
+    votes = Counter(value for value in results if value is not None).most_common(2)
+    won = bool(votes) and votes[0][0] == answer and (len(votes) == 1 or votes[0][1] > votes[1][1])
+    return {"accuracy": float(won), "sample_accuracy": float(np.mean([value == answer for value in results]))}

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from system import tasks
+from system.config import Arithmetic, ConfigError, parse
+from system.language_model import decode, load_tokenizer
+from system.models import locate
+from system.tasks.arithmetic import evaluate, generate, judge, read_questions, result, steps_of
+from system.tasks.problem import Problem
+from system.tools import play
+from system.trajectory import Prompt
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer(locate(parse({"task": {"kind": "arithmetic"}}).model))
+
+
+def build(tokenizer: PreTrainedTokenizerBase, **fields: Any) -> Problem:
+    return tasks.build(Arithmetic(**fields), tokenizer)
+
+
+def test_demonstrations_are_right_rationales_that_the_policy_and_the_calculator_write(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    problem = build(tokenizer, count=200)
+    assert len(problem.prompts) == 197
+    assert len(problem.demonstrations) == 47
+    assert problem.tool is not None
+    for prompt in problem.prompts[:47]:
+        (shown,) = problem.demonstrations[prompt.id]
+        assert result(decode(tokenizer, shown.tokens_T.tolist())) == prompt.meta["answer"]
+        actions = shown.tokens_T[shown.is_action_T]
+        assert problem.constraints.admits(actions)
+        assert play(problem.tool, problem.constraints.tool_tokens, actions.tolist())[0].tolist() == shown.tokens_T.tolist()
+        assert 0 < (~shown.is_action_T).sum() <= problem.constraints.tool_tokens
+
+
+def test_the_examples_stand_in_front_and_are_not_asked(tokenizer: PreTrainedTokenizerBase) -> None:
+    problem = build(tokenizer, count=60, examples=2)
+    texts = [decode(tokenizer, prompt.policy_tokens) for prompt in problem.prompts]
+    front = texts[0].rpartition("Question:")[0]
+    assert front.count("The answer is") == 2
+    questions = [text.removeprefix(front) for text in texts]
+    assert all(text.startswith(front) for text in texts)
+    assert not any(question in front for question in questions)
+    prompt = problem.prompts[0]
+    assert prompt.reward_tokens == prompt.policy_tokens
+    assert decode(tokenizer, prompt.evidence_tokens or ()) == f" The answer is {prompt.meta['answer']}."
+
+
+@pytest.mark.parametrize("operands", [(3,), (3, 4), (5, 6)])
+def test_no_generated_question_is_in_both_halves(operands: tuple[int, ...]) -> None:
+    training, test = (generate(operands, 400, test=half) for half in (False, True))
+    assert len({question.text for question in training}) == len({question.text for question in test}) == 400
+    assert not {question.text for question in training} & {question.text for question in test}
+
+
+def test_test_questions_may_have_other_operands_than_the_examples() -> None:
+    questions, shown = read_questions(Arithmetic(split="test", test_operands=(6,), count=30))
+    assert {question.text.count(" + ") + question.text.count(" - ") for _, question in questions} == {5}
+    assert {len(question.steps or ()) for question in shown} == {2, 3}
+
+
+@pytest.mark.parametrize(
+    ("expression", "value", "steps"),
+    [
+        ("6 - 0 - 4 - 8", -6, ("6 - 0", "6 - 4", "2 - 8")),
+        ("0 + 3 - 8 - 5", -10, ("0 + 3", "3 - 8", "-5 - 5")),
+        ("9 - 9", 0, ("9 - 9",)),
+    ],
+)
+def test_an_expression_is_worked_out_from_left_to_right(expression: str, value: int, steps: tuple[str, ...]) -> None:
+    assert evaluate(expression) == value
+    assert steps_of(expression) == steps
+
+
+def test_files_of_the_papers_format_are_read(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    worked = {"str_query": "Question: 6 - 0 - 4 = ? Answer:", "num_sol": 2, "str_rationale": "6 - 0 =, 6 - 4 ="}
+    plain = {"question": "Question: 1 + 2 = ? Answer:", "answer": 3}
+    (tmp_path / "worked.json").write_text(json.dumps([worked]))
+    (tmp_path / "asked.jsonl").write_text(json.dumps(plain))
+    files = {"questions": str(tmp_path / "asked.jsonl"), "rationales": str(tmp_path / "worked.json")}
+    problem = build(tokenizer, examples=0, **files)
+    assert [prompt.meta["answer"] for prompt in problem.prompts] == [2, 3]
+    (shown,) = problem.demonstrations["question-1"]
+    assert decode(tokenizer, shown.tokens_T.tolist()) == " 6 - 0 = 6, 6 - 4 = 2"
+    assert [p.meta["answer"] for p in build(tokenizer, examples=1, split="test", **files).prompts] == [3]
+    with pytest.raises(ConfigError, match=r"task.examples=2, but only 1 questions have a rationale"):
+        build(tokenizer, examples=2, **files)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"question": "1 + 2", "answer": 3}, "record 1: needs"),
+        ({"question": "Question: 1 * 2 = ? Answer:", "answer": 2}, "record 1: needs"),
+        ({"question": "Question: 1 + 2 = ? Answer:", "answer": "3"}, "record 1: needs"),
+        ({"question": "Question: 1 + 2 = ? Answer:", "answer": 4}, "is 3, not 4; mend the file"),
+    ],
+)
+def test_a_question_that_is_none_is_refused_by_its_number(
+    record: dict[str, Any], message: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    (tmp_path / "asked.json").write_text(json.dumps([record]))
+    with pytest.raises(ConfigError, match=message):
+        build(tokenizer, examples=0, questions=str(tmp_path / "asked.json"))
+
+
+def test_votes_decide_and_what_cannot_be_read_is_wrong() -> None:
+    prompt = Prompt("p", (1,), (1,), meta={"answer": 6})
+    right, wrong, none = " 9 - 3 = 6", " 9 - 2 = 7", " 9 - 3 = 6, 6"
+    assert judge(prompt, [right, right, wrong]) == {"accuracy": 1.0, "sample_accuracy": pytest.approx(2 / 3)}
+    assert judge(prompt, [right, wrong])["accuracy"] == 0.0
+    assert judge(prompt, [wrong, wrong, right])["accuracy"] == 0.0
+    assert judge(prompt, [none, "6", ""]) == {"accuracy": 0.0, "sample_accuracy": 0.0}
+    assert judge(prompt, [right, none, none])["accuracy"] == 1.0
