@@ -78,9 +78,7 @@ def grpo(actions: Actions, clip: float, kl: float) -> Tensor:
 
     Source: Shao et al. 2024, arXiv:2402.03300, Eq. 3, with its estimator of KL(q || base).
     """
-    advantage_K = (actions.reward_K - actions.reward_K.mean()) / (actions.reward_K.std() + 1e-4)
-    ratio_KT = (actions.log_q_KT - actions.log_drawn_KT).exp()
-    gain_KT = torch.minimum(ratio_KT * advantage_K[:, None], ratio_KT.clamp(1 - clip, 1 + clip) * advantage_K[:, None])
+    gain_KT = _clipped_gain(actions, _standardised(actions.reward_K), clip)
     if kl:
         assert actions.log_base_KT is not None
         away_KT = actions.log_base_KT - actions.log_q_KT
@@ -94,13 +92,35 @@ def rloo(actions: Actions, kl: float) -> Tensor:
 
     Source: Ahmadian et al. 2024, arXiv:2402.14740.
     """
-    log_q_K = actions.log_q_KT.sum(1)
-    reward_K = actions.reward_K
-    if kl:
-        assert actions.log_base_KT is not None
-        reward_K = reward_K - kl * (log_q_K.detach() - actions.log_base_KT.sum(1))
+    reward_K = _reward_with_kl(actions, kl)
     others_K = (reward_K.sum() - reward_K) / (len(reward_K) - 1)
-    return -((reward_K - others_K) * log_q_K).mean()
+    return -((reward_K - others_K) * actions.log_q_KT.sum(1)).mean()
+
+
+def ppo(actions: Actions, clip: float, kl: float) -> Tensor:
+    """Clipped ratios, the mean over all actions of the group; the KL is part of the reward, which is standardised.
+
+    The group stands in for a critic: its mean is the baseline of every action. One epoch over each batch.
+    Source: Schulman et al. 2017, arXiv:1707.06347, Eq. 7, with the reward of Ouyang et al. 2022, arXiv:2203.02155.
+    """
+    gain_KT = _clipped_gain(actions, _standardised(_reward_with_kl(actions, kl)), clip)
+    return -(gain_KT * actions.action_KT).sum() / actions.action_KT.sum().clamp(min=1)
+
+
+def _reward_with_kl(actions: Actions, kl: float) -> Tensor:
+    if not kl:
+        return actions.reward_K
+    assert actions.log_base_KT is not None
+    return actions.reward_K - kl * (actions.log_q_KT.detach() - actions.log_base_KT).sum(1)
+
+
+def _standardised(reward_K: Tensor) -> Tensor:
+    return (reward_K - reward_K.mean()) / (reward_K.std() + 1e-4)
+
+
+def _clipped_gain(actions: Actions, advantage_K: Tensor, clip: float) -> Tensor:
+    ratio_KT = (actions.log_q_KT - actions.log_drawn_KT).exp()
+    return torch.minimum(ratio_KT * advantage_K[:, None], ratio_KT.clamp(1 - clip, 1 + clip) * advantage_K[:, None])
 
 
 def mle(actions: Actions) -> Tensor:

@@ -23,7 +23,7 @@ from learner import baselines, losses
 from learner.policy import Policy
 from learner.states import node_log_reward, states_of
 from system.adapters import Adapter, Canary
-from system.config import GRPO, MLE, RLOO, Config
+from system.config import GRPO, MLE, PPO, RLOO, Config
 from system.config import Learner as LearnerConfig
 from system.constraints import Constraints
 from system.language_model import resolve_device
@@ -90,6 +90,8 @@ class Learner:
         match config.loss:
             case GRPO(clip=clip, kl=kl):
                 self._kl, self.baseline = kl, lambda actions: baselines.grpo(actions, clip, kl)
+            case PPO(clip=clip, kl=kl):
+                self._kl, self.baseline = kl, lambda actions: baselines.ppo(actions, clip, kl)
             case RLOO(kl=kl):
                 self._kl, self.baseline = kl, lambda actions: baselines.rloo(actions, kl)
             case MLE():

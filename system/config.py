@@ -399,14 +399,25 @@ class SubTB(Section):
     """λ: a pair of states d tokens apart weighs λ^(d-1)."""
 
 
-class GRPO(Section):
-    """A baseline: maximises the reward instead of sampling in proportion to it. Needs samples of the policy itself."""
+class Clipped(Section):
+    """What GRPO and PPO share: they maximise the reward instead of sampling in proportion to it, from own samples."""
 
-    kind: Literal["grpo"] = "grpo"
     clip: float = Field(default=0.2, gt=0, lt=1)
     """Ratios to the policy that drew a sample count within 1 ± clip."""
     kl: float = Field(default=0.0, ge=0)
     """Weight of the KL divergence to the base model."""
+
+
+class GRPO(Clipped):
+    """A baseline: advantages are standardised within the group, and each trajectory weighs the same."""
+
+    kind: Literal["grpo"] = "grpo"
+
+
+class PPO(Clipped):
+    """A baseline, as GRPO, with the KL inside the reward and every action of a group weighing the same."""
+
+    kind: Literal["ppo"] = "ppo"
 
 
 class RLOO(Section):
@@ -424,7 +435,7 @@ class MLE(Section):
 
 
 Loss = Annotated[
-    Pooled | VarGrad | TrajectoryBalance | DetailedBalance | SubTB | GRPO | RLOO | MLE, Field(discriminator="kind")
+    Pooled | VarGrad | TrajectoryBalance | DetailedBalance | SubTB | GRPO | PPO | RLOO | MLE, Field(discriminator="kind")
 ]
 
 
@@ -578,7 +589,7 @@ class Config(Section):
             )
         shares = {"replay.fresh": self.replay.fresh, "sampler.exploration.on_policy": self.sampler.exploration.on_policy}
         for field, share in shares.items():
-            if isinstance(self.loss, (GRPO, RLOO)) and share != 1:
+            if isinstance(self.loss, (Clipped, RLOO)) and share != 1:
                 raise ValueError(
                     f"loss.kind={self.loss.kind} learns from samples of the policy alone, but {field}={share:g}; set "
                     'sampler.exploration.on_policy=1 and "replay={fresh: 1, prioritised: 0, uniform: 0}"'

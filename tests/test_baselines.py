@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.baselines import Actions, actions_of, grpo, mle, rloo
+from learner.baselines import Actions, actions_of, grpo, mle, ppo, rloo
 from system.prefix_tree import PrefixTree
 from system.trajectory import Group, Prompt, Trajectory
 from tests.test_prefix_tree import trajectory
@@ -61,6 +61,17 @@ def test_grpo_weighs_each_action_by_the_standardised_reward_of_its_trajectory() 
     counts, present = np.array([3, 1, 2]), subject.action_KT.double().numpy()
     assert subject.log_q_KT.grad is not None
     np.testing.assert_allclose(subject.log_q_KT.grad, -present * (advantage / counts / 3)[:, None], rtol=1e-6)
+
+
+def test_ppo_weighs_every_action_alike_and_puts_the_kl_into_the_reward() -> None:
+    nan = float("nan")
+    subject = actions([1.0, 2.0, 6.0], [[-1, -2, -3], [-1, nan, nan], [-2, -1, nan]])
+    base = torch.tensor([[-2, -2, -3], [-1, 0, 0], [-2, -3, 0]], dtype=torch.float64)
+    ppo(replace(subject, log_base_KT=base), clip=0.2, kl=0.5).backward()
+    reward = np.array([1 - 0.5 * 1, 2, 6 - 0.5 * 2])
+    advantage = (reward - reward.mean()) / (reward.std(ddof=1) + 1e-4)
+    assert subject.log_q_KT.grad is not None
+    np.testing.assert_allclose(subject.log_q_KT.grad, -subject.action_KT.double().numpy() * advantage[:, None] / 6, rtol=1e-6)
 
 
 def test_grpo_stops_pushing_where_the_ratio_has_left_the_clip() -> None:

@@ -78,7 +78,7 @@ def refusal(tree: Any) -> str:
         ("learner.reward_temperature.start", 0, "greater than 0"),
         ("cluster.dashboard", "maybe", "valid boolean"),
         ("tracking.experiment", "", "at least 1 character"),
-        ("loss.kind", "ppo", "'pooled', 'vargrad', 'tb', 'db', 'subtb', 'grpo', 'rloo'"),
+        ("loss.kind", "dpo", "'pooled', 'vargrad', 'tb', 'db', 'subtb', 'grpo', 'ppo', 'rloo', 'mle'"),
         ("task.kind", "chess", "'random_number', 'continuation'"),
         ("learner", 3, "must be a section"),
         ("learner", None, "leave it out for the defaults"),
@@ -111,7 +111,7 @@ def test_a_bad_value_is_refused_by_field_value_and_fix(field: str, value: Any, f
         ({"task": NUMBER | {"reward": {"kind": "product", "of": [FUNCTION]}}}, ["task.reward.of=", "at least 2 items"]),
         (with_field("learner.reward_temperature.start", 2.0), ["learner.reward_temperature: start=2", "set horizon"]),
         (with_field("learner.steps", True), ["learner: steps=True", "truth value", "give a number"]),
-        (with_field("loss.decay", 0.5), ["loss.kind: must be set, to one of pooled, vargrad, tb, db, subtb, grpo, rloo"]),
+        (with_field("loss.decay", 0.5), ["loss.kind: must be set, to one of pooled, vargrad, tb, db, subtb, grpo, ppo, rloo, mle"]),
         (with_field("task.reward.beta", 2.0), ["task.reward.kind: must be set, to one of lm_posterior, function, product"]),
         ({"task": {}}, ["task.kind: must be set, to one of random_number, continuation"]),
         ({}, ["task.kind: must be set, to one of random_number, continuation"]),
@@ -137,7 +137,7 @@ def test_a_loss_inside_a_trajectory_wants_a_reward_there(loss: str) -> None:
         assert parse({"task": NUMBER | {"reward": reward}, "loss": {"kind": loss}}).loss.kind == loss
 
 
-@pytest.mark.parametrize("loss", ["grpo", "rloo"])
+@pytest.mark.parametrize("loss", ["grpo", "ppo", "rloo"])
 def test_a_policy_gradient_refuses_samples_that_are_not_the_policys(loss: str) -> None:
     own: dict[str, Any] = {"sampler": {"exploration": {"on_policy": 1}}, "replay": {"fresh": 1}}
     base = {"task": NUMBER, "loss": {"kind": loss}}

@@ -52,6 +52,15 @@ def read_prompts(section: NextSentence) -> list[tuple[int, str]]:
     return choose(prompts, section.offset, section.limit, "task.prompts", section.prompts)
 
 
+def length(prompt: Prompt, text: str, tokens: list[int]) -> float:
+    """Tokens of a sentence, as a reward: with beta = 1 / b it is worth b nats a token.
+
+    A tempered likelihood of whole sequences prefers short sentences: sharpening by 1 / T costs a token of entropy H about
+    H (1 / T - 1) nats, whatever it says. b near H (1 - T), in the product with the likelihood, gives that back.
+    """
+    return float(len(tokens))
+
+
 def legal_tokens(tokenizer: PreTrainedTokenizerBase, illegal: tuple[str, ...]) -> np.ndarray:
     """Ids of the tokens that may be drawn: not special, whole characters, and containing no illegal text."""
     special = set(tokenizer.all_special_ids)
