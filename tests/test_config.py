@@ -111,7 +111,7 @@ def test_a_bad_value_is_refused_by_field_value_and_fix(field: str, value: Any, f
         ({"task": NUMBER | {"reward": {"kind": "product", "of": [FUNCTION]}}}, ["task.reward.of=", "at least 2 items"]),
         (with_field("learner.reward_temperature.start", 2.0), ["learner.reward_temperature: start=2", "set horizon"]),
         (with_field("learner.steps", True), ["learner: steps=True", "truth value", "give a number"]),
-        (with_field("loss.decay", 0.5), ["loss.kind: must be set, to one of pooled, vargrad, tb, db, subtb, grpo, ppo, rloo, mle"]),
+        (with_field("loss.decay", 0.5), ["loss.kind: must be set, to one of pooled, vargrad", "subtb, grpo, ppo, rloo, mle"]),
         (with_field("task.reward.beta", 2.0), ["task.reward.kind: must be set, to one of lm_posterior, function, product"]),
         ({"task": {}}, ["task.kind: must be set, to one of random_number, continuation"]),
         ({}, ["task.kind: must be set, to one of random_number, continuation"]),
