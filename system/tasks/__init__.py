@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from system.tasks import constrained, continuation, infilling, random_number, verifiable
+from system.tasks import constrained, continuation, infilling, random_number, subjectivity, verifiable
 from system.tasks.problem import Problem
 
 BUILDERS: dict[str, Callable[[Any, PreTrainedTokenizerBase], Problem]] = {
@@ -20,6 +20,7 @@ BUILDERS: dict[str, Callable[[Any, PreTrainedTokenizerBase], Problem]] = {
     "infilling": infilling.build,
     "constrained": constrained.build,
     "verifiable": verifiable.build,
+    "subjectivity": subjectivity.build,
 }
 
 

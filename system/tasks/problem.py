@@ -29,6 +29,12 @@ class Problem:
     demonstrations: Mapping[str, tuple[Trajectory, ...]] = field(default_factory=dict)
     """Prompt id -> samples that are known to be good, and that the policy could draw: a story's own sentence, a worked
     rationale. What `loss.kind=mle` imitates and `replay.demonstrations` starts the buffer with."""
+    alternatives: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    """Prompt id -> the evidences Y that its own stands against: those of other labels. In evaluations each sample Z votes
+    for the evidence that the frozen model finds likeliest after it."""
+    choices: tuple[Trajectory, ...] = ()
+    """Where the policy answers: all that it may say, the same for all prompts; a prompt's demonstration is what is right.
+    Evaluations ask for the likeliest choice; prompts of the same meta["record"] vote."""
     judge: Callable[[Prompt, Sequence[str]], dict[str, float]] | None = None
     """Scores the texts of K on-policy samples of one prompt by what the task is about: accuracy, overlap, validity. A
     function of a module, since it travels between processes. Evaluations log the means over prompts as task/…."""
@@ -38,7 +44,8 @@ class Problem:
         """Tokens of the longest context that a model has to hold besides Z."""
 
         def scored(prompt: Prompt) -> int:
-            return len(prompt.reward_tokens) + len(self.reward_stop) + len(prompt.evidence_tokens or ())
+            evidences = (prompt.evidence_tokens or (), *self.alternatives.get(prompt.id, ()))
+            return len(prompt.reward_tokens) + len(self.reward_stop) + max(map(len, evidences))
 
         return max(max(len(prompt.policy_tokens), scored(prompt)) for prompt in self.prompts)
 
