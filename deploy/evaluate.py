@@ -3,6 +3,8 @@
 Draws on-policy samples of each prompt from the base model and from the run's adapter, in this process and without Ray, and
 bounds the distance of both to the posterior. `key=value` changes the run's config: held-out prompts (task.offset=950) or
 another file. Writes RUN/heldout.json and logs the metrics to the run in MLflow as heldout/… and heldout/base/….
+The adapter's samples go to RUN/heldout_samples.jsonl, or to the file of --samples-file: one line a sample, with its prompt's
+id and text, log q and log R in nats.
 
 Where a prompt's true Z is known (its demonstrations), E[u] over the true Z is an upper bound on log Z, provided that the
 stories were drawn from the model itself (python deploy/self_consistent.py): then the gap between the bounds is
@@ -32,12 +34,14 @@ from system import config as configuration  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from actors.sampler import Sampler
     from learner.learner import Learner
     from system.adapters import Adapter
     from system.evaluation import Evaluation
     from system.tasks.problem import Problem
-    from system.trajectory import Group, Request
+    from system.trajectory import Group, Prompt, Request, Trajectory
 
 logger = logging.getLogger("headwater")
 
@@ -60,6 +64,9 @@ class Local:
     def sample(self, request: Request) -> Future[Group]:
         assert self.adapter is not None
         return self.callers.submit(self.sampler.sample, request, self.adapter)
+
+    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
+        return self.callers.submit(self.sampler.score, prompt, trajectories_K)
 
     def score(self, groups: Sequence[Group]) -> Future[list[Any]]:
         return self.callers.submit(self.learner.score, groups)
@@ -100,15 +107,17 @@ def evaluate(config: Config, run_dir: Path, samples: int) -> dict[str, Evaluatio
                     except ValueError as error:
                         raise ConfigError(f"{path} does not fit lora.rank={config.lora.rank}: {error}") from error
                 local.publish(learner.adapter(version))
-                if problem.outcomes is not None:
-                    results[name] = evaluation.exact(problem, local)
-                    continue
-                temperature = config.learner.reward_temperature.end
-                result = evaluation.sampled(
-                    requests, local, local, samples=samples, temperature=temperature, round_=ROUND,
-                    judge=evaluation.judge(problem, lambda tokens: decode(tokenizer, tokens)),
-                )  # fmt: skip
-                result.metrics.update(_upper_bound(problem, local, temperature, result))
+                result = evaluation.without_samples(problem, local)
+                if result is None:
+                    temperature = config.learner.reward_temperature.end
+                    result = evaluation.sampled(
+                        requests, local, local, samples=samples, temperature=temperature, round_=ROUND,
+                        judge=evaluation.judge(problem, lambda tokens: decode(tokenizer, tokens), local),
+                    )  # fmt: skip
+                    result.metrics.update(_upper_bound(problem, local, temperature, result))
+                    contexts = {prompt.id: decode(tokenizer, prompt.policy_tokens) for prompt in problem.prompts}
+                    for row in result.samples:
+                        row |= {"text": decode(tokenizer, row.pop("tokens")), "context": contexts[row["prompt"]]}
                 results[name] = result
         finally:
             local.sampler.close()
@@ -143,6 +152,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", help="folder of a run, or its name under runs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as task.offset=950")
     parser.add_argument("--samples", type=int, default=32, help="draws of each prompt")
+    parser.add_argument("--samples-file", metavar="FILE", type=Path, help="instead of RUN/heldout_samples.jsonl")
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
@@ -155,6 +165,9 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(f"config error: {error}", file=sys.stderr)
         return 2
+    if rows := results["tuned"].samples:
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (arguments.samples_file or run_dir / "heldout_samples.jsonl").write_text(lines, encoding="utf-8")
     metrics = _log(run_dir, results)
     width = max(map(len, results["tuned"].metrics))
     for name, value in results["tuned"].metrics.items():

@@ -223,15 +223,14 @@ class Job:
         from system.language_model import decode
 
         step = loop.counters.step
-        if self.problem.outcomes is not None:
-            result = evaluation.exact(self.problem, self.learner)
-        else:
+        result = evaluation.without_samples(self.problem, self.learner)
+        if result is None:
             prompts = evaluation.spread(self.problem.prompts, self.config.learner.evaluation_prompts)
             result = evaluation.sampled(
                 self.requests.of(prompts), self.samplers, self.learner,
                 samples=self.config.learner.evaluation_samples,
                 temperature=self.config.learner.reward_temperature.end, round_=step,
-                judge=evaluation.judge(self.problem, lambda tokens: decode(self.tokenizer, tokens)),
+                judge=evaluation.judge(self.problem, lambda tokens: decode(self.tokenizer, tokens), self.samplers),
             )  # fmt: skip
         result.metrics["seconds_training"] = loop.counters.seconds
         for row in result.samples:

@@ -183,7 +183,7 @@ class RaySamplers:
         reference = self._actors[name].sample.remote(request, self._adapter)
         return _future(reference, lambda error: self._settled(name, error))
 
-    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
+    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
         """log R at every prefix of trajectories that may come from anywhere, by the first sampler."""
         actor = next(iter(self._actors.values()))
         return _future(actor.score.remote(prompt, trajectories_K))

@@ -106,12 +106,14 @@ def table(evaluations: list[tuple[int, Evaluation]]) -> str:
 def plots(
     folder: Path, problem: Problem, tokenizer: PreTrainedTokenizerBase, evaluations: list[tuple[int, Evaluation]]
 ) -> list[Path]:
-    """PNG files: the distribution before, after, and the target, or log-weights and lengths of the samples."""
+    """PNG files: the distribution before, after, and the target, or log-weights of the samples; none without either."""
     folder.mkdir(parents=True, exist_ok=True)
     before, after = evaluations[0][1], evaluations[-1][1]
     if problem.outcomes is not None:
         labels = [decode(tokenizer, outcome.tokens_T.tolist()) for outcome in problem.outcomes]
         return [_distribution(folder / "distribution.png", problem, labels, before, after)]
+    if not before.samples:
+        return []
     return [_spread(folder / "posterior.png", before, after)]
 
 

@@ -285,7 +285,67 @@ class Arithmetic(Drawn):
         return operands
 
 
-Task = Annotated[RandomNumber | Continuation | Infilling | Constrained | Verifiable | Arithmetic, Field(discriminator="kind")]
+class Subjectivity(Drawn):
+    """Texts with labels. `reason` trains a rationale Z towards p(Z, label | X); the other stages answer with a label.
+
+    `label` answers from the text alone, and `predict` from the text and a rationale that an earlier run drew. Both imitate
+    the records' labels with loss.kind=mle.
+    """
+
+    kind: Literal["subjectivity"] = "subjectivity"
+    stage: Literal["reason", "label", "predict"] = "reason"
+    records: str = "packaged"
+    """JSONL: each line {"text": text, "label": one of `labels`, or its number from 0}, with "label_text" where a number is
+    to be checked. `packaged` is a small file that comes with the project."""
+    labels: tuple[Annotated[str, Field(min_length=1)], ...] = ("objective", "subjective")
+    prompt: str = 'Classify this movie review as objective or subjective: "{text}" This review is'
+    """What a rationale follows; `{text}` is filled in."""
+    label_prompt: str = 'Classify this movie review as objective or subjective: "{text}" It is'
+    """What a label follows without a rationale; `{text}` is filled in."""
+    evidence: str = " so it is {label}."
+    """What follows a rationale and its stop; `{label}` is filled in. Where the policy answers, its end is the stop."""
+    rationales: str | None = None
+    """JSONL that `deploy/evaluate.py` wrote of a `reason` run on these records: each line {"prompt": id, "text": Z}.
+    Several rationales of a record become as many prompts, which vote on its label."""
+    examples: int = Field(default=0, ge=0)
+    """This many labelled records of `examples_from`, the first, stand in front of every prompt."""
+    examples_from: str | None = None
+    """A file such as `records`. A record is never among its own examples."""
+    stop: str = Field(default=",", min_length=1)
+    """The end of a rationale: a text that is one token. Its log-probability is part of the reward."""
+    illegal: tuple[str, ...] = ("\n", "\r", "\t", '"', "“", "”", "?", "!", ":", ";", "(", ")", ".", ",")
+    """A token whose text contains one of these is no part of a rationale, as are special tokens."""
+    max_tokens: int = Field(default=5, ge=1)
+    reward: Reward = LMPosterior()
+
+    @model_validator(mode="after")
+    def _texts_to_fill_in(self) -> Subjectivity:
+        _check_template(self.prompt, text="")
+        _check_template(self.label_prompt, text="")
+        _check_template(self.evidence, label="")
+        if self.evidence.format(label="") == self.evidence.format(label="x"):
+            raise ValueError(f"evidence={self.evidence!r} is the same for every label; write {{label}} where the label belongs")
+        if len(set(self.labels)) < max(2, len(self.labels)):
+            raise ValueError(f"labels={list(self.labels)} must be two or more that differ")
+        return self
+
+    @model_validator(mode="after")
+    def _files_are_there_for_what_needs_them(self) -> Subjectivity:
+        if (self.stage == "predict") != bool(self.rationales):
+            raise ValueError(
+                f"stage={self.stage} with rationales={self.rationales!r}: stage=predict reads the rationales of an earlier "
+                "run, and no other stage does; set both or neither"
+            )
+        if bool(self.examples) != bool(self.examples_from):
+            raise ValueError(
+                f"examples={self.examples} with examples_from={self.examples_from!r}: set how many and the file, or neither"
+            )
+        return self
+
+
+Task = Annotated[
+    RandomNumber | Continuation | Infilling | Constrained | Verifiable | Arithmetic | Subjectivity, Field(discriminator="kind")
+]
 
 
 # ------------------------------------------------------------------------------------------------- who makes data

@@ -16,7 +16,7 @@ from system.trajectory import Group, Prompt, Request, Trajectory
 
 
 class Rewards(Protocol):
-    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
+    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
         """log R at every prefix, K arrays float64 [T + 1]."""
         ...
 
@@ -29,7 +29,7 @@ def scored(problem: Problem, rewards: Rewards) -> list[Group]:
             "task: no prompt has a demonstration that the policy could draw, which loss.kind=mle and "
             "replay.demonstrations=true need; see the task's fields for where they come from"
         )
-    futures = [rewards.score(prompt, problem.demonstrations[prompt.id]) for prompt in prompts]
+    futures = [rewards.log_reward(prompt, problem.demonstrations[prompt.id]) for prompt in prompts]
     return [
         Group(prompt, problem.demonstrations[prompt.id], tuple(future.result()), -1, -1)
         for prompt, future in zip(prompts, futures, strict=True)

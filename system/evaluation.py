@@ -1,21 +1,23 @@
-"""How good the current policy is: by exact enumeration where outcomes can be listed, else from on-policy samples."""
+"""How good the current policy is: from log-probs alone where outcomes or choices can be listed, else from on-policy samples."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from system.demonstrations import Rewards
 from system.orchestrator import SamplerDied, Samplers
 from system.posterior import Bounds, Exact, mean_metrics
 from system.requests import Requests
 from system.tasks.problem import Problem
-from system.trajectory import Group, Prompt
+from system.trajectory import Group, Prompt, Trajectory
+from system.voting import preferred, tally
 
 ATTEMPTS = 3
 """How often the samples of a prompt are asked for before a lost sampler fails the evaluation."""
@@ -38,12 +40,17 @@ class Evaluation:
     """log q of the listed outcomes of the first prompt."""
 
 
+def without_samples(problem: Problem, scorer: Scorer) -> Evaluation | None:
+    """The evaluation from log-probs alone; None where neither the outcomes nor the choices can be listed."""
+    if problem.outcomes is not None:
+        return exact(problem, scorer)
+    return chosen(problem, scorer) if problem.choices else None
+
+
 def exact(problem: Problem, scorer: Scorer) -> Evaluation:
     """q against the target over all listed outcomes, from log-probs and not from samples. Means over prompts."""
     assert problem.outcomes is not None and problem.log_target_O is not None
-    unknown = tuple(np.zeros(len(outcome) + 1) for outcome in problem.outcomes)
-    groups = [Group(prompt, problem.outcomes, unknown, 0, 0) for prompt in problem.prompts]
-    scores = scorer.score(groups).result()
+    scores = _scores(problem, scorer, problem.outcomes)
     results = [Exact.of(score.log_q_K, problem.log_target_O).metrics() for score in scores]
     metrics = {name: float(np.mean([result[name] for result in results])) for name in results[0]}
     rows = [{"prompt": p.id, **result} for p, result in zip(problem.prompts, results, strict=True)]
@@ -57,18 +64,57 @@ def spread(prompts: Sequence[Prompt], count: int) -> Sequence[Prompt]:
     return [prompts[index * len(prompts) // count] for index in range(count)]
 
 
+def chosen(problem: Problem, scorer: Scorer) -> Evaluation:
+    """The policy's likeliest choice for each prompt, and the vote of the prompts of each record. Means over records.
+
+    Also task/log_likelihood: log q of what is right, nats, the mean over prompts.
+    """
+    keys = [choice.key for choice in problem.choices]
+    votes: dict[str, list[int]] = {}
+    truths: dict[str, int] = {}
+    rows = []
+    for prompt, score in zip(problem.prompts, _scores(problem, scorer, problem.choices), strict=True):
+        record = prompt.meta.get("record", prompt.id)
+        [right] = problem.demonstrations[prompt.id]
+        truths[record] = keys.index(right.key)
+        votes.setdefault(record, []).append(int(score.log_q_K.argmax()))
+        rows.append({"prompt": prompt.id, "task/log_likelihood": float(score.log_q_K[truths[record]])})
+    results = [tally(np.array(votes[record]), truths[record]) for record in votes]
+    metrics = {f"task/{name}": float(np.mean([result[name] for result in results])) for name in results[0]}
+    metrics["task/log_likelihood"] = float(np.mean([row["task/log_likelihood"] for row in rows]))
+    return Evaluation(metrics, rows)
+
+
+def _scores(problem: Problem, scorer: Scorer, trajectories_O: tuple[Trajectory, ...]) -> list[Any]:
+    """A Score of these trajectories for each prompt. Their rewards are not asked for."""
+    unknown = tuple(np.zeros(len(trajectory) + 1) for trajectory in trajectories_O)
+    return scorer.score([Group(prompt, trajectories_O, unknown, 0, 0) for prompt in problem.prompts]).result()
+
+
 Judge = Callable[[Group], dict[str, float]]
 
 
-def judge(problem: Problem, decode: Callable[[Sequence[int]], str]) -> Judge:
-    """The task's own verdict on a group, from its texts; no metrics where the task has none."""
+def judge(problem: Problem, decode: Callable[[Sequence[int]], str], rewards: Rewards) -> Judge:
+    """The task's own verdict on a group, from its texts, and its samples' vote where the evidence has alternatives."""
 
     def verdict(group: Group) -> dict[str, float]:
-        if problem.judge is None:
-            return {}
-        return problem.judge(group.prompt, [decode(t.tokens_T.tolist()) for t in group.trajectories_K])
+        result = {}
+        if problem.judge is not None:
+            result |= problem.judge(group.prompt, [decode(t.tokens_T.tolist()) for t in group.trajectories_K])
+        if others := problem.alternatives.get(group.prompt.id):
+            # Its own evidence comes last: `preferred` gives a tie to what comes first, and a tie is not right.
+            result |= tally(preferred(_log_reward_EK(group, others, rewards)), truth=len(others))
+        return result
 
     return verdict
+
+
+def _log_reward_EK(group: Group, others: Sequence[tuple[int, ...]], rewards: Rewards) -> np.ndarray:
+    """float64 [E, K]: log R of each sample with each of the other evidences, and last with the group's own, nats."""
+    prompts = [replace(group.prompt, evidence_tokens=evidence) for evidence in others]
+    futures = [rewards.log_reward(prompt, group.trajectories_K) for prompt in prompts]
+    log_rewards = [*(future.result() for future in futures), group.log_reward_K]
+    return np.array([[log_reward_T[-1] for log_reward_T in log_reward_K] for log_reward_K in log_rewards])
 
 
 def sampled(

@@ -22,7 +22,7 @@ PROBLEM = Problem(PROMPTS, Constraints.of(stop_token=0, min_tokens=1, max_tokens
 class Lengths:
     """log R of stopping after t tokens is -t."""
 
-    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
+    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
         future: Future[list[np.ndarray]] = Future()
         future.set_result([-np.arange(len(trajectory) + 1.0) for trajectory in trajectories_K])
         return future

@@ -124,6 +124,10 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(folder: Pa
     metrics = json.loads(done.stdout.splitlines()[-1])
     assert json.loads((run / "heldout.json").read_text()) == metrics
     assert metrics["heldout/posterior/prompts_with_true_z"] == 1
+    rows = [json.loads(line) for line in (run / "heldout_samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 64
+    assert {(row["prompt"], row["context"]) for row in rows} == {("line-1", "<s>caab")}
+    assert all(0 < len(row["text"]) <= 3 and row["log_q"] < 0 for row in rows)
     assert metrics["heldout/posterior/spread"] != metrics["heldout/base/posterior/spread"]
     for which in ("heldout", "heldout/base"):
         assert metrics[f"{which}/posterior/log_z_lower"] < metrics[f"{which}/posterior/log_z_weighted"]

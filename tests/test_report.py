@@ -55,6 +55,12 @@ def test_a_plot_is_drawn_for_listed_and_for_sampled_outcomes(kind: str, tmp_path
     assert path.stat().st_size > 5000
 
 
+def test_an_evaluation_without_samples_has_no_plot(tmp_path: Path) -> None:
+    problem = tasks.build(parse({"task": {"kind": "continuation"}}).task, TOKENIZER)
+    chosen = Evaluation({"task/accuracy": 0.5}, [{"prompt": "a", "task/log_likelihood": -1.0}])
+    assert report.plots(tmp_path, problem, TOKENIZER, [(0, chosen), (9, chosen)]) == []
+
+
 def test_evaluations_are_read_back_as_written(tmp_path: Path) -> None:
     evaluation.write(tmp_path, 0, exact(np.array([-1.0, -2.0])))
     evaluation.write(tmp_path, 12, sampled(4.0, -5.0))

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from system.tasks import arithmetic, constrained, continuation, infilling, random_number, verifiable
+from system.tasks import arithmetic, constrained, continuation, infilling, random_number, subjectivity, verifiable
 from system.tasks.problem import Problem
 
 BUILDERS: dict[str, Callable[[Any, PreTrainedTokenizerBase], Problem]] = {
@@ -21,6 +21,7 @@ BUILDERS: dict[str, Callable[[Any, PreTrainedTokenizerBase], Problem]] = {
     "constrained": constrained.build,
     "verifiable": verifiable.build,
     "arithmetic": arithmetic.build,
+    "subjectivity": subjectivity.build,
 }
 
 

@@ -32,6 +32,12 @@ class Problem:
     rationale. What `loss.kind=mle` imitates and `replay.demonstrations` starts the buffer with."""
     tool: Tool | None = None
     """Writes into samples while they are drawn, at most `constraints.tool_tokens` tokens each."""
+    alternatives: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    """Prompt id -> the evidences Y that its own stands against: those of other labels. In evaluations each sample Z votes
+    for the evidence that the frozen model finds likeliest after it."""
+    choices: tuple[Trajectory, ...] = ()
+    """Where the policy answers: all that it may say, the same for all prompts; a prompt's demonstration is what is right.
+    Evaluations ask for the likeliest choice; prompts of the same meta["record"] vote."""
     judge: Callable[[Prompt, Sequence[str]], dict[str, float]] | None = None
     """Scores the texts of K on-policy samples of one prompt by what the task is about: accuracy, overlap, validity. A
     function of a module, since it travels between processes. Evaluations log the means over prompts as task/…."""
@@ -41,7 +47,8 @@ class Problem:
         """Tokens of the longest context that a model has to hold besides Z."""
 
         def scored(prompt: Prompt) -> int:
-            return len(prompt.reward_tokens) + len(self.reward_stop) + len(prompt.evidence_tokens or ())
+            evidences = (prompt.evidence_tokens or (), *self.alternatives.get(prompt.id, ()))
+            return len(prompt.reward_tokens) + len(self.reward_stop) + max(map(len, evidences))
 
         return max(max(len(prompt.policy_tokens), scored(prompt)) for prompt in self.prompts)
 

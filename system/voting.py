@@ -1,0 +1,28 @@
+"""Predictions by vote: each sample of a record says what it is, and what is said most often is the prediction."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def preferred(log_reward_EK: np.ndarray) -> np.ndarray:
+    """int64 [K]: which of E evidences is the likeliest after each of K samples, the first of equals.
+
+    log R of a sample holds log p(Z stop | X) with every evidence, so it cancels and log R compares log p(Y | X Z stop).
+    """
+    return log_reward_EK.argmax(axis=0)
+
+
+def tally(votes_K: np.ndarray, truth: int) -> dict[str, float]:
+    """Of one record whose right answer is number `truth`: shares of 1.
+
+    `accuracy` is 1 where the truth has more votes than any other answer, so a tie is wrong; `sample_accuracy` is its share
+    of the votes, and `votes_agree` that of the answer with the most.
+    """
+    counts = np.bincount(votes_K, minlength=truth + 1)
+    others = np.delete(counts, truth)
+    return {
+        "accuracy": float(counts[truth] > others.max(initial=0)),
+        "sample_accuracy": float(counts[truth] / len(votes_K)),
+        "votes_agree": float(counts.max() / len(votes_K)),
+    }
