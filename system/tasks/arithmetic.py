@@ -186,6 +186,15 @@ def result(text: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def log_correct(prompt: Prompt, text: str, tokens: list[int]) -> float:
+    """0 for a rationale that ends with the right result, -20 for any other one: p(Y | Z) where a small model's is too soft.
+
+    After a rationale with a wrong result a small model finds the right answer only a few nats less likely, and a step that is
+    left out saves more than that, so that its own posterior prefers short wrong rationales.
+    """
+    return 0.0 if result(text) == prompt.meta["answer"] else -20.0
+
+
 def judge(prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
     """Whether the answer that most texts give is right (a tie, or no number, is wrong), and the share of right texts."""
     answer = prompt.meta["answer"]
