@@ -99,13 +99,13 @@ def sampled(
     metrics = mean_metrics(bounds_G)
     metrics["posterior/log_q_stop"] = float(np.mean([score.log_q_stop_K.mean() for score in scores]))
     metrics["posterior/length"] = float(np.mean([row["length"] for row in per_prompt]))
-    metrics |= mean_verdicts(per_prompt)
+    metrics |= means(per_prompt)
     return Evaluation(metrics, per_prompt, table)
 
 
-def mean_verdicts(per_prompt: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means of the task/… metrics over the prompts that have them: a missing one or NaN is no verdict."""
-    names = dict.fromkeys(name for row in per_prompt for name in row if name.startswith("task/"))
+def means(per_prompt: Sequence[Mapping[str, Any]], prefix: str | tuple[str, ...] = "task/") -> dict[str, float]:
+    """Means of the metrics of that prefix over the prompts that have them: a missing one or NaN is no verdict."""
+    names = dict.fromkeys(name for row in per_prompt for name in row if name.startswith(prefix))
     values = {name: [row[name] for row in per_prompt if not math.isnan(row.get(name, math.nan))] for name in names}
     return {name: float(np.mean(known)) for name, known in values.items() if known}
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from system import tasks
 from system.config import ConfigError, Continuation, parse
-from system.evaluation import mean_verdicts
+from system.evaluation import means
 from system.language_model import decode, load_tokenizer
 from system.models import locate
 from system.tasks.constrained import log_constraint, validity
@@ -459,4 +459,4 @@ def test_each_task_brings_its_judge(kind: str, judge: Any, smollm2: PreTrainedTo
 
 def test_a_verdict_that_some_prompts_lack_is_the_mean_over_the_others() -> None:
     rows = [{"prompt": "a", "length": 3.0}, {"task/bleu_4": 0.5, "task/x": np.nan}, {"task/bleu_4": 0.1, "task/x": np.nan}]
-    assert mean_verdicts(rows) == {"task/bleu_4": pytest.approx(0.3)}
+    assert means(rows) == {"task/bleu_4": pytest.approx(0.3)}
