@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from actors import rewards
 from actors.sampler import Sampler
@@ -12,6 +13,19 @@ from system.config import Config
 from system.language_model import LanguageModel, decode, load_pretrained, load_tokenizer, resolve_device
 from system.models import locate
 from system.tasks.problem import Problem
+
+
+def build_reward(
+    config: Config, problem: Problem, tokenizer: PreTrainedTokenizerBase, model: LanguageModel | None
+) -> rewards.Reward:
+    """Raises ConfigError if a function of the config cannot be imported."""
+    return rewards.build(
+        config.task.reward,
+        model=model,
+        stop=problem.reward_stop,
+        decode=lambda tokens: decode(tokenizer, tokens),
+        token_budget=config.sampler.token_budget,
+    )
 
 
 def build_sampler(config: Config, problem: Problem, on_death: Callable[[], None] = lambda: None) -> Sampler:
@@ -27,13 +41,7 @@ def build_sampler(config: Config, problem: Problem, on_death: Callable[[], None]
     if rewards.needs_language_model(config.task.reward):
         device = resolve_device("auto" if config.actors.gpus else "cpu")
         model = LanguageModel(load_pretrained(folder, getattr(torch, config.sampler.reward_dtype), device))
-    reward = rewards.build(
-        config.task.reward,
-        model=model,
-        stop=problem.reward_stop,
-        decode=lambda tokens: decode(tokenizer, tokens),
-        token_budget=config.sampler.token_budget,
-    )
+    reward = build_reward(config, problem, tokenizer, model)
     return Sampler.build(
         config, folder, problem.constraints, reward,
         longest_prompt=problem.longest_prompt, tool=problem.tool, on_death=on_death,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -129,7 +130,8 @@ def sampled(
 ) -> Evaluation:
     """Bounds on log Z, ESS and spread from `samples` on-policy draws of each prompt, at reward temperature `temperature`.
 
-    `judge` adds what it says of each prompt's group to its row, and the means to the metrics, as task/….
+    `judge` adds what it says of each prompt's group to its row, and the means to the metrics, as task/… (a prompt
+    without a metric takes no part in its mean).
 
     Raises:
         SamplerDied: the samplers that a prompt was given to died ATTEMPTS times.
@@ -150,9 +152,15 @@ def sampled(
     metrics = mean_metrics(bounds_G)
     metrics["posterior/log_q_stop"] = float(np.mean([score.log_q_stop_K.mean() for score in scores]))
     metrics["posterior/length"] = float(np.mean([row["length"] for row in per_prompt]))
-    for name in [name for name in per_prompt[0] if name.startswith("task/")]:
-        metrics[name] = float(np.mean([row[name] for row in per_prompt]))
+    metrics |= means(per_prompt)
     return Evaluation(metrics, per_prompt, table)
+
+
+def means(per_prompt: Sequence[Mapping[str, Any]], prefix: str | tuple[str, ...] = "task/") -> dict[str, float]:
+    """Means of the metrics of that prefix over the prompts that have them: a missing one or NaN is no verdict."""
+    names = dict.fromkeys(name for row in per_prompt for name in row if name.startswith(prefix))
+    values = {name: [row[name] for row in per_prompt if not math.isnan(row.get(name, math.nan))] for name in names}
+    return {name: float(np.mean(known)) for name, known in values.items() if known}
 
 
 def _draw(requests: Requests, samplers: Samplers, samples: int, round_: int) -> list[Group]:

@@ -13,13 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from system import tasks
 from system.config import ConfigError, Continuation, parse
+from system.evaluation import means
 from system.language_model import decode, load_tokenizer
 from system.models import locate
-from system.tasks.constrained import log_constraint
-from system.tasks.continuation import read_prompts
+from system.tasks.constrained import log_constraint, validity
+from system.tasks.continuation import read_prompts, variety
+from system.tasks.infilling import overlap
 from system.tasks.problem import Problem, context_tokens, sampled, single_token
 from system.tasks.random_number import log_reward, paper_log_reward
-from system.tasks.verifiable import last_number
+from system.tasks.verifiable import correctness, last_number
 from system.trajectory import Prompt
 from tests import tiny
 
@@ -389,3 +391,72 @@ def test_every_kind_of_task_has_a_builder() -> None:
     for kind in ("random_number", "continuation"):
         assert kind in tasks.BUILDERS
         assert problem(kind).prompts
+
+
+# ---------------------------------------------------------------------------------------------------------- verdicts
+
+
+def asked(**meta: Any) -> Prompt:
+    return Prompt("p", (1,), (1,), meta=meta)
+
+
+def test_an_infilled_sentence_is_compared_with_the_storys_own_without_its_stop() -> None:
+    prompt = asked(middle="The cat sat on the mat.", stop=".")
+    same, near, far = (overlap(prompt, [text]) for text in (" The cat sat on the mat", " The dog sat on the mat", " No"))
+    assert same == {"bleu_4": pytest.approx(1.0), "gleu_4": pytest.approx(1.0)}
+    # 5/6, 3/5, 2/4 and 1/3 of the n-grams are right; GLEU counts them together.
+    assert near["bleu_4"] == pytest.approx((5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
+    assert near["gleu_4"] == pytest.approx(11 / 18)
+    assert far["bleu_4"] < 0.01
+    assert far["gleu_4"] == 0.0
+    both = overlap(prompt, [" The cat sat on the mat", ""])
+    assert both["gleu_4"] == pytest.approx(0.5)
+
+
+def test_a_story_without_its_own_sentence_has_no_overlap() -> None:
+    assert overlap(asked(middle="", stop="."), ["a", "b"]) == {}
+
+
+def test_continuations_are_judged_by_the_share_of_distinct_ones() -> None:
+    assert variety(asked(), ["a", "b", "a", "a"]) == {"distinct": 0.5}
+
+
+def test_constrained_texts_are_judged_by_whether_they_satisfy() -> None:
+    constraint = {"keywords": ["cat"], "pattern": None, "predicate": None, "floor": -20.0}
+    result = validity(asked(constraint=constraint), ["a cat", "a catalogue", "a dog", "Cat!"])
+    assert result == {"validity": 0.5, "distinct": 1.0}
+    with_tokens = validity(asked(constraint=constraint | {"predicate": "a:b"}), ["a cat", "a dog"])
+    assert "validity" not in with_tokens
+
+
+@pytest.mark.parametrize(
+    ("texts", "accuracy", "vote", "distinct"),
+    [
+        (["7", "so 7", "3", "7"], 0.75, 1.0, 2 / 3),
+        (["7", "3"], 0.5, 0.0, 1.0),  # a tie
+        (["7", "7", "3", "3", "3"], 0.4, 0.0, 0.5),
+        (["7", "what", "who"], 1 / 3, 0.0, 1.0),  # most gave no number
+        (["2", "none"], 0.0, 0.0, np.nan),
+        (["7.0"], 1.0, 1.0, 1.0),
+    ],
+)
+def test_answers_are_judged_alone_and_by_their_majority(
+    texts: list[str], accuracy: float, vote: float, distinct: float
+) -> None:
+    result = correctness(asked(answer="7"), texts)
+    expected = {"accuracy": accuracy, "vote": vote, "distinct_answers": distinct}
+    assert result == pytest.approx(expected, nan_ok=True)
+
+
+def test_an_answer_that_is_no_number_gets_no_verdict() -> None:
+    assert correctness(asked(answer="Paris"), ["Paris"]) == {}
+
+
+@pytest.mark.parametrize(("kind", "judge"), [("continuation", variety), ("infilling", overlap), ("verifiable", correctness)])
+def test_each_task_brings_its_judge(kind: str, judge: Any, smollm2: PreTrainedTokenizerBase) -> None:
+    assert problem(kind, smollm2).judge is judge
+
+
+def test_a_verdict_that_some_prompts_lack_is_the_mean_over_the_others() -> None:
+    rows = [{"prompt": "a", "length": 3.0}, {"task/bleu_4": 0.5, "task/x": np.nan}, {"task/bleu_4": 0.1, "task/x": np.nan}]
+    assert means(rows) == {"task/bleu_4": pytest.approx(0.3)}

@@ -6,6 +6,7 @@ c is 1 where every keyword is there, the pattern is found and the predicate is t
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
@@ -32,7 +33,17 @@ def build(section: Constrained, tokenizer: PreTrainedTokenizerBase) -> Problem:
         "predicate": section.predicate,
         "floor": section.floor,
     }
-    return replace(problem, prompts=tuple(replace(p, meta=p.meta | {"constraint": constraint}) for p in problem.prompts))
+    prompts = tuple(replace(p, meta=p.meta | {"constraint": constraint}) for p in problem.prompts)
+    return replace(problem, prompts=prompts, judge=validity)
+
+
+def validity(prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
+    """Share of texts that satisfy the constraint, and of distinct ones. A predicate reads tokens too, which are not
+    here: with one, the first is not known."""
+    result = continuation.variety(prompt, texts)
+    if not prompt.meta["constraint"]["predicate"]:
+        result["validity"] = sum(satisfied(prompt, text, []) for text in texts) / len(texts)
+    return result
 
 
 def satisfied(prompt: Prompt, text: str, tokens: list[int]) -> bool:

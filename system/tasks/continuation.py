@@ -7,6 +7,7 @@ the target's doing, and `task.min_tokens` is the way to ask for longer ones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,13 @@ def build(section: NextSentence, tokenizer: PreTrainedTokenizerBase) -> Problem:
         prompts=tuple(prompts),
         constraints=support(section, tokenizer, stop, allowed),
         reward_stop=(stop,),
+        judge=variety,
     )
+
+
+def variety(prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
+    """Share of distinct texts."""
+    return {"distinct": len(set(texts)) / len(texts)}
 
 
 def read_prompts(section: NextSentence) -> list[tuple[int, str]]:

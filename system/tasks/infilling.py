@@ -6,10 +6,12 @@ what Z is scored under.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError, Infilling
@@ -46,7 +48,7 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
                 f"task.stories={section.stories!r}: the tokens of story {story.id!r} are not its text; "
                 "they are of another tokenizer: draw the stories anew with this model"
             )
-        meta = {"before": story.before, "middle": story.middle, "after": story.after}
+        meta = {"before": story.before, "middle": story.middle, "after": story.after, "stop": section.stop}
         middle = tokens.get("middle")
         if middle is None and story.middle:
             middle = tokenizer.encode(" " + story.middle.removesuffix(section.stop), add_special_tokens=False)
@@ -58,7 +60,28 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
         constraints=constraints,
         reward_stop=(stop,),
         demonstrations=demonstrations,
+        judge=overlap,
     )
+
+
+def overlap(prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
+    """BLEU-4 and GLEU-4 with the story's own sentence, in 0..1, means over samples; nothing where it is not known.
+
+    Neither side has its stop, which all samples would get right. Smoothing is NLTK's method 1, as in the paper's code.
+    """
+    # Takes seconds, and only an evaluation needs it.
+    from nltk.tokenize import wordpunct_tokenize
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+    from nltk.translate.gleu_score import sentence_gleu
+
+    references = [wordpunct_tokenize(prompt.meta["middle"].removesuffix(prompt.meta["stop"]))]
+    if not references[0]:
+        return {}
+    smoothing = SmoothingFunction().method1
+    words_K = [wordpunct_tokenize(text) for text in texts]
+    bleu_K = [float(sentence_bleu(references, words, smoothing_function=smoothing)) for words in words_K]  # type: ignore[arg-type]
+    gleu_K = [float(sentence_gleu(references, words)) for words in words_K]
+    return {"bleu_4": float(np.mean(bleu_K)), "gleu_4": float(np.mean(gleu_K))}
 
 
 def read_stories(section: Infilling) -> list[Story]:

@@ -7,7 +7,10 @@ arXiv:2503.18929). Without a file the questions are all sums of two digits.
 from __future__ import annotations
 
 import itertools
+import math
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ def build(section: Verifiable, tokenizer: PreTrainedTokenizerBase) -> Problem:
         prompts=tuple(prompts),
         constraints=support(section, tokenizer, stop, ordinary_tokens(tokenizer)),
         reward_stop=(stop,),
+        judge=correctness,
     )
 
 
@@ -56,11 +60,34 @@ def _question(record: Any, number: int, section: Verifiable) -> tuple[int, str, 
     raise ConfigError(f'{where}: needs {{"question": text, "answer": text or number}}')
 
 
+def correctness(prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
+    """Accuracy of the samples, whether their majority is right (a tie is not, nor are most without a number), and the
+    share of distinct texts among the right ones, NaN without any. Nothing for an answer that is no number."""
+    try:
+        answer = float(prompt.meta["answer"])
+    except ValueError:
+        return {}
+    given_K = [_number(text) for text in texts]
+    right = [text for text, given in zip(texts, given_K, strict=True) if given == answer]
+    (first, count), *others = Counter(given_K).most_common(2)
+    tied = any(other == count for _, other in others)
+    return {
+        "accuracy": len(right) / len(texts),
+        "vote": float(first == answer and not tied),
+        "distinct_answers": len(set(right)) / len(right) if right else math.nan,
+    }
+
+
+def _number(text: str) -> float | None:
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", text)
+    return float(numbers[-1]) if numbers else None
+
+
 def last_number(prompt: Prompt, text: str, tokens: list[int]) -> float:
     """1 if the last number of the text is the answer, else 0; a text without one is wrong."""
-    numbers = re.findall(r"-?\d+(?:\.\d+)?", text)
     try:
-        return float(bool(numbers) and float(numbers[-1]) == float(prompt.meta["answer"]))
+        given = _number(text)
+        return float(given is not None and given == float(prompt.meta["answer"]))
     except ValueError:
         raise ValueError(
             f"prompt {prompt.id!r}: the answer {prompt.meta['answer']!r} is no number; "

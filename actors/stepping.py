@@ -1,0 +1,77 @@
+"""A model stepped one token at a time over a batch of rows, with its keys and values kept: what decoding is written on.
+
+vLLM is the engine of training and is faster; it gives samples, not the distributions that a search or a particle filter
+chooses from. Here the model is a plain Hugging Face one, and the support is that of `system.constraints`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from system.constraints import Constraints
+
+
+class NextTokens:
+    """log q of what may come next, and the count of what it costs: `tokens_forwarded` through the model since the start."""
+
+    def __init__(self, model: PreTrainedModel, constraints: Constraints) -> None:
+        self.model = model
+        self.constraints = constraints
+        self.tokens_forwarded = 0
+        self.device = next(model.parameters()).device
+        self._columns = torch.from_numpy(constraints.columns).to(self.device)
+
+    def start(self, prompt_tokens: Sequence[int]) -> Rows:
+        """One row: the prompt, and nothing drawn."""
+        return Rows(self, prompt_tokens)
+
+    @torch.no_grad()
+    def next_log_probs(self, tokens_BL: Tensor, cache: DynamicCache, depth: int) -> Tensor:
+        """Reads L more tokens of each row into `cache`. Returns log q over the columns of the support, float32 [B, C], nats.
+
+        `depth` is how many tokens have been drawn. At the maximum length nothing is read: the stop is certain.
+        """
+        constraints = self.constraints
+        if constraints.must_stop(np.array(depth)):
+            log_q_BC = torch.full((len(tokens_BL), len(constraints.columns)), -torch.inf, device=self.device)
+            log_q_BC[:, constraints.stop_column] = 0.0
+            return log_q_BC
+        self.tokens_forwarded += tokens_BL.numel()
+        output = self.model(input_ids=tokens_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits_BC = output.logits[:, -1, self._columns].float()
+        if not constraints.may_stop(np.array(depth)):
+            logits_BC[:, constraints.stop_column] = -torch.inf
+        return logits_BC.log_softmax(-1)
+
+
+class Rows:
+    """B unfinished sequences of one prompt, all of `depth` tokens. `log_q_BC`, float32 nats, is for their next one."""
+
+    def __init__(self, policy: NextTokens, prompt_tokens: Sequence[int]) -> None:
+        self._policy = policy
+        self._cache = DynamicCache(config=policy.model.config)
+        self.depth = 0
+        prompt_BL = torch.tensor([list(prompt_tokens)], device=policy.device)
+        self.log_q_BC = policy.next_log_probs(prompt_BL, self._cache, 0)
+
+    def select(self, parent_B: np.ndarray) -> None:
+        """Row b becomes what row parent_B[b] was: rows are dropped, repeated and reordered."""
+        if np.array_equal(parent_B, np.arange(len(self.log_q_BC))):
+            return
+        parents = torch.from_numpy(parent_B).to(self._policy.device)
+        self._cache.batch_select_indices(parents)
+        self.log_q_BC = self.log_q_BC[parents]
+
+    def advance(self, parent_B: np.ndarray, column_B: np.ndarray) -> None:
+        """Row b becomes row parent_B[b] with one token more, of column column_B[b] (int64 both). Without rows, nothing."""
+        if len(parent_B) == 0:
+            return
+        self.select(parent_B)
+        self.depth += 1
+        tokens_BL = torch.from_numpy(self._policy.constraints.columns[column_B])[:, None].to(self._policy.device)
+        self.log_q_BC = self._policy.next_log_probs(tokens_BL, self._cache, self.depth)

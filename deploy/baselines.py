@@ -1,0 +1,232 @@
+"""What sampling without training gives: `python deploy/baselines.py CONFIG [key=value …] --methods ancestral,smc --samples K`.
+
+For each prompt of the config's task, each method draws K samples from the base model; `--run RUN` adds the adapter of a
+finished run as the method `gflownet`. Writes OUTPUT_DIR/NAME-baselines-…/ with baselines.json and a folder a method (its
+samples, its MLflow run), for `deploy/compare.py`. All metrics are means over prompts:
+
+    task/{max,mean}_log_reward       log R of the K samples, untempered, nats
+    task/{max,mean}_log_likelihood   log p(Z stop | X) of the frozen model, nats, where the reward needs one
+    task/diversity, task/distinct    1 - mean cosine of sentence embeddings; share of distinct samples
+    posterior/…                      bounds on log Z at the config's last reward temperature, where the method has weights
+    model_tokens, seconds            what K samples of a prompt cost: tokens read by policy and reward, and time
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from actors.settings import engine_environment  # noqa: E402
+from deploy.job import find_run  # noqa: E402
+from system import config as configuration  # noqa: E402
+from system.config import Config, ConfigError  # noqa: E402
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from actors.decoding import Decoder, Draws
+    from system.trajectory import Prompt
+
+logger = logging.getLogger("headwater")
+
+TUNED = "gflownet"
+MEANS = ("task/", "posterior/", "model_tokens", "seconds")
+
+
+class Baselines:
+    """The models, the reward and the encoder, loaded once; `measure` then takes one method after the other.
+
+    Raises:
+        ConfigError: the model cannot be had, or the run has no adapter or one of another model.
+    """
+
+    def __init__(self, config: Config, settings: dict[str, Any], run_dir: Path | None) -> None:
+        import torch
+
+        from actors import rewards
+        from actors.build import build_reward
+        from actors.decoding import Settings
+        from system import tasks
+        from system.language_model import LanguageModel, load_pretrained, load_tokenizer, resolve_device
+        from system.models import context_length, locate
+
+        self.config, self.settings = config, Settings(**settings)
+        self.folder = locate(config.model)
+        self.tokenizer = load_tokenizer(self.folder)
+        self.problem = tasks.build(config.task, self.tokenizer)
+        config.check_lengths(context_length(self.folder), self.problem.longest_prompt)
+        self.device = resolve_device("auto" if config.actors.gpus else "cpu")
+        self.base = load_pretrained(self.folder, getattr(torch, config.sampler.reward_dtype), self.device)
+        frozen = LanguageModel(self.base)
+        self.reward = build_reward(config, self.problem, self.tokenizer, frozen)
+        self.likelihood: rewards.Posterior | None = None
+        if rewards.needs_language_model(config.task.reward):
+            self.likelihood = rewards.Posterior(frozen, self.problem.reward_stop, config.sampler.token_budget)
+        self.tuned = self._adapted(run_dir) if run_dir else None
+        self.encoder = self._encoder()
+
+    def _adapted(self, run_dir: Path) -> Any:
+        import safetensors.numpy
+        import torch
+
+        from learner.policy import Policy
+
+        run = configuration.load(run_dir / "config.yaml", [])
+        path = run_dir / "adapter" / "adapter_model.safetensors"
+        if not path.is_file():
+            raise ConfigError(f"{run_dir} has no {path.relative_to(run_dir)}: the run did not end; --resume it first")
+        if run.model != self.config.model:
+            raise ConfigError(f"--run: its model is {run.model.path!r}, but the config's is {self.config.model.path!r}")
+        dtype = getattr(torch, self.config.learner.dtype)
+        policy = Policy(self.folder, run.lora, self.problem.constraints, dtype=dtype, device=self.device)
+        try:
+            policy.load_adapter(safetensors.numpy.load_file(path))
+        except ValueError as error:
+            raise ConfigError(f"{path} does not fit lora.rank={run.lora.rank}: {error}") from error
+        return policy.language_model.model.eval()
+
+    def _encoder(self) -> Any:
+        from system.diversity import Encoder
+
+        try:
+            return Encoder()
+        except ConfigError as error:
+            logger.warning("no task/diversity: %s", error)
+            return None
+
+    def measure(self, method: str, samples: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """(metrics, one row a sample) of a method of `actors.decoding`, or of `gflownet`."""
+        from actors.decoding import Decoder
+        from system.evaluation import means
+
+        model, temperature = self.base, self.config.learner.reward_temperature.end
+        if method == TUNED:
+            assert self.tuned is not None
+            method, model = "ancestral", self.tuned
+        decoder = Decoder(model, self.problem.constraints, self.reward, temperature, self.settings, self.config.seed)
+        results = [self._prompt(decoder, method, prompt, samples) for prompt in self.problem.prompts]
+        metrics = means([metrics for metrics, _ in results], MEANS)
+        return metrics, [row for _, rows in results for row in rows]
+
+    def _prompt(
+        self, decoder: Decoder, method: str, prompt: Prompt, samples: int
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        from dataclasses import replace
+
+        from system.language_model import decode
+        from system.tasks.problem import sampled
+
+        started = time.perf_counter()
+        draws = decoder.draw(method, prompt, samples)
+        metrics = {"model_tokens": float(draws.model_tokens), "seconds": time.perf_counter() - started}
+        texts = [decode(self.tokenizer, tokens) for tokens in draws.tokens_K]
+        log_reward_K = decoder.log_target(prompt, draws.tokens_K) * decoder.reward_temperature
+        metrics |= {"task/max_log_reward": float(log_reward_K.max()), "task/mean_log_reward": float(log_reward_K.mean())}
+        if self.likelihood is not None:
+            trajectories_K = [sampled(list(tokens)) for tokens in draws.tokens_K]
+            scores = self.likelihood.score(replace(prompt, evidence_tokens=None), trajectories_K)
+            log_p_K = [float(score_T[-1]) for score_T in scores]
+            metrics |= {"task/max_log_likelihood": max(log_p_K), "task/mean_log_likelihood": sum(log_p_K) / len(log_p_K)}
+        metrics["task/distinct"] = len(set(draws.tokens_K)) / len(draws.tokens_K)
+        if self.encoder is not None:
+            metrics["task/diversity"] = self.encoder.diversity(texts)
+        if self.problem.judge is not None:
+            metrics |= {f"task/{name}": value for name, value in self.problem.judge(prompt, texts).items()}
+        log_weight_K = draws.log_weights(log_reward_K / decoder.reward_temperature)
+        metrics |= _bounds(draws, log_weight_K)
+        rows = [
+            {"prompt": prompt.id, "text": text, "tokens": list(tokens), "log_reward": float(log_reward)}
+            for text, tokens, log_reward in zip(texts, draws.tokens_K, log_reward_K, strict=True)
+        ]
+        for row, log_weight in zip(
+            rows, [] if log_weight_K is None else log_weight_K.tolist(), strict=log_weight_K is not None
+        ):
+            row["log_weight"] = log_weight
+        return metrics, rows
+
+
+def _bounds(draws: Draws, log_weight_K: np.ndarray | None) -> dict[str, float]:
+    """All of them for independent draws; a resampled set has an estimate of log Z alone."""
+    from system.posterior import Bounds, mean_metrics
+
+    if draws.log_z is not None:
+        return {"posterior/log_z_weighted": draws.log_z}
+    return {} if log_weight_K is None else mean_metrics([Bounds.of(log_weight_K)])
+
+
+def run(config: Config, methods: list[str], samples: int, settings: dict[str, Any], run_dir: Path | None) -> Path:
+    """Measures the methods, one MLflow run each. Returns the folder with baselines.json.
+
+    Raises:
+        ConfigError: as `Baselines`, or a method that does not exist.
+    """
+    from actors.decoding import METHODS
+    from system.tracking import Tracker
+
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        raise ConfigError(f"--methods: no {unknown[0]!r}; there are {', '.join(METHODS)} (and {TUNED} with --run)")
+    baselines = Baselines(config, settings, run_dir)
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder = (Path(config.output_dir) / f"{config.name}-baselines-{stamp}").resolve()
+    result: dict[str, Any] = {"run": config.name, "task": config.task.kind, "seed": config.seed, "samples": samples}
+    result |= {"settings": settings, "adapter": run_dir and str(run_dir), "methods": {}}
+    for method in [*methods, TUNED] if run_dir else methods:
+        metrics, rows = baselines.measure(method, samples)
+        logger.info("%s: %s", method, " ".join(f"{name}={value:.4g}" for name, value in metrics.items()))
+        result["methods"][method] = metrics
+        tracker = Tracker(folder / method, config.model_copy(update={"name": f"{config.name}-{method}"}))
+        tracker.tags({"method": method, "samples": str(samples)} | {f"method.{k}": str(v) for k, v in settings.items()})
+        tracker.metrics(metrics, 0)
+        tracker.table("samples", rows, 0)
+        tracker.close("FINISHED")
+        # After each method: what is measured stays if the next one is interrupted.
+        (folder / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+        (folder / "baselines.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
+    return folder
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python deploy/baselines.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="a YAML file, such as deploy/configs/continuation.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as task.offset=950")
+    parser.add_argument("--methods", default="ancestral,tempered,nucleus,beam,diverse_beam,best_of_n,sir,smc")
+    parser.add_argument("--samples", type=int, default=16, help="K, kept of each prompt")
+    parser.add_argument("--run", help="folder of a finished run, or its name under runs/: its adapter is a method too")
+    parser.add_argument("--temperature", type=float, help="of tempered (0.8)")
+    parser.add_argument("--top-p", type=float, help="of nucleus (0.95)")
+    parser.add_argument("--penalty", type=float, help="of diverse_beam, nats (1.0)")
+    parser.add_argument("--oversample", type=int, help="of best_of_n, sir and smc: sequences drawn for each one kept (4)")
+    parser.add_argument("--twist", choices=("likelihood", "reward"), help="of smc: its intermediate targets (likelihood)")
+    arguments = parser.parse_intermixed_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    names = ("temperature", "top_p", "penalty", "oversample", "twist")
+    settings = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    try:
+        if arguments.samples < 2:
+            raise ConfigError(f"--samples={arguments.samples}: one draw says nothing about the spread; take 2 at least")
+        config = configuration.load(arguments.config, arguments.overrides)
+        os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
+        run_dir = find_run(arguments.run) if arguments.run else None
+        folder = run(config, arguments.methods.split(","), arguments.samples, settings, run_dir)
+    except ConfigError as error:
+        print(f"config error: {error}", file=sys.stderr)
+        return 2
+    print(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

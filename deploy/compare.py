@@ -1,0 +1,202 @@
+"""Runs side by side: `python deploy/compare.py RUN … [--metric NAME …] [--plots FOLDER]`, a Markdown table on stdout.
+
+Reads the folders of runs (summary.json, heldout.json) and of `deploy/baselines.py` (baselines.json); no server is needed. A
+row is a run or a method: at the end of training, and on held-out prompts where `deploy/evaluate.py` was run, the base model
+beside it. Runs that differ in nothing but the seed are one row: their mean, with the least and the largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+from deploy.job import find_run  # noqa: E402
+from system import config as configuration  # noqa: E402
+from system.config import ConfigError  # noqa: E402
+
+SHOWN = ("task/", "posterior/", "exact/", "model_tokens", "seconds")
+INCIDENTAL = {"seed", "output_dir", "tracking", "cluster", "actors"}
+"""Sections of a config that say where and how it ran, not what."""
+PLANE = ("task/diversity", "task/max_log_likelihood")
+"""The axes of the paper's figure 3."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One result, in the units that its metrics have: nats, tokens, seconds."""
+
+    name: str
+    key: str
+    """Equal for results that differ in the seed alone."""
+    seed: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    seeds: tuple[int, ...]
+    values: dict[str, tuple[float, ...]]
+    """Metric -> a value a run, of the runs that have it."""
+
+
+def read(folder: Path) -> list[Entry]:
+    """What a folder has to show.
+
+    Raises:
+        ConfigError: it has no results, or its files are not what a run writes.
+    """
+    config = configuration.load(folder / "config.yaml", [])
+    kept = {name: value for name, value in config.model_dump(mode="json").items() if name not in INCIDENTAL}
+    try:
+        found = list(_results(folder, config.name, kept))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{folder}: its results cannot be read: {type(error).__name__}: {error}") from error
+    if not found:
+        raise ConfigError(
+            f"{folder} has no summary.json, heldout.json or baselines.json: the run did not end; --resume it first"
+        )
+    return [
+        Entry(name, json.dumps([name, same], sort_keys=True), config.seed, {k: float(v) for k, v in metrics.items()})
+        for name, same, metrics in found
+    ]
+
+
+def _results(folder: Path, run: str, config: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, float]]]:
+    """(row's name, what it has in common with its repetitions, metrics)."""
+
+    def content(name: str) -> dict[str, Any]:
+        path = folder / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    summary, heldout, baselines = content("summary.json"), content("heldout.json"), content("baselines.json")
+    if "after" in summary:
+        yield f"{run}: before", config, summary["before"]
+        yield f"{run}: after", config, summary["after"]
+    if heldout:
+        base = {name.removeprefix("heldout/base/"): value for name, value in heldout.items() if "/base/" in name}
+        tuned = {name.removeprefix("heldout/"): value for name, value in heldout.items() if "/base/" not in name}
+        yield f"{run}: held out, base", config, base
+        yield f"{run}: held out", config, tuned
+    for method, metrics in baselines.get("methods", {}).items():
+        yield f"{run}: {method}", [config, baselines["samples"], baselines["settings"]], metrics
+
+
+def rows(entries: Sequence[Entry]) -> list[Row]:
+    """Entries of equal key as one, in the order in which they were first given."""
+    grouped: dict[str, list[Entry]] = {}
+    for entry in entries:
+        grouped.setdefault(entry.key, []).append(entry)
+    result = []
+    for same in grouped.values():
+        names = dict.fromkeys(name for entry in same for name in entry.metrics)
+        values = {name: tuple(e.metrics[name] for e in same if name in e.metrics) for name in names}
+        result.append(Row(same[0].name, tuple(entry.seed for entry in same), values))
+    return result
+
+
+def metrics_of(table: Sequence[Row], wanted: Sequence[str]) -> list[str]:
+    """The columns: those asked for, or all of the task, the posterior and the cost.
+
+    Raises:
+        ConfigError: a metric that no row has.
+    """
+    known = list(dict.fromkeys(name for row in table for name in row.values))
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise ConfigError(f"--metric {unknown[0]}: no run has it; there are {', '.join(known)}")
+    return list(wanted) or sorted((name for name in known if name.startswith(SHOWN)), key=_rank)
+
+
+def _rank(name: str) -> int:
+    return next(rank for rank, prefix in enumerate(SHOWN) if name.startswith(prefix))
+
+
+def cell(values: Sequence[float]) -> str:
+    """The mean, and of several runs the range; empty where there is none."""
+    if not values:
+        return ""
+    mean = f"{np.mean(values):.4g}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.4g} to {max(values):.4g})"
+
+
+def markdown(table: Sequence[Row], metrics: Sequence[str]) -> str:
+    """A row a line, a metric a column; `runs` counts how many are behind a row."""
+    lines = ["| run | runs | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 2) + "|"]
+    for row in table:
+        cells = [cell(row.values.get(name, ())) for name in metrics]
+        lines.append(f"| {row.name} | {len(row.seeds)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plots(folder: Path, table: Sequence[Row], metrics: Sequence[str]) -> list[Path]:
+    """PNG files: a panel of bars a metric, and likelihood against diversity where both are known."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(
+        len(metrics), 1, figsize=(8, len(metrics) * (0.6 + 0.3 * len(table))), layout="constrained", squeeze=False
+    )
+    for axis, name in zip(axes[:, 0], metrics, strict=True):
+        for at, row in enumerate(table):
+            if values := row.values.get(name):
+                mean = float(np.mean(values))
+                spread = [[mean - min(values)], [max(values) - mean]] if len(values) > 1 else None
+                axis.barh(at, mean, xerr=spread, color=f"C{at % 10}")
+        axis.set_yticks(range(len(table)), [row.name for row in table])
+        axis.invert_yaxis()
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    written = [folder / "metrics.png"]
+    figure.savefig(written[0], dpi=120)
+    plt.close(figure)
+    points = [row for row in table if all(row.values.get(name) for name in PLANE)]
+    if points:
+        figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
+        for at, row in enumerate(points):
+            x, y = (float(np.mean(row.values[name])) for name in PLANE)
+            axis.plot(x, y, "o", color=f"C{at % 10}")
+            axis.annotate(row.name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axis.set_xlabel("diversity")
+        axis.set_ylabel("highest log-likelihood of the samples, nats")
+        axis.spines[["top", "right"]].set_visible(False)
+        written.append(folder / "likelihood_diversity.png")
+        figure.savefig(written[-1], dpi=120)
+        plt.close(figure)
+    return written
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python deploy/compare.py", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or of baselines, or its name under runs/")
+    parser.add_argument("--metric", action="append", default=[], help="a column; may be given several times")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="writes PNG files there")
+    arguments = parser.parse_args(argv)
+    try:
+        table = rows([entry for name in arguments.runs for entry in read(find_run(name))])
+        metrics = metrics_of(table, arguments.metric)
+    except ConfigError as error:
+        print(f"config error: {error}", file=sys.stderr)
+        return 2
+    print(markdown(table, metrics))
+    for path in plots(arguments.plots, table, metrics) if arguments.plots else []:
+        print(path, file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,150 @@
+"""Runs side by side, from folders as runs write them; and baselines measured on a tiny model, with their table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deploy import baselines, compare
+from learner.learner import Learner
+from system import config, tasks
+from system.config import Config, ConfigError
+from system.language_model import load_tokenizer
+from system.models import locate
+from tests import tiny
+
+
+def run(folder: Path, name: str, seed: int, bound: float, **other: Any) -> Path:
+    """A finished run's folder; `bound` is its last log Z bound, nats."""
+    path = folder / f"{name}-{seed}-{bound}"
+    path.mkdir(parents=True)
+    cfg = config.parse({"name": name, "seed": seed, "task": {"kind": "continuation"}, "output_dir": str(path), **other})
+    (path / "config.yaml").write_text(config.dump(cfg))
+    before, after = ({"posterior/log_z_lower": value, "task/distinct": 1.0} for value in (-30.0, bound))
+    (path / "summary.json").write_text(json.dumps({"run": name, "seed": seed, "before": before, "after": after}))
+    return path
+
+
+def table(*folders: Path) -> dict[str, compare.Row]:
+    made = compare.rows([entry for folder in folders for entry in compare.read(folder)])
+    assert len({row.name for row in made}) == len(made)
+    return {row.name: row for row in made}
+
+
+def test_seeds_of_one_config_are_one_row_with_their_mean_and_range(tmp_path: Path) -> None:
+    rows = table(*(run(tmp_path, "one", seed, bound) for seed, bound in enumerate((-10.0, -8.0, -9.0))))
+    assert set(rows) == {"one: before", "one: after"}
+    assert rows["one: after"].seeds == (0, 1, 2)
+    assert compare.cell(rows["one: after"].values["posterior/log_z_lower"]) == "-9 (-10 to -8)"
+    assert compare.cell((-3.0,)) == "-3"
+    assert compare.cell(()) == ""
+
+
+def test_another_config_or_name_is_another_row(tmp_path: Path) -> None:
+    folders = [
+        run(tmp_path, "one", 0, -10.0),
+        run(tmp_path, "one", 1, -8.0, learner={"lr": 0.5}),
+        run(tmp_path, "two", 2, -7.0),
+    ]
+    entries = [entry for folder in folders for entry in compare.read(folder)]
+    assert len(compare.rows(entries)) == 6
+
+
+def test_held_out_figures_stand_apart_from_those_of_the_training_prompts(tmp_path: Path) -> None:
+    folder = run(tmp_path, "one", 0, -10.0)
+    heldout = {"heldout/posterior/ess": 0.7, "heldout/base/posterior/ess": 0.1, "heldout/task/bleu_4": 0.02}
+    (folder / "heldout.json").write_text(json.dumps(heldout))
+    rows = table(folder)
+    assert rows["one: held out"].values == {"posterior/ess": (0.7,), "task/bleu_4": (0.02,)}
+    assert rows["one: held out, base"].values == {"posterior/ess": (0.1,)}
+    assert "posterior/ess" not in rows["one: after"].values
+
+
+def test_the_table_is_markdown_with_the_metrics_that_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run(tmp_path, "one", 0, -10.0)
+    assert compare.main([str(folder), "--metric", "task/distinct", "--plots", str(tmp_path / "plots")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "| run | runs | task/distinct |",
+        "|---|---|---|",
+        "| one: before | 1 | 1 |",
+        "| one: after | 1 | 1 |",
+    ]
+    assert (tmp_path / "plots" / "metrics.png").stat().st_size > 1000
+    assert compare.main([str(folder), "--metric", "task/nothing"]) == 2
+    assert "no run has it; there are posterior/log_z_lower, task/distinct" in capsys.readouterr().err
+
+
+def test_a_run_that_did_not_end_is_named(tmp_path: Path) -> None:
+    folder = run(tmp_path, "one", 0, -10.0)
+    (folder / "summary.json").unlink()
+    with pytest.raises(ConfigError, match="the run did not end"):
+        compare.read(folder)
+    (folder / "summary.json").write_text("{")
+    with pytest.raises(ConfigError, match="its results cannot be read"):
+        compare.read(folder)
+
+
+# ------------------------------------------------------------------------------------------------------- baselines
+
+
+@pytest.fixture(scope="module")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("baselines")
+    tiny.folder(folder).rename(folder / "model")
+    (folder / "prompts.txt").write_text("ab\ncab\n")
+    return config.parse(
+        {
+            "name": "told",
+            "output_dir": str(folder / "runs"),
+            "model": {"path": str(folder / "model")},
+            "lora": {"rank": 4, "alpha": 8},
+            "task": {"kind": "continuation", "prompts": str(folder / "prompts.txt"), "max_tokens": 4},
+            "learner": {"reward_temperature": {"start": 0.8, "end": 0.8}},
+            "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+        }
+    )
+
+
+def trained(cfg: Config) -> Path:
+    """A run's folder with an adapter that is not the base."""
+    path = Path(cfg.output_dir) / "trained"
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text(config.dump(cfg))
+    problem = tasks.build(cfg.task, load_tokenizer(locate(cfg.model)))
+    learner = Learner(cfg, locate(cfg.model), problem.constraints, cfg.model.path, list(range(10, 40)))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in learner.policy.parameters.values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    learner.adapter(1).materialise(path / "adapter")
+    return path
+
+
+def test_each_method_is_measured_and_the_adapter_beside_it(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("system.diversity.find_spec", lambda name: None)
+    methods = ["ancestral", "beam", "smc"]
+    folder = baselines.run(tiny_config, methods, 8, {"oversample": 2}, trained(tiny_config))
+    rows = table(folder)
+    assert list(rows) == ["told: ancestral", "told: beam", "told: smc", "told: gflownet"]
+    weighted = {name for name, row in rows.items() if "posterior/log_z_weighted" in row.values}
+    assert weighted == {"told: ancestral", "told: smc", "told: gflownet"}
+    for row in rows.values():
+        assert row.values["task/max_log_reward"] >= row.values["task/mean_log_reward"]
+        assert row.values["task/max_log_likelihood"] == pytest.approx(row.values["task/max_log_reward"], abs=1e-4)
+        assert row.values["model_tokens"][0] > 0
+        assert "task/diversity" not in row.values
+    assert rows["told: smc"].values["model_tokens"] > rows["told: ancestral"].values["model_tokens"]
+    assert rows["told: gflownet"].values["task/mean_log_reward"] != rows["told: ancestral"].values["task/mean_log_reward"]
+    [samples] = (folder / "smc" / "tables" / "samples").glob("*.json")
+    content = json.loads(samples.read_text())
+    assert len(content["data"]) == 2 * 8
+    assert {"prompt", "text", "log_reward", "log_weight"} <= set(content["columns"])
+
+
+def test_a_method_that_is_not_there_is_named(tiny_config: Config) -> None:
+    with pytest.raises(ConfigError, match="no 'greedy'; there are ancestral, "):
+        baselines.run(tiny_config, ["greedy"], 4, {}, None)

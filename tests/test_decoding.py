@@ -1,0 +1,196 @@
+"""Sampling and search without training against exact enumeration, on a tiny model with a support of a few dozen sequences."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from actors.decoding import METHODS, Decoder, Settings, Tokens
+from actors.rewards import Posterior
+from system.constraints import Constraints
+from system.language_model import LanguageModel
+from system.posterior import log_mean_exp
+from system.tasks.problem import sampled
+from system.trajectory import Prompt
+from tests import tiny
+
+STOP, LETTERS = 20, (10, 11, 12)
+TEMPERATURE = 0.7
+"""Of the reward: the target is R^(1/T)."""
+PROMPTS = (Prompt("a", (1, 30, 31), (1, 30, 31), (35, 36)), Prompt("b", (1, 40, 33, 12), (1, 7), (9,)))
+
+
+@dataclass
+class Exact:
+    decoder: Decoder
+    outcomes: list[Tokens]
+    log_q_O: np.ndarray
+    log_target_O: np.ndarray
+
+    @property
+    def log_z(self) -> float:
+        return log_mean_exp(self.log_target_O) + np.log(len(self.outcomes))
+
+
+def decoder(kind: str = "llama", min_tokens: int = 1, max_tokens: int = 3, seed: int = 0, **settings: Any) -> Decoder:
+    model = tiny.KINDS[kind]()
+    constraints = Constraints.of(stop_token=STOP, min_tokens=min_tokens, max_tokens=max_tokens, vocab_size=64, allowed=LETTERS)
+    reward = Posterior(LanguageModel(model), (STOP,))
+    return Decoder(model, constraints, reward, TEMPERATURE, Settings(**settings), seed)
+
+
+def log_q(decoder: Decoder, prompt: Prompt, tokens: Tokens) -> float:
+    """By one forward of the whole sequence, with no cache and nothing of the code under test."""
+    constraints, total = decoder.constraints, 0.0
+    with torch.no_grad():
+        logits_LV = decoder.policy.model(torch.tensor([[*prompt.policy_tokens, *tokens]])).logits[0]
+    for depth, token in enumerate((*tokens, STOP)):
+        if depth == constraints.max_tokens:
+            break
+        allowed = [*LETTERS, STOP] if depth >= constraints.min_tokens else [*LETTERS]
+        logits = logits_LV[len(prompt.policy_tokens) - 1 + depth]
+        total += float(logits[token] - logits[allowed].logsumexp(0))
+    return total
+
+
+def enumerated(prompt: Prompt, **settings: Any) -> Exact:
+    made = decoder(**settings)
+    lengths = range(made.constraints.min_tokens, made.constraints.max_tokens + 1)
+    outcomes = [z for length in lengths for z in itertools.product(LETTERS, repeat=length)]
+    rewards = made.reward.score(prompt, [sampled(list(z)) for z in outcomes])
+    log_target_O = np.array([log_reward_T[-1] for log_reward_T in rewards]) / TEMPERATURE
+    return Exact(made, outcomes, np.array([log_q(made, prompt, z) for z in outcomes]), log_target_O)
+
+
+def shares(outcomes: list[Tokens], drawn: list[Tokens]) -> np.ndarray:
+    counts = Counter(drawn)
+    assert set(counts) <= set(outcomes), "outside the support"
+    return np.array([counts[z] for z in outcomes]) / len(drawn)
+
+
+def distance(p: np.ndarray, q: np.ndarray) -> float:
+    return 0.5 * float(np.abs(p - q).sum())
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_ancestral_samples_are_as_frequent_as_the_policy_says(kind: str) -> None:
+    exact = enumerated(PROMPTS[0], kind=kind, min_tokens=0)
+    assert np.exp(exact.log_q_O).sum() == pytest.approx(1.0, abs=1e-5)
+    draws = exact.decoder.draw("ancestral", PROMPTS[0], 4000)
+    assert distance(shares(exact.outcomes, draws.tokens_K), np.exp(exact.log_q_O)) < 0.05
+    assert draws.log_q_K is not None
+    expected = [exact.log_q_O[exact.outcomes.index(tokens)] for tokens in draws.tokens_K]
+    np.testing.assert_allclose(draws.log_q_K, expected, atol=1e-4)
+
+
+def test_tempered_samples_come_with_the_log_probs_that_they_were_drawn_with() -> None:
+    exact = enumerated(PROMPTS[0], temperature=0.5)
+    draws = exact.decoder.draw("tempered", PROMPTS[0], 4000)
+    assert draws.log_q_K is not None
+    own = dict(zip(draws.tokens_K, draws.log_q_K, strict=True))
+    frequent = {z: share for z, share in Counter(draws.tokens_K).items() if share > 200}
+    assert frequent
+    for z, count in frequent.items():
+        assert np.exp(own[z]) == pytest.approx(count / 4000, rel=0.25)
+    target_K = np.array([exact.log_target_O[exact.outcomes.index(z)] for z in draws.tokens_K])
+    weights = draws.log_weights(target_K)
+    assert weights is not None and log_mean_exp(weights) == pytest.approx(exact.log_z, abs=0.4)
+
+
+def test_the_nucleus_leaves_out_unlikely_tokens_and_claims_no_weights() -> None:
+    exact = enumerated(PROMPTS[0], top_p=0.3)
+    draws = exact.decoder.draw("nucleus", PROMPTS[0], 500)
+    everything = exact.decoder.draw("ancestral", PROMPTS[0], 500)
+    assert len(set(draws.tokens_K)) < len(set(everything.tokens_K))
+    assert draws.log_weights(np.zeros(500)) is None
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: prompt.id)
+def test_a_beam_as_wide_as_the_support_finds_all_of_it_in_order(prompt: Prompt) -> None:
+    exact = enumerated(prompt)
+    draws = exact.decoder.draw("beam", prompt, len(exact.outcomes))
+    order = np.argsort(-exact.log_q_O)
+    assert draws.tokens_K == [exact.outcomes[index] for index in order]
+
+
+def test_a_beam_gives_what_there_is_where_the_support_is_smaller() -> None:
+    exact = enumerated(PROMPTS[0], max_tokens=1)
+    assert len(exact.decoder.draw("beam", PROMPTS[0], 10).tokens_K) == 3
+
+
+def test_groups_that_are_penalised_for_repeating_differ_more() -> None:
+    alike = decoder(penalty=0.0).draw("diverse_beam", PROMPTS[0], 3).tokens_K
+    apart = decoder(penalty=50.0).draw("diverse_beam", PROMPTS[0], 3).tokens_K
+    assert len(set(alike)) == 1
+    assert {tokens[0] for tokens in apart} == set(LETTERS)
+
+
+def test_best_of_n_is_better_than_the_policy_and_costs_the_reward() -> None:
+    exact = enumerated(PROMPTS[0], oversample=8)
+    best, plain = (exact.decoder.draw(method, PROMPTS[0], 100) for method in ("best_of_n", "ancestral"))
+    mean = [np.mean(exact.decoder.log_target(PROMPTS[0], draws.tokens_K)) for draws in (best, plain)]
+    assert mean[0] > mean[1] + 1.0
+    assert best.model_tokens > 8 * plain.model_tokens / 2
+
+
+def test_the_two_prompts_have_different_partition_functions() -> None:
+    a, b = (enumerated(prompt).log_z for prompt in PROMPTS)
+    assert abs(a - b) > 1.0
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: prompt.id)
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("sir", {}), ("smc", {"twist": "likelihood"}), ("smc", {"twist": "reward"})],
+    ids=["sir", "smc-likelihood", "smc-reward"],
+)
+def test_weighted_methods_draw_from_the_target_and_estimate_its_log_z(
+    prompt: Prompt, method: str, settings: dict[str, Any]
+) -> None:
+    exact = enumerated(prompt, oversample=4, **settings)
+    target_O = np.exp(exact.log_target_O - exact.log_z)
+    draws = [exact.decoder.draw(method, prompt, 500) for _ in range(4)]
+    estimates = [draw.log_z for draw in draws if draw.log_z is not None]
+    assert len(estimates) == 4
+    assert np.mean(estimates) == pytest.approx(exact.log_z, abs=0.15)
+    drawn = [tokens for draw in draws for tokens in draw.tokens_K]
+    q_distance = distance(np.exp(exact.log_q_O), target_O)
+    assert distance(shares(exact.outcomes, drawn), target_O) < min(0.1, q_distance / 2)
+    np.testing.assert_array_equal(draws[0].log_weights(np.zeros(500)), np.full(500, draws[0].log_z))
+
+
+def test_every_sample_lies_in_the_support() -> None:
+    made = decoder(min_tokens=2, max_tokens=4)
+    for method in METHODS:
+        for tokens in made.draw(method, PROMPTS[0], 8).tokens_K:
+            assert made.constraints.admits(tokens), method
+
+
+def test_model_tokens_are_what_the_model_has_read() -> None:
+    made = decoder()
+    read = []
+    made.policy.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    prompt = PROMPTS[0]
+    draws = made.draw("ancestral", prompt, 50)
+    # The prompt once, and each token that another draw was needed after.
+    needed = sum(min(len(tokens), made.constraints.max_tokens - 1) for tokens in draws.tokens_K)
+    assert draws.model_tokens == sum(read) == len(prompt.policy_tokens) + needed
+    before = made.reward.tokens_forwarded
+    weighted = made.draw("sir", prompt, 50)
+    scored = made.reward.tokens_forwarded - before
+    assert scored > 0
+    assert weighted.model_tokens == sum(read) - draws.model_tokens + scored
+
+
+def test_draws_are_repeated_by_the_seed() -> None:
+    for method in METHODS:
+        first, again = (decoder(seed=3).draw(method, PROMPTS[0], 6).tokens_K for _ in range(2))
+        assert first == again, method
