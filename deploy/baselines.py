@@ -47,7 +47,7 @@ class Baselines:
     """The models, the reward and the encoder, loaded once; `measure` then takes one method after the other.
 
     Raises:
-        ConfigError: the model cannot be had, or the run has no adapter or one of another model.
+        ConfigError: the model cannot be had, the run has no adapter or one of another model, or the task has a tool.
     """
 
     def __init__(self, config: Config, settings: dict[str, Any], run_dir: Path | None) -> None:
@@ -64,6 +64,11 @@ class Baselines:
         self.folder = locate(config.model)
         self.tokenizer = load_tokenizer(self.folder)
         self.problem = tasks.build(config.task, self.tokenizer)
+        if self.problem.tool is not None:
+            raise ConfigError(
+                f"task.kind={config.task.kind}: its samples need a tool while they are drawn, which decoding without training "
+                "does not run; compare with loss.kind=mle or grpo, or with the base column of deploy/evaluate.py"
+            )
         config.check_lengths(context_length(self.folder), self.problem.longest_prompt)
         self.device = resolve_device("auto" if config.actors.gpus else "cpu")
         self.base = load_pretrained(self.folder, getattr(torch, config.sampler.reward_dtype), self.device)

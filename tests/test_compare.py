@@ -148,3 +148,9 @@ def test_each_method_is_measured_and_the_adapter_beside_it(tiny_config: Config, 
 def test_a_method_that_is_not_there_is_named(tiny_config: Config) -> None:
     with pytest.raises(ConfigError, match="no 'greedy'; there are ancestral, "):
         baselines.run(tiny_config, ["greedy"], 4, {}, None)
+
+
+def test_a_task_with_a_tool_is_refused() -> None:
+    cfg = config.parse({"task": {"kind": "arithmetic"}})
+    with pytest.raises(ConfigError, match="task.kind=arithmetic: its samples need a tool"):
+        baselines.Baselines(cfg, {}, None)
