@@ -152,5 +152,5 @@ def test_a_method_that_is_not_there_is_named(tiny_config: Config) -> None:
 
 def test_a_task_with_a_tool_is_refused() -> None:
     cfg = config.parse({"task": {"kind": "arithmetic"}})
-    with pytest.raises(ConfigError, match="task.kind=arithmetic: its samples need a tool"):
+    with pytest.raises(ConfigError, match=r"task.kind=arithmetic: its samples need a tool"):
         baselines.Baselines(cfg, {}, None)
