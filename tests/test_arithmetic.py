@@ -9,9 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from system import tasks
 from system.config import Arithmetic, ConfigError, parse
+from system.evaluation import spread
 from system.language_model import decode, load_tokenizer
 from system.models import locate
-from system.tasks.arithmetic import evaluate, generate, judge, read_questions, result, steps_of
+from system.tasks.arithmetic import evaluate, generate, judge, log_correct, read_questions, result, steps_of
 from system.tasks.problem import Problem
 from system.tools import play
 from system.trajectory import Prompt
@@ -121,3 +122,15 @@ def test_votes_decide_and_what_cannot_be_read_is_wrong() -> None:
     assert judge(prompt, [wrong, wrong, right])["accuracy"] == 0.0
     assert judge(prompt, [none, "6", ""]) == {"accuracy": 0.0, "sample_accuracy": 0.0}
     assert judge(prompt, [right, none, none])["accuracy"] == 1.0
+
+
+def test_a_rationale_counts_as_right_only_by_its_last_result() -> None:
+    prompt = Prompt("p", (1,), (1,), meta={"answer": 6})
+    texts = (" 9 - 3 = 6", " 9 - 2 = 7, 7 - 1 = 6", " 9 - 3 = 6, 6 - 1 = 5", " 6", "")
+    assert [log_correct(prompt, text, []) for text in texts] == [0.0, 0.0, -20.0, -20.0, -20.0]
+
+
+def test_an_evaluation_takes_prompts_evenly_from_all_of_them() -> None:
+    prompts = [Prompt(str(number), (1,), (1,)) for number in range(10)]
+    assert [prompt.id for prompt in spread(prompts, 4)] == ["0", "2", "5", "7"]
+    assert spread(prompts, 10) is prompts

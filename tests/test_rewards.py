@@ -6,6 +6,7 @@ import math
 import sys
 import types
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,26 @@ def test_each_distinct_prefix_is_forwarded_once() -> None:
     reward = Posterior(LanguageModel(tiny.llama()), (2,))
     reward.score(EVIDENCE, trajectories())
     assert reward.tokens_forwarded == len(EVIDENCE.reward_tokens) + nodes - 1 + nodes * 3
+
+
+@pytest.mark.parametrize("budget", [17, 1024])
+def test_rewards_at_the_ends_alone_are_the_same_there_and_cost_fewer_tokens(model: PreTrainedModel, budget: int) -> None:
+    reward = Posterior(LanguageModel(model), (2,), budget, every_prefix=False)
+    found, expected = reward.score(EVIDENCE, trajectories()), one_at_a_time(model, EVIDENCE, (2,))
+    assert [values[-1] for values in found] == pytest.approx([values[-1] for values in expected], abs=1e-4)
+    if budget > 17:  # one tree: [5, 6] and the empty sample are ends, [5] and [5, 6, 7] are not
+        assert np.isfinite(found[0]).tolist() == [True, False, True, False, True]
+        nodes, ends = len(PrefixTree.of(trajectories())), len({tuple(z) for z in SAMPLES})
+        assert reward.tokens_forwarded == len(EVIDENCE.reward_tokens) + nodes - 1 + ends * 3
+
+
+def test_nothing_stops_inside_a_tools_output(model: PreTrainedModel) -> None:
+    tool = replace(sampled([5, 6, 7, 8]), is_action_T=np.array([True, False, False, True]))
+    checked = rewards.Checked(Posterior(LanguageModel(model), (2,)), str)
+    (found,) = checked.score(EVIDENCE, [tool])
+    (everywhere,) = Posterior(LanguageModel(model), (2,)).score(EVIDENCE, [tool])
+    assert np.isfinite(found).tolist() == [True, False, False, True, True]
+    assert found[[0, 3, 4]].tolist() == everywhere[[0, 3, 4]].tolist()
 
 
 def test_samples_keep_their_order() -> None:
