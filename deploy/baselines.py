@@ -27,7 +27,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from actors.settings import engine_environment  # noqa: E402
-from deploy.job import find_run  # noqa: E402
+from deploy.runs import adapter_file, find_run, load_adapter  # noqa: E402
 from system import config as configuration  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
@@ -81,23 +81,17 @@ class Baselines:
         self.encoder = self._encoder()
 
     def _adapted(self, run_dir: Path) -> Any:
-        import safetensors.numpy
         import torch
 
         from learner.policy import Policy
 
         run = configuration.load(run_dir / "config.yaml", [])
-        path = run_dir / "adapter" / "adapter_model.safetensors"
-        if not path.is_file():
-            raise ConfigError(f"{run_dir} has no {path.relative_to(run_dir)}: the run did not end; --resume it first")
+        path = adapter_file(run_dir)
         if run.model != self.config.model:
             raise ConfigError(f"--run: its model is {run.model.path!r}, but the config's is {self.config.model.path!r}")
         dtype = getattr(torch, self.config.learner.dtype)
         policy = Policy(self.folder, run.lora, self.problem.constraints, dtype=dtype, device=self.device)
-        try:
-            policy.load_adapter(safetensors.numpy.load_file(path))
-        except ValueError as error:
-            raise ConfigError(f"{path} does not fit lora.rank={run.lora.rank}: {error}") from error
+        load_adapter(policy, path, run.lora.rank)
         return policy.language_model.model.eval()
 
     def _encoder(self) -> Any:

@@ -21,7 +21,7 @@ if str(ROOT) not in sys.path:
 
 import numpy as np  # noqa: E402
 
-from deploy.job import find_run  # noqa: E402
+from deploy.runs import find_run  # noqa: E402
 from system import config as configuration  # noqa: E402
 from system.config import ConfigError  # noqa: E402
 

@@ -29,7 +29,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from actors.settings import engine_environment  # noqa: E402
-from deploy.job import find_run  # noqa: E402
+from deploy.runs import adapter_file, find_run, load_adapter  # noqa: E402
 from system import config as configuration  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
@@ -78,8 +78,6 @@ def evaluate(config: Config, run_dir: Path, samples: int) -> dict[str, Evaluatio
     Raises:
         ConfigError: the run has no adapter, or it is not of this model and rank.
     """
-    import safetensors.numpy
-
     from actors.build import build_sampler
     from learner.learner import Learner
     from system import evaluation, tasks
@@ -87,9 +85,7 @@ def evaluate(config: Config, run_dir: Path, samples: int) -> dict[str, Evaluatio
     from system.models import context_length, locate
     from system.requests import Requests
 
-    path = run_dir / "adapter" / "adapter_model.safetensors"
-    if not path.is_file():
-        raise ConfigError(f"{run_dir} has no {path.relative_to(run_dir)}: the run did not end; --resume it first")
+    path = adapter_file(run_dir)
     folder = locate(config.model)
     tokenizer = load_tokenizer(folder)
     problem = tasks.build(config.task, tokenizer)
@@ -102,10 +98,7 @@ def evaluate(config: Config, run_dir: Path, samples: int) -> dict[str, Evaluatio
         try:
             for version, name in enumerate(("base", "tuned")):
                 if name == "tuned":
-                    try:
-                        learner.policy.load_adapter(safetensors.numpy.load_file(path))
-                    except ValueError as error:
-                        raise ConfigError(f"{path} does not fit lora.rank={config.lora.rank}: {error}") from error
+                    load_adapter(learner.policy, path, config.lora.rank)
                 local.publish(learner.adapter(version))
                 result = evaluation.without_samples(problem, local)
                 if result is None:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # `python deploy/job.py` puts deploy/ on the path, not the root
     sys.path.insert(0, str(ROOT))
 
+from deploy.runs import find_run  # noqa: E402
 from system import config as configuration  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
@@ -59,15 +60,6 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, bool, bool]:
     config = configuration.load(arguments.config, arguments.overrides)
     run_dir = Path(config.output_dir) / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     return config, run_dir.resolve(), False, arguments.dry_run
-
-
-def find_run(name: str) -> Path:
-    """The folder of a run, given itself or by its name under runs/. Raises ConfigError if there is none."""
-    for folder in (Path(name), Path("runs") / name):
-        if (folder / "config.yaml").is_file():
-            return folder.resolve()
-    known = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))[-5:]
-    raise ConfigError(f"--resume {name!r}: no such run; the newest here are: {', '.join(known) or 'none'}")
 
 
 class Job:
@@ -109,7 +101,7 @@ class Job:
             self.learner, self.samplers = RayLearner(config, self.problem), RaySamplers(config, self.problem)
             self._describe_run()
             wait_until_ready(self.learner, self.samplers)
-            requests, samplers, replay = self._sources(lambda: loop.counters.version)
+            requests, samplers, replay = self._sources(lambda: loop.counters.version, buffered=bool(files))
             loop = Orchestrator(
                 config, requests, samplers, self.learner, replay, self.tracker,
                 self.run_dir / "checkpoints", on_step=self._on_step, evaluate=self._evaluate, should_stop=self.stop.is_set,
@@ -126,14 +118,18 @@ class Job:
             self.tracker.close(status)
             cluster.disconnect()
 
-    def _sources(self, version: Callable[[], int]) -> tuple[Requests, Samplers, Replay]:
-        """Where training groups come from: samplers and replay, and the task's demonstrations where the config wants them."""
+    def _sources(self, version: Callable[[], int], *, buffered: bool) -> tuple[Requests, Samplers, Replay]:
+        """Where training groups come from: samplers and replay, and the task's demonstrations where the config wants them.
+
+        With `buffered` a checkpoint is to fill the replay buffer, so nothing is scored for it.
+        """
         from learner.replay import Replay
         from system.demonstrations import Demonstrations, scored
 
         config, replay = self.config, Replay(self.config.replay)
         imitates = config.loss.kind == "mle"
-        groups = scored(self.problem, self.samplers) if imitates or config.replay.demonstrations else []
+        wanted = imitates or (config.replay.demonstrations and not buffered)
+        groups = scored(self.problem, self.samplers) if wanted else []
         if not imitates:
             for group in groups:
                 replay.add(group)

@@ -28,14 +28,18 @@ class Calculator:
     tokenizer: PreTrainedTokenizerBase
 
     def output(self, tokens: Sequence[int]) -> Sequence[int]:
-        text = str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
-        if not text.endswith("="):
+        # At every token of every sample: the text is put together only where the last one may end an expression.
+        if not self._text(tokens[-1:]).endswith("="):
             return ()
+        text = self._text(tokens)
         match = EXPRESSION.fullmatch(text[:-1].rpartition(",")[2].rpartition("=")[2])
         if match is None:
             return ()
         left, sign, right = match.groups()
         return self.tokenizer.encode(f" {OPERATORS[sign](int(left), int(right))}", add_special_tokens=False)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
 
 EXPRESSION = re.compile(r"\s*(-?\d{1,6})\s*([+-])\s*(-?\d{1,6})\s*", re.ASCII)

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Hashable, Iterable
+
 import numpy as np
+
+
+def wins(votes: Iterable[Hashable], truth: Hashable) -> bool:
+    """The truth has more votes than any other answer: a tie is wrong, and so is no vote at all."""
+    counts = Counter(votes)
+    return counts.pop(truth, 0) > max(counts.values(), default=0)
 
 
 def preferred(log_reward_EK: np.ndarray) -> np.ndarray:
@@ -20,9 +29,8 @@ def tally(votes_K: np.ndarray, truth: int) -> dict[str, float]:
     of the votes, and `votes_agree` that of the answer with the most.
     """
     counts = np.bincount(votes_K, minlength=truth + 1)
-    others = np.delete(counts, truth)
     return {
-        "accuracy": float(counts[truth] > others.max(initial=0)),
+        "accuracy": float(wins(votes_K.tolist(), truth)),
         "sample_accuracy": float(counts[truth] / len(votes_K)),
         "votes_agree": float(counts.max() / len(votes_K)),
     }

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from deploy import baselines, compare
 from learner.learner import Learner
@@ -116,10 +115,7 @@ def trained(cfg: Config) -> Path:
     (path / "config.yaml").write_text(config.dump(cfg))
     problem = tasks.build(cfg.task, load_tokenizer(locate(cfg.model)))
     learner = Learner(cfg, locate(cfg.model), problem.constraints, cfg.model.path, list(range(10, 40)))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in learner.policy.parameters.values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    tiny.perturb(learner.policy.parameters.values(), seed=1)
     learner.adapter(1).materialise(path / "adapter")
     return path
 

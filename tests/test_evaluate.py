@@ -62,10 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def learner_of(cfg: Config, problem: Any) -> Learner:
     learner = Learner(cfg, locate(cfg.model), problem.constraints, cfg.model.path, list(range(10, 40)))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in learner.policy.parameters.values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.03)
+    tiny.perturb(learner.policy.parameters.values(), seed=1, scale=0.03)
     return learner
 
 

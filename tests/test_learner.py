@@ -47,14 +47,6 @@ def learner(folder: Path, **settings: object) -> Learner:
     return Learner(config(**settings), folder, CONSTRAINTS, "base", list(range(10, 40)))
 
 
-def perturb(learner: Learner) -> None:
-    """B starts at 0: away from there every LoRA weight matters."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in learner.policy.parameters.values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-
-
 def own_log_q(model: torch.nn.Module, prompt: Prompt, tokens: list[int]) -> float:
     """log q of one whole trajectory by one ordinary forward and the definition of the support."""
     with torch.no_grad():
@@ -70,7 +62,7 @@ def own_log_q(model: torch.nn.Module, prompt: Prompt, tokens: list[int]) -> floa
 
 def test_log_q_equals_the_masked_policy_one_sequence_at_a_time(folder: Path) -> None:
     subject = learner(folder)
-    perturb(subject)
+    tiny.perturb(subject.policy.parameters.values())
     model = subject.policy.language_model.model
     for group, score in zip(groups(), subject.score(groups()), strict=True):
         expected = [own_log_q(model, group.prompt, t.tokens_T.tolist()) for t in group.trajectories_K]
@@ -80,7 +72,7 @@ def test_log_q_equals_the_masked_policy_one_sequence_at_a_time(folder: Path) -> 
 
 def test_a_tools_output_is_context_and_no_part_of_log_q(folder: Path) -> None:
     subject = learner(folder)
-    perturb(subject)
+    tiny.perturb(subject.policy.parameters.values())
     written = trajectory([10, 11, 45, 46, 12], [True, True, False, False, True])
     group = Group(PROMPTS[1], (written,), (np.zeros(6),), 0, 0)
     with torch.no_grad():
@@ -103,7 +95,7 @@ def test_micro_batches_do_not_change_the_update(folder: Path, section: dict[str,
         loss = parse(ON_POLICY | {"task": {"kind": "random_number"}, "loss": section}).loss
         cfg = config(token_budget=budget).model_copy(update={"loss": loss})
         subject = Learner(cfg, folder, CONSTRAINTS, "base", list(range(10, 40)))
-        perturb(subject)
+        tiny.perturb(subject.policy.parameters.values())
         metrics = subject.update([*groups(0), *groups(1)])
         results.append((metrics["loss"], metrics["grad_norm"], subject.policy.adapter_tensors()))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
@@ -156,7 +148,7 @@ def test_weights_of_another_rank_are_refused(folder: Path) -> None:
 
 def test_the_adapter_loads_in_plain_peft_and_gives_the_same_log_q(folder: Path, tmp_path: Path) -> None:
     subject = learner(folder)
-    perturb(subject)
+    tiny.perturb(subject.policy.parameters.values())
     published = subject.adapter(3)
     published.verify("base")
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -169,7 +161,7 @@ def test_the_adapter_loads_in_plain_peft_and_gives_the_same_log_q(folder: Path, 
 def test_the_canary_tells_the_adapter_from_the_base(folder: Path) -> None:
     subject = learner(folder)
     before = subject.adapter(0).canary
-    perturb(subject)
+    tiny.perturb(subject.policy.parameters.values())
     after = subject.adapter(1).canary
     assert before is not None and after is not None
     assert before.logp_T == pytest.approx(before.base_logp_T, abs=1e-6)

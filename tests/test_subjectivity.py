@@ -289,10 +289,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tuned(cfg: Config, problem: Problem) -> Learner:
     """A policy that differs from the base model."""
     learner = Learner(cfg, locate(cfg.model), problem.constraints, cfg.model.path, list(range(10, 30)))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in learner.policy.parameters.values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    tiny.perturb(learner.policy.parameters.values())
     return learner
 
 

@@ -7,7 +7,7 @@ not by rounding errors. All are float32, seeded, in eval mode, without dropout, 
 from __future__ import annotations
 
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -124,3 +124,11 @@ def save(model: PreTrainedModel, folder: Path) -> Path:
 def folder(tmp_path: Path, kind: str = "llama", vocab_size: int = 64) -> Path:
     """`tmp_path/KIND` with a tiny model and its tokenizer."""
     return save(KINDS[kind](vocab_size), tmp_path / kind)
+
+
+def perturb(parameters: Iterable[torch.nn.Parameter], seed: int = 3, scale: float = 0.05) -> None:
+    """LoRA's B starts at 0: away from there every LoRA weight matters, and the policy is not the base."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from system.config import Arithmetic, ConfigError
 from system.tasks.files import choose, read_records
 from system.tasks.problem import Problem, context_tokens, sampled, single_token, support
 from system.tools import Calculator, play
-from system.trajectory import Prompt, Trajectory
+from system.trajectory import Prompt
+from system.voting import wins
 
 QUESTION = re.compile(r"Question: (-?\d+(?: [+-] \d+)+) = \? Answer:", re.ASCII)
 HELD_OUT = 5
@@ -30,11 +30,18 @@ HELD_OUT = 5
 
 @dataclass(frozen=True)
 class Question:
-    text: str
-    """`Question: 6 - 0 - 4 = ? Answer:`."""
-    answer: int
+    expression: str
+    """`6 - 0 - 4`."""
     steps: tuple[str, ...] | None = None
     """The expressions of a worked rationale: `6 - 0`, `6 - 4`; None where none is given."""
+
+    @property
+    def text(self) -> str:
+        return f"Question: {self.expression} = ? Answer:"
+
+    @property
+    def answer(self) -> int:
+        return evaluate(self.expression)
 
     @property
     def worked(self) -> str:
@@ -63,7 +70,7 @@ def build(section: Arithmetic, tokenizer: PreTrainedTokenizerBase) -> Problem:
         prompt = Prompt(f"question-{number}", context, context, tuple(answer), {"answer": question.answer})
         prompts.append(prompt)
         if question.steps and constraints.admits(actions := encode_steps(tokenizer, question.steps)):
-            demonstrations[prompt.id] = (_demonstration(*play(tool, section.tool_tokens, actions)),)
+            demonstrations[prompt.id] = (sampled(*play(tool, section.tool_tokens, actions)),)
     return Problem(
         prompts=tuple(prompts),
         constraints=constraints,
@@ -72,10 +79,6 @@ def build(section: Arithmetic, tokenizer: PreTrainedTokenizerBase) -> Problem:
         tool=tool,
         judge=judge,
     )
-
-
-def _demonstration(tokens_T: np.ndarray, is_action_T: np.ndarray) -> Trajectory:
-    return Trajectory(tokens_T, is_action_T, sampled(tokens_T.tolist()).logp_T, "sampled")
 
 
 def encode_steps(tokenizer: PreTrainedTokenizerBase, steps: Sequence[str]) -> list[int]:
@@ -93,18 +96,22 @@ def rationale_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 def evaluate(expression: str) -> int:
     """Of integers with + and - between them, from left to right. Nothing else is understood: it never runs the text."""
-    first, *rest = re.findall(r"^-?\d+|[+-] \d+", expression, re.ASCII)
-    return int(first) + sum(int(term.replace(" ", "")) for term in rest)
+    return sum(int(term.replace(" ", "")) for term in _terms(expression))
 
 
 def steps_of(expression: str) -> tuple[str, ...]:
     """The rationale that works an expression out from left to right, two operands at a time."""
-    first, *rest = re.findall(r"^-?\d+|[+-] \d+", expression, re.ASCII)
+    first, *rest = _terms(expression)
     steps, value = [], int(first)
     for term in rest:
         steps.append(f"{value} {term}")
-        value += int(term.replace(" ", ""))
+        value = evaluate(steps[-1])
     return tuple(steps)
+
+
+def _terms(expression: str) -> list[str]:
+    """`6 - 0 - 4` as `6`, `- 0`, `- 4`."""
+    return re.findall(r"^-?\d+|[+-] \d+", expression, re.ASCII)
 
 
 # ------------------------------------------------------------------------------------------------------ questions
@@ -120,7 +127,7 @@ def read_questions(section: Arithmetic) -> tuple[list[tuple[int, Question]], lis
     """
     if section.questions == "generated":
         asked = generate(section.operands, section.count, test=False)
-        shown = [Question(q.text, q.answer, steps_of(_expression(q.text))) for q in asked[: section.worked]]
+        shown = [replace(question, steps=steps_of(question.expression)) for question in asked[: section.worked]]
         asked = asked[section.worked :]
         if section.split == "test":
             asked = generate(section.test_operands or section.operands, section.count, test=True)
@@ -143,9 +150,9 @@ def generate(operands: Sequence[int], count: int, *, test: bool) -> list[Questio
         terms = int(rng.choice(operands))
         digits, signs = rng.integers(0, 10, terms), rng.choice(["+", "-"], terms - 1)
         expression = str(digits[0]) + "".join(f" {sign} {digit}" for sign, digit in zip(signs, digits[1:], strict=True))
-        text = f"Question: {expression} = ? Answer:"
-        if (zlib.crc32(text.encode()) % HELD_OUT == 0) == test:
-            found.setdefault(text, Question(text, evaluate(expression)))
+        question = Question(expression)
+        if (zlib.crc32(question.text.encode()) % HELD_OUT == 0) == test:
+            found.setdefault(expression, question)
     raise ConfigError(f"task.count={count}: there are not so many questions with {list(operands)} operands; lower it")
 
 
@@ -157,10 +164,12 @@ def _question(record: Any, where: str) -> Question:
     match record:
         case {"str_query": str(text), "num_sol": int(answer)} | {"question": str(text), "answer": int(answer)}:
             steps = record.get("str_rationale", record.get("rationale"))
-            if QUESTION.fullmatch(text.strip()) and isinstance(steps, (str, type(None))):
-                if answer != evaluate(_expression(text)):
-                    raise ConfigError(f"{where}: {text!r} is {evaluate(_expression(text))}, not {answer}; mend the file")
-                return Question(text.strip(), answer, None if steps is None else _steps(steps))
+            asked = QUESTION.fullmatch(text.strip())
+            if asked and isinstance(steps, (str, type(None))):
+                question = Question(asked.group(1), None if steps is None else _steps(steps))
+                if answer != question.answer:
+                    raise ConfigError(f"{where}: {text!r} is {question.answer}, not {answer}; mend the file")
+                return question
     raise ConfigError(
         f'{where}: needs {{"question": "Question: 1 + 2 - 3 = ? Answer:", "answer": 0}}, and perhaps '
         '"rationale": "1 + 2 =, 3 - 3 ="'
@@ -169,12 +178,6 @@ def _question(record: Any, where: str) -> Question:
 
 def _steps(rationale: str) -> tuple[str, ...]:
     return tuple(step.partition("=")[0].strip() for step in rationale.split(","))
-
-
-def _expression(text: str) -> str:
-    match = QUESTION.fullmatch(text.strip())
-    assert match is not None
-    return match.group(1)
 
 
 # ------------------------------------------------------------------------------------------------------- verdicts
@@ -199,6 +202,5 @@ def judge(prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
     """Whether the answer that most texts give is right (a tie, or no number, is wrong), and the share of right texts."""
     answer = prompt.meta["answer"]
     results = [result(text) for text in texts]
-    votes = Counter(value for value in results if value is not None).most_common(2)
-    won = bool(votes) and votes[0][0] == answer and (len(votes) == 1 or votes[0][1] > votes[1][1])
+    won = wins((value for value in results if value is not None), answer)
     return {"accuracy": float(won), "sample_accuracy": float(np.mean([value == answer for value in results]))}

@@ -87,6 +87,8 @@ def context_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, 
     return tuple(ids)
 
 
-def sampled(tokens: list[int]) -> Trajectory:
-    """A trajectory of actions alone, as it would be recorded if the policy had drawn it."""
-    return Trajectory(np.array(tokens, np.int32), np.ones(len(tokens), bool), np.zeros(len(tokens) + 1, np.float32), "sampled")
+def sampled(tokens: Sequence[int] | np.ndarray, is_action_T: np.ndarray | None = None) -> Trajectory:
+    """A trajectory as it would be recorded if the policy had drawn it; of actions alone, unless it is said which are."""
+    if is_action_T is None:
+        is_action_T = np.ones(len(tokens), bool)
+    return Trajectory(np.array(tokens, np.int32), is_action_T, np.zeros(len(tokens) + 1, np.float32), "sampled")

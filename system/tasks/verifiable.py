@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from system.config import ConfigError, Verifiable
 from system.tasks.files import choose, read_records
 from system.tasks.problem import Problem, context_tokens, ordinary_tokens, single_token, support
 from system.trajectory import Prompt
+from system.voting import wins
 
 
 def build(section: Verifiable, tokenizer: PreTrainedTokenizerBase) -> Problem:
@@ -69,11 +69,9 @@ def correctness(prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
         return {}
     given_K = [_number(text) for text in texts]
     right = [text for text, given in zip(texts, given_K, strict=True) if given == answer]
-    (first, count), *others = Counter(given_K).most_common(2)
-    tied = any(other == count for _, other in others)
     return {
         "accuracy": len(right) / len(texts),
-        "vote": float(first == answer and not tied),
+        "vote": float(wins(given_K, answer)),
         "distinct_answers": len(set(right)) / len(right) if right else math.nan,
     }
 

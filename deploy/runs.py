@@ -1,0 +1,38 @@
+"""What a run left: its folder, and its adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from system.config import ConfigError
+
+if TYPE_CHECKING:
+    from learner.policy import Policy
+
+
+def find_run(name: str) -> Path:
+    """The folder of a run, given itself or by its name under runs/. Raises ConfigError if there is none."""
+    for folder in (Path(name), Path("runs") / name):
+        if (folder / "config.yaml").is_file():
+            return folder.resolve()
+    known = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))[-5:]
+    raise ConfigError(f"--resume {name!r}: no such run; the newest here are: {', '.join(known) or 'none'}")
+
+
+def adapter_file(run_dir: Path) -> Path:
+    """Raises ConfigError if the run has none."""
+    path = run_dir / "adapter" / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} has no {path.relative_to(run_dir)}: the run did not end; --resume it first")
+    return path
+
+
+def load_adapter(policy: Policy, path: Path, rank: int) -> None:
+    """Raises ConfigError if the adapter is of another model, or not of `rank`, the policy's own."""
+    import safetensors.numpy
+
+    try:
+        policy.load_adapter(safetensors.numpy.load_file(path))
+    except ValueError as error:
+        raise ConfigError(f"{path} does not fit lora.rank={rank}: {error}") from error
