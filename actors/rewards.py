@@ -11,10 +11,10 @@ from typing import Protocol
 
 import numpy as np
 
-from system.config import FunctionReward, LMPosterior, ProductReward
 from system.functions import import_function
 from system.language_model import LanguageModel
 from system.prefix_tree import Packed, PrefixTree, rows_by_budget
+from system.task_config import FunctionReward, LMPosterior, ProductReward
 from system.trajectory import Prompt, Trajectory
 
 

@@ -28,7 +28,7 @@ if str(ROOT) not in sys.path:
 
 from actors.settings import engine_environment  # noqa: E402
 from deploy.runs import adapter_file, find_run, load_adapter  # noqa: E402
-from system import config as configuration  # noqa: E402
+from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Baselines:
 
         from learner.policy import Policy
 
-        run = configuration.load(run_dir / "config.yaml", [])
+        run = config_file.load(run_dir / "config.yaml", [])
         path = adapter_file(run_dir)
         if run.model != self.config.model:
             raise ConfigError(f"--run: its model is {run.model.path!r}, but the config's is {self.config.model.path!r}")
@@ -190,7 +190,7 @@ def run(config: Config, methods: list[str], samples: int, settings: dict[str, An
         tracker.table("samples", rows, 0)
         tracker.close("FINISHED")
         # After each method: what is measured stays if the next one is interrupted.
-        (folder / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+        (folder / "config.yaml").write_text(config_file.dump(config), encoding="utf-8")
         (folder / "baselines.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
     return folder
 
@@ -216,7 +216,7 @@ def main(argv: list[str]) -> int:
     try:
         if arguments.samples < 2:
             raise ConfigError(f"--samples={arguments.samples}: one draw says nothing about the spread; take 2 at least")
-        config = configuration.load(arguments.config, arguments.overrides)
+        config = config_file.load(arguments.config, arguments.overrides)
         os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
         run_dir = find_run(arguments.run) if arguments.run else None
         folder = run(config, arguments.methods.split(","), arguments.samples, settings, run_dir)

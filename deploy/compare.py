@@ -22,7 +22,7 @@ if str(ROOT) not in sys.path:
 import numpy as np  # noqa: E402
 
 from deploy.runs import find_run  # noqa: E402
-from system import config as configuration  # noqa: E402
+from system import config_file  # noqa: E402
 from system.config import ConfigError  # noqa: E402
 
 SHOWN = ("task/", "posterior/", "exact/", "model_tokens", "seconds")
@@ -57,7 +57,7 @@ def read(folder: Path) -> list[Entry]:
     Raises:
         ConfigError: it has no results, or its files are not what a run writes.
     """
-    config = configuration.load(folder / "config.yaml", [])
+    config = config_file.load(folder / "config.yaml", [])
     kept = {name: value for name, value in config.model_dump(mode="json").items() if name not in INCIDENTAL}
     try:
         found = list(_results(folder, config.name, kept))

@@ -30,7 +30,7 @@ if str(ROOT) not in sys.path:
 
 from actors.settings import engine_environment  # noqa: E402
 from deploy.runs import adapter_file, find_run, load_adapter  # noqa: E402
-from system import config as configuration  # noqa: E402
+from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def main(argv: list[str]) -> int:
         if arguments.samples < 2:
             raise ConfigError(f"--samples={arguments.samples}: one draw says nothing about the spread; take 2 at least")
         run_dir = find_run(arguments.run)
-        config = configuration.load(run_dir / "config.yaml", arguments.overrides)
+        config = config_file.load(run_dir / "config.yaml", arguments.overrides)
         os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
         results = evaluate(config, run_dir, arguments.samples)
     except ConfigError as error:
@@ -176,7 +176,7 @@ def _log(run_dir: Path, results: dict[str, Evaluation]) -> dict[str, float]:
     metrics |= {f"heldout/base/{name}": value for name, value in results["base"].metrics.items()}
     (run_dir / "heldout.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
     # The run's own config: what this evaluation changes is no param of the run.
-    tracker = Tracker(run_dir, configuration.load(run_dir / "config.yaml", []), resume=True)
+    tracker = Tracker(run_dir, config_file.load(run_dir / "config.yaml", []), resume=True)
     tracker.metrics(metrics, 0)
     tracker.artifact(run_dir / "heldout.json")
     tracker.close("FINISHED")

@@ -24,7 +24,7 @@ if str(ROOT) not in sys.path:  # `python deploy/job.py` puts deploy/ on the path
     sys.path.insert(0, str(ROOT))
 
 from deploy.runs import find_run  # noqa: E402
-from system import config as configuration  # noqa: E402
+from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, bool, bool]:
     if arguments.resume:
         overrides = [text for text in [arguments.config, *arguments.overrides] if text]
         run_dir = find_run(arguments.resume)
-        return configuration.load(run_dir / "config.yaml", overrides), run_dir, True, arguments.dry_run
+        return config_file.load(run_dir / "config.yaml", overrides), run_dir, True, arguments.dry_run
     if not arguments.config:
         parser.error("a config file is needed, such as deploy/configs/random_number.yaml")
-    config = configuration.load(arguments.config, arguments.overrides)
+    config = config_file.load(arguments.config, arguments.overrides)
     run_dir = Path(config.output_dir) / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     return config, run_dir.resolve(), False, arguments.dry_run
 
@@ -90,7 +90,7 @@ class Job:
         config.check_lengths(context_length(folder), self.problem.longest_prompt)
         files = checkpoint.read_latest(self.run_dir / "checkpoints") if self.resume else {}
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+        (self.run_dir / "config.yaml").write_text(config_file.dump(config), encoding="utf-8")
         self.tracker = Tracker(self.run_dir, config, resume=self.resume)
         status = "FAILED"
         try:
@@ -296,7 +296,7 @@ def main(argv: list[str]) -> int:
     try:
         config, run_dir, resume, dry_run = parse_arguments(argv)
         if dry_run:
-            print(configuration.dump(config), end="")
+            print(config_file.dump(config), end="")
             return 0
         job = Job(config, run_dir, resume)
         for number in (signal.SIGINT, signal.SIGTERM):

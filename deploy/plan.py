@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from system import config as configuration  # noqa: E402
+from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
 DRIVER_SECONDS = 0.001
@@ -283,7 +283,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--cores", type=float, default=math.inf, help="cores that all actors share")
     arguments = parser.parse_intermixed_args(argv)
     try:
-        config = configuration.load(arguments.config, arguments.overrides)
+        config = config_file.load(arguments.config, arguments.overrides)
         durations = _durations(arguments, config)
     except ConfigError as error:
         print(f"config error: {error}", file=sys.stderr)

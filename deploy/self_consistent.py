@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from system import config as configuration  # noqa: E402
+from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
 BATCH = 64
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_intermixed_args(argv)
     try:
-        config = configuration.load(arguments.config, arguments.overrides)
+        config = config_file.load(arguments.config, arguments.overrides)
         if config.task.kind != "infilling":
             raise ConfigError(f"task.kind={config.task.kind}: stories are of the task infilling; name a config of that")
         stories = draw(config, arguments.per_story, arguments.ending, arguments.seed)

@@ -27,7 +27,8 @@ from urllib.parse import quote, urlsplit
 
 import psutil
 
-from system.config import Config, ConfigError, flatten
+from system.config import Config, ConfigError
+from system.config_file import flatten
 from system.journal import BATCH, Courier, Entry, Journal, State, TrackingError, first_line
 
 log = logging.getLogger(__name__)

@@ -65,8 +65,9 @@ def third_party(name: str) -> set[str]:
 
 
 def test_the_config_needs_pydantic_and_yaml_alone() -> None:
-    assert third_party("system/config.py") == {"pydantic", "yaml"}
-    assert not set(imports(TREES["system/config.py"])) & set(MAY_IMPORT)
+    files = [f"system/{name}.py" for name in ("section", "task_config", "config", "config_file")]
+    assert set().union(*map(third_party, files)) == {"pydantic", "yaml"}
+    assert {name for file in files for name in imports(TREES[file])} & set(MAY_IMPORT) == {"system"}
 
 
 @pytest.mark.parametrize("name", NUMPY_ONLY)
@@ -77,7 +78,7 @@ def test_data_and_its_arithmetic_need_numpy_alone(name: str) -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("system.config", {"torch", "numpy", "transformers", "ray", "mlflow", "vllm", "peft"}),
+        ("system.config_file", {"torch", "numpy", "transformers", "ray", "mlflow", "vllm", "peft"}),
         ("system.trajectory", {"torch", "transformers", "ray", "mlflow", "vllm", "peft", "pydantic"}),
         ("system.prefix_tree", {"torch", "transformers", "ray", "mlflow", "vllm", "peft", "pydantic"}),
         ("system.posterior", {"torch", "transformers", "ray", "mlflow", "vllm", "peft", "pydantic"}),

@@ -10,7 +10,7 @@ import pytest
 
 from deploy import baselines, compare
 from learner.learner import Learner
-from system import config, tasks
+from system import config_file, tasks
 from system.config import Config, ConfigError
 from system.language_model import load_tokenizer
 from system.models import locate
@@ -21,8 +21,8 @@ def run(folder: Path, name: str, seed: int, bound: float, **other: Any) -> Path:
     """A finished run's folder; `bound` is its last log Z bound, nats."""
     path = folder / f"{name}-{seed}-{bound}"
     path.mkdir(parents=True)
-    cfg = config.parse({"name": name, "seed": seed, "task": {"kind": "continuation"}, "output_dir": str(path), **other})
-    (path / "config.yaml").write_text(config.dump(cfg))
+    cfg = config_file.parse({"name": name, "seed": seed, "task": {"kind": "continuation"}, "output_dir": str(path), **other})
+    (path / "config.yaml").write_text(config_file.dump(cfg))
     before, after = ({"posterior/log_z_lower": value, "task/distinct": 1.0} for value in (-30.0, bound))
     (path / "summary.json").write_text(json.dumps({"run": name, "seed": seed, "before": before, "after": after}))
     return path
@@ -95,7 +95,7 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("baselines")
     tiny.folder(folder).rename(folder / "model")
     (folder / "prompts.txt").write_text("ab\ncab\n")
-    return config.parse(
+    return config_file.parse(
         {
             "name": "told",
             "output_dir": str(folder / "runs"),
@@ -112,7 +112,7 @@ def trained(cfg: Config) -> Path:
     """A run's folder with an adapter that is not the base."""
     path = Path(cfg.output_dir) / "trained"
     path.mkdir(parents=True)
-    (path / "config.yaml").write_text(config.dump(cfg))
+    (path / "config.yaml").write_text(config_file.dump(cfg))
     problem = tasks.build(cfg.task, load_tokenizer(locate(cfg.model)))
     learner = Learner(cfg, locate(cfg.model), problem.constraints, cfg.model.path, list(range(10, 40)))
     tiny.perturb(learner.policy.parameters.values(), seed=1)
@@ -147,6 +147,6 @@ def test_a_method_that_is_not_there_is_named(tiny_config: Config) -> None:
 
 
 def test_a_task_with_a_tool_is_refused() -> None:
-    cfg = config.parse({"task": {"kind": "arithmetic"}})
+    cfg = config_file.parse({"task": {"kind": "arithmetic"}})
     with pytest.raises(ConfigError, match=r"task.kind=arithmetic: its samples need a tool"):
         baselines.Baselines(cfg, {}, None)

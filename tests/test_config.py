@@ -15,7 +15,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from system.config import ConfigError, RewardTemperature, dump, flatten, load, parse, parse_overrides
+from system.config import ConfigError, RewardTemperature
+from system.config_file import dump, flatten, load, parse, parse_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGED = sorted((ROOT / "deploy" / "configs").glob("*.yaml"))

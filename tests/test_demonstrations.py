@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from system import demonstrations
-from system.config import ConfigError, parse
+from system.config import ConfigError
+from system.config_file import parse
 from system.constraints import Constraints
 from system.requests import Requests
 from system.tasks.problem import Problem, sampled

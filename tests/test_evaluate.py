@@ -17,7 +17,7 @@ import torch
 from actors.rewards import Posterior
 from deploy import evaluate, self_consistent
 from learner.learner import Learner
-from system import config, tasks
+from system import config_file, tasks
 from system.config import Config
 from system.evaluation import Evaluation
 from system.language_model import LanguageModel, load_pretrained, load_tokenizer
@@ -67,11 +67,11 @@ def learner_of(cfg: Config, problem: Any) -> Learner:
 
 
 def test_bounds_from_self_consistent_stories_enclose_the_exact_log_z(folder: Path) -> None:
-    cfg = config.parse(settings(folder))
+    cfg = config_file.parse(settings(folder))
     stories = self_consistent.draw(cfg, per_story=150, ending=2, seed=0)
     assert len(stories) == 150
     (folder / "told.jsonl").write_text("".join(json.dumps(story) + "\n" for story in stories))
-    cfg = config.parse(settings(folder, stories=str(folder / "told.jsonl")))
+    cfg = config_file.parse(settings(folder, stories=str(folder / "told.jsonl")))
     problem = tasks.build(cfg.task, load_tokenizer(locate(cfg.model)))
     learner = learner_of(cfg, problem)
     frozen = load_pretrained(locate(cfg.model), torch.float32, torch.device("cpu"))
@@ -102,8 +102,8 @@ def test_bounds_from_self_consistent_stories_enclose_the_exact_log_z(folder: Pat
 def test_the_command_compares_the_base_with_the_adapter_on_other_data(folder: Path) -> None:
     run = folder / "runs" / "one"
     run.mkdir(parents=True)
-    cfg = config.parse(settings(folder))
-    (run / "config.yaml").write_text(config.dump(cfg))
+    cfg = config_file.parse(settings(folder))
+    (run / "config.yaml").write_text(config_file.dump(cfg))
     problem = tasks.build(cfg.task, load_tokenizer(locate(cfg.model)))
     learner_of(cfg, problem).adapter(1).materialise(run / "adapter")
     tokenizer = load_tokenizer(locate(cfg.model))

@@ -11,7 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from learner.learner import Learner, lr_at
-from system.config import Config, ConfigError, parse
+from system.config import Config, ConfigError
+from system.config_file import parse
 from system.constraints import Constraints
 from system.trajectory import Group, Prompt
 from tests import tiny

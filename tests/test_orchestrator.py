@@ -10,7 +10,8 @@ import pytest
 
 from learner.replay import Replay
 from system import checkpoint
-from system.config import Config, parse
+from system.config import Config
+from system.config_file import parse
 from system.orchestrator import Orchestrator
 from system.requests import Requests
 from system.trajectory import Request

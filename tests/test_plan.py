@@ -14,7 +14,8 @@ import pytest
 from deploy import plan
 from deploy.plan import Durations, simulate
 from learner.replay import Replay
-from system.config import Config, ConfigError, parse
+from system.config import Config, ConfigError
+from system.config_file import parse
 from system.orchestrator import Orchestrator
 from system.requests import Requests
 from tests.fakes import PROMPTS, FakeLearner, FakeSamplers, FakeTracker

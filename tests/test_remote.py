@@ -14,7 +14,8 @@ from deploy import cluster
 from deploy.remote import RayLearner, RaySamplers, wait_until_ready
 from learner.replay import Replay
 from system import evaluation, tasks
-from system.config import Config, ConfigError, parse
+from system.config import Config, ConfigError
+from system.config_file import parse
 from system.language_model import load_tokenizer
 from system.models import locate
 from system.orchestrator import Orchestrator

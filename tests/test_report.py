@@ -7,7 +7,7 @@ import pytest
 
 from deploy import report
 from system import evaluation, tasks
-from system.config import parse
+from system.config_file import parse
 from system.evaluation import Evaluation
 from system.orchestrator import Counters
 from tests import tiny

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from actors import rewards
 from actors.rewards import Checked, Function, Posterior, Product, RewardError
-from system.config import ConfigError, parse
+from system.config import ConfigError
+from system.config_file import parse
 from system.functions import import_function
 from system.language_model import LanguageModel
 from system.prefix_tree import PrefixTree

@@ -16,7 +16,7 @@ import torch
 
 from actors.sampler import EngineDied, Sampler
 from system.adapters import Adapter, AdapterError
-from system.config import parse
+from system.config_file import parse
 from system.constraints import Constraints
 from system.trajectory import Behaviour, Prompt, Request, Trajectory
 from tests import lora

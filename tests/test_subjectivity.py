@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actors.rewards import Posterior
 from learner.learner import Learner
 from system import demonstrations, evaluation, tasks
-from system.config import Config, ConfigError, load, parse
+from system.config import Config, ConfigError
+from system.config_file import load, parse
 from system.language_model import LanguageModel, decode, load_pretrained, load_tokenizer
 from system.models import locate
 from system.requests import Requests

@@ -12,10 +12,12 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from system import tasks
-from system.config import ConfigError, Continuation, parse
+from system.config import ConfigError
+from system.config_file import parse
 from system.evaluation import means
 from system.language_model import decode, load_tokenizer
 from system.models import locate
+from system.task_config import Continuation
 from system.tasks.constrained import log_constraint, validity
 from system.tasks.continuation import read_prompts, variety
 from system.tasks.infilling import overlap

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from system.config import parse
+from system.config_file import parse
 from system.language_model import load_tokenizer
 from system.models import locate
 from system.tools import Calculator, Player, play

@@ -15,7 +15,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from system.config import Config, ConfigError, parse
+from system.config import Config, ConfigError
+from system.config_file import parse
 from system.journal import Journal, TrackingError
 from system.tracking import Tracker, replay, resolve_uri, system_metrics
 
@@ -237,7 +238,7 @@ def test_the_journal_of_a_deleted_run_waits_until_it_is_restored(tmp_path, datab
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from system.config import parse
+from system.config_file import parse
 from system.tracking import Tracker
 tracker = Tracker(Path(sys.argv[1]), parse({"task": {"kind": "random_number"},
     "tracking": {"uri": sys.argv[2], "experiment": "killed", "flush_seconds": 600}}))

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from system.config import Arithmetic, ConfigError
+from system.config import ConfigError
+from system.task_config import Arithmetic
 from system.tasks.files import choose, read_records
 from system.tasks.problem import Problem, context_tokens, sampled, single_token, support
 from system.tools import Calculator, play

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from system.config import ConfigError, Constrained
+from system.config import ConfigError
 from system.functions import import_function
+from system.task_config import Constrained
 from system.tasks import continuation
 from system.tasks.problem import Problem
 from system.trajectory import Prompt

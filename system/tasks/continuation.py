@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from system.config import ConfigError, NextSentence
+from system.config import ConfigError
+from system.task_config import NextSentence
 from system.tasks.files import choose, read_lines
 from system.tasks.problem import Problem, context_tokens, single_token, support
 from system.trajectory import Prompt

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from system.config import ConfigError, Infilling
+from system.config import ConfigError
 from system.language_model import decode
+from system.task_config import Infilling
 from system.tasks.continuation import legal_tokens
 from system.tasks.files import choose, read_records
 from system.tasks.problem import Problem, context_tokens, sampled, single_token, support

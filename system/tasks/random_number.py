@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from system.config import FunctionReward, RandomNumber
+from system.task_config import FunctionReward, RandomNumber
 from system.tasks.problem import Problem, context_tokens, ordinary_tokens, sampled, single_token, support
 from system.trajectory import Prompt
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from system.config import ConfigError, Subjectivity
+from system.config import ConfigError
 from system.constraints import Constraints
+from system.task_config import Subjectivity
 from system.tasks.continuation import legal_tokens
 from system.tasks.files import choose, read_records
 from system.tasks.problem import Problem, context_tokens, sampled, single_token, support

@@ -15,7 +15,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from system.config import ConfigError, Verifiable
+from system.config import ConfigError
+from system.task_config import Verifiable
 from system.tasks.files import choose, read_records
 from system.tasks.problem import Problem, context_tokens, ordinary_tokens, single_token, support
 from system.trajectory import Prompt

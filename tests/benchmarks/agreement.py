@@ -21,13 +21,13 @@ def main(dtype: str) -> None:
     os.environ.update(engine_environment(os.cpu_count() or 1, gpu=False))
     from actors.build import build_sampler
     from learner.learner import Learner
-    from system import config, tasks
+    from system import config_file, tasks
     from system.language_model import load_tokenizer
     from system.models import locate
     from system.requests import Requests
 
     settings = [f"sampler.dtype={dtype}", "task.limit=4", "task.max_tokens=20", "sampler.canary_tolerance=1.0"]
-    cfg = config.load("deploy/configs/continuation.yaml", settings)
+    cfg = config_file.load("deploy/configs/continuation.yaml", settings)
     folder = locate(cfg.model)
     problem = tasks.build(cfg.task, load_tokenizer(folder))
     learner = Learner(cfg, folder, problem.constraints, cfg.model.path, problem.prompts[0].policy_tokens)

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from learner.replay import Replay
-from system import config
+from system import config_file
 from system.orchestrator import Orchestrator
 from system.requests import Requests
 from system.tracking import Tracker
@@ -46,7 +46,7 @@ def measure() -> float:
                 "learner.checkpoint_every=1000000"]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         settings += [f"tracking.uri=sqlite:///{folder}/mlflow.db", f"output_dir={folder}"]
-        cfg = config.load("deploy/configs/random_number.yaml", settings)
+        cfg = config_file.load("deploy/configs/random_number.yaml", settings)
         requests = Requests(PROMPTS, SAMPLES, cfg.sampler.exploration, cfg.seed)
         tracker = Tracker(Path(folder) / "run", cfg)
         loop = Orchestrator(

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from system import config, tasks
+from system import config_file, tasks
 from system.language_model import load_pretrained, load_tokenizer
 from system.models import locate
 from tests.benchmarks.figures import ratio, report
@@ -43,7 +43,7 @@ def trl_rates(steps: int, seed: int) -> tuple[float, float]:
 
     # In the extra `bench` alone: nothing else of the project needs them.
     datasets, trl = (importlib.import_module(name) for name in ("datasets", "trl"))
-    cfg = config.load(CONFIG, OVERRIDES)
+    cfg = config_file.load(CONFIG, OVERRIDES)
     folder = locate(cfg.model)
     tokenizer = load_tokenizer(folder)
     problem = tasks.build(cfg.task, tokenizer)

@@ -28,12 +28,13 @@ from torch import Tensor
 
 from learner.learner import Learner, lr_at
 from learner.losses import States, subtrajectory_balance
-from system import config, tasks
-from system.config import Config, FunctionReward
+from system import config_file, tasks
+from system.config import Config
 from system.functions import import_function
 from system.language_model import decode, load_tokenizer
 from system.models import locate
 from system.posterior import Exact
+from system.task_config import FunctionReward
 from system.trajectory import Group, Prompt
 from tests.benchmarks.figures import ratio, report
 from tests.benchmarks.runs import job
@@ -154,7 +155,7 @@ class Recipe:
 def recipe_seconds(settings: str, seed: int, limit: float) -> tuple[float, float, int]:
     """(seconds of training until TARGET or the limit, KL then, updates); evaluations are not counted."""
     path, *overrides = SETTINGS[settings]
-    recipe = Recipe(config.load(path, [f"seed={seed}", "learner.threads=2", *overrides]))
+    recipe = Recipe(config_file.load(path, [f"seed={seed}", "learner.threads=2", *overrides]))
     seconds, kl = 0.0, math.inf
     while seconds < limit:
         started = time.perf_counter()
@@ -189,7 +190,9 @@ def random_number(settings: str, seeds: list[int], limit: float) -> None:
 
 
 def continuation(repeats: int) -> None:
-    recipe = Recipe(config.load("deploy/configs/continuation.yaml", ["sampler.samples_per_prompt=20", "learner.threads=2"]))
+    recipe = Recipe(
+        config_file.load("deploy/configs/continuation.yaml", ["sampler.samples_per_prompt=20", "learner.threads=2"])
+    )
     recipe.update()
     theirs, ours = [], []
     path = str(Path("deploy/configs/continuation.yaml").resolve())

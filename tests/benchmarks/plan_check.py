@@ -12,7 +12,7 @@ import os
 import sys
 
 from deploy.plan import Durations, simulate
-from system import config
+from system import config_file
 from tests.benchmarks.figures import Figure, report
 from tests.benchmarks.runs import ROOT, job
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     arguments = parser.parse_args()
     settings = [f"learner.steps={arguments.steps}"]
-    cfg = config.load(ROOT / "deploy/configs/random_number.yaml", settings)
+    cfg = config_file.load(ROOT / "deploy/configs/random_number.yaml", settings)
     ratios: dict[int, list[float]] = {1: [], 2: []}
     details: dict[int, list[str]] = {1: [], 2: []}
     for repeat in range(arguments.repeats):

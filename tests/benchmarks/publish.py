@@ -15,7 +15,7 @@ import ray
 
 from deploy import cluster
 from deploy.remote import RayLearner, RaySamplers, wait_until_ready
-from system import config, tasks
+from system import config, config_file, tasks
 from system.language_model import load_tokenizer
 from system.models import locate
 from system.requests import Requests
@@ -53,4 +53,4 @@ def measure(cfg: config.Config) -> list[Figure]:
 
 if __name__ == "__main__":
     overrides = ["actors.count=2", "sampler.samples_per_prompt=8", *sys.argv[1:]]
-    report(*measure(config.load("deploy/configs/random_number.yaml", overrides)))
+    report(*measure(config_file.load("deploy/configs/random_number.yaml", overrides)))

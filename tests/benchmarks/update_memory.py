@@ -70,14 +70,14 @@ def materialised(model: Any, hidden_LH: torch.Tensor, position_Q: np.ndarray, to
 
 def measure(variant: str) -> int:
     from learner.learner import Learner
-    from system import config
+    from system import config_file
     from system.constraints import Constraints
     from system.language_model import LanguageModel
     from system.models import locate
     from system.trajectory import Prompt
     from tests.benchmarks.update_rate import group_of
 
-    cfg = config.load(
+    cfg = config_file.load(
         "deploy/configs/continuation.yaml",
         ["learner.threads=2", "learner.gradient_checkpointing=true", f"learner.token_budget={2 * TOKENS}"],
     )

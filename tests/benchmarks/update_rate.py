@@ -17,7 +17,7 @@ import torch
 
 from learner.learner import Learner
 from learner.losses import States
-from system import config, tasks
+from system import config_file, tasks
 from system.language_model import load_tokenizer
 from system.models import locate
 from system.tasks.problem import Problem
@@ -131,7 +131,7 @@ def main() -> None:
 
 
 def measure(name: str, samples: int, wanted: float, repeats: int, rng: np.random.Generator) -> Figure:
-    cfg = config.load(f"deploy/configs/{name}.yaml", ["learner.threads=2"])
+    cfg = config_file.load(f"deploy/configs/{name}.yaml", ["learner.threads=2"])
     folder = locate(cfg.model)
     problem = tasks.build(cfg.task, load_tokenizer(folder))
     learner = Learner(cfg, folder, problem.constraints, cfg.model.path, problem.prompts[0].policy_tokens)

@@ -1,0 +1,187 @@
+"""Reading a config: a YAML file gives the values, `key=value` on the command line overrides them.
+
+Every mistake becomes a ConfigError that names the field, the value and the fix.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from system.config import Config, ConfigError, Loss
+from system.task_config import Reward, Task
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """`["actors.count=2", "loss.kind=subtb"]` as a nested dict; a value is read as YAML.
+
+    Raises:
+        ConfigError: an entry without `=` or with an empty key, a value that is not YAML, or a field of a plain value.
+    """
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        names = key.split(".")
+        if not equals or not all(names):
+            raise ConfigError(f"override {override!r} is not of the form key=value, such as actors.count=2")
+        node = tree
+        for name in names[:-1]:
+            node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {override!r}: {name!r} was already set to a plain value; leave one of the two out")
+        try:
+            node[names[-1]] = yaml.safe_load(value)
+        # ValueError: a date that is none, such as 2001-13-01.
+        except (yaml.YAMLError, ValueError) as error:
+            raise ConfigError(f"override {override!r}: the value is not YAML ({_where(error)}); put it in quotes") from error
+    return tree
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`. A section whose kind changes starts afresh: the old kind's fields mean nothing to it."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
+            result[key] = _merged(old, value)
+        else:
+            result[key] = value
+    return result
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A section that is written twice is an error: YAML itself would drop the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is set twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _where(error: Exception) -> str:
+    """What is wrong with a YAML text and where, on one line."""
+    mark = getattr(error, "problem_mark", None)
+    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return place + (getattr(error, "problem", None) or str(error).splitlines()[0])
+
+
+MESSAGES = {
+    "extra_forbidden": "no such field; check the spelling (--dry-run prints all fields)",
+    "missing": "must be set",
+    "model_type": "must be a section, a mapping of fields; leave it out for the defaults",
+    "model_attributes_type": "must be a section, a mapping of fields with a kind",
+    "string_type": "must be a text; put it in quotes",
+    "tuple_type": "must be a list, such as [a, b]",
+}
+"""By pydantic's type of error, where its own message does not say what to do."""
+
+
+def _child(node: Any, part: int | str) -> Any:
+    """What stands at `part` of a section or a list; None where nothing does."""
+    if isinstance(node, dict):
+        return node.get(part)
+    if isinstance(node, (list, tuple)) and isinstance(part, int) and part < len(node):
+        return node[part]
+    return None
+
+
+def _field(location: Iterable[int | str], tree: Any) -> str:
+    """A field as the user writes it: pydantic's location has the kind of a section and the branch of a union as well."""
+    names: list[str] = []
+    node: Any = tree
+    for part in location:
+        is_kind = isinstance(node, dict) and part not in node and part == node.get("kind")
+        is_branch = isinstance(part, str) and not isinstance(node, dict)
+        if not is_kind and not is_branch:
+            names.append(str(part))
+            node = _child(node, part)
+    return ".".join(names)
+
+
+def _kinds(union: Any) -> str:
+    return ", ".join(section.model_fields["kind"].default for section in get_args(get_args(union)[0]))
+
+
+def _readable(error: ValidationError, tree: dict[str, Any]) -> str:
+    lines = []
+    for problem in error.errors():
+        kind, field, value = problem["type"], _field(problem["loc"], tree), problem["input"]
+        message = MESSAGES.get(kind, problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be"))
+        context = problem.get("ctx", {})
+        about_section = isinstance(value, (dict, BaseModel)) and (kind == "value_error" or kind.startswith("union_tag"))
+        shown = "" if about_section or kind == "missing" else f"={_short(repr(value))}"
+        if kind == "union_tag_invalid":
+            field, shown = f"{field}.kind", f"={context['tag']!r}"
+            message = f"must be one of {context['expected_tags']}"
+        elif kind == "union_tag_not_found" or (kind == "missing" and field == "task"):
+            union = {"task": Task, "loss": Loss}.get(field, Reward)
+            field, message = f"{field}.kind", f"must be set, to one of {_kinds(union)}"
+        lines.append(f"{field or 'config'}{shown}: {message}")
+    return "\n".join(lines)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def parse(tree: Any) -> Config:
+    """A nested dict as a Config. Raises ConfigError, one line for each field that is wrong."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"a config is a mapping of sections, not {type(tree).__name__}")
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_readable(error, tree)) from error
+
+
+def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
+    """Reads a YAML file, lays the overrides on it, and validates the result.
+
+    Raises:
+        ConfigError: the file is missing, not UTF-8 or not YAML, or a value is wrong.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {str(path)!r} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(
+            f"config {str(path)!r} cannot be read: {error.strerror}; name a YAML file, such as one of deploy/configs"
+        ) from error
+    try:
+        tree = yaml.load(text, _UniqueKeys)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"config {str(path)!r} is not YAML ({_where(error)}); correct it there") from error
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {str(path)!r} is a {type(tree).__name__}, but must be a mapping of sections")
+    return parse(_merged(tree, parse_overrides(overrides)))
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML, which `load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """`{"learner.lr": 0.001, ...}`: the leaves of the tree, for a tracker."""
+
+    def leaves(prefix: str, node: Any) -> Iterable[tuple[str, Any]]:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                yield from leaves(f"{prefix}.{key}" if prefix else key, value)
+        elif isinstance(node, list) and any(isinstance(item, dict) for item in node):
+            yield from leaves(prefix, {str(index): item for index, item in enumerate(node)})
+        else:
+            yield prefix, node
+
+    return dict(leaves("", config.model_dump(mode="json")))

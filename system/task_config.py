@@ -1,0 +1,298 @@
+"""The sections of a config that say what is sampled: the tasks, and the rewards in proportion to which they are."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from system.section import Section
+
+FUNCTION_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+
+
+class LMPosterior(Section):
+    """log p(Z stop | X), plus log p(Y | X Z stop) where a prompt has evidence Y."""
+
+    kind: Literal["lm_posterior"] = "lm_posterior"
+    every_prefix: bool = True
+    """False: where a trajectory ends alone, which saves the evidence at every other prefix; for `vargrad` or `pooled`."""
+
+
+class FunctionReward(Section):
+    """A python function `f(prompt: Prompt, text: str, tokens: list[int]) -> float` as log R = f / beta, in nats."""
+
+    kind: Literal["function"] = "function"
+    path: str = Field(pattern=FUNCTION_PATH)
+    """Import path, `package.module:function`."""
+    beta: float = Field(default=1.0, gt=0)
+    """Strength of the pull towards the prior, as in p(Z | X) exp(r / beta)."""
+    every_prefix: bool = False
+    """True: called at each prefix that can stop. False: at the end alone, and only `vargrad` or `pooled` can learn."""
+
+
+class ProductReward(Section):
+    """The product of rewards: their logs add up. With `lm_posterior` and a verifier: p(Z | X) exp(r / beta)."""
+
+    kind: Literal["product"] = "product"
+    of: tuple[Annotated[LMPosterior | FunctionReward, Field(discriminator="kind")], ...] = Field(min_length=2)
+
+    @property
+    def every_prefix(self) -> bool:
+        return all(factor.every_prefix for factor in self.of)
+
+
+Reward = Annotated[LMPosterior | FunctionReward | ProductReward, Field(discriminator="kind")]
+
+
+def _check_template(prompt: str, **values: object) -> None:
+    """Raises ValueError for a prompt with anything else to fill in than `values`."""
+    try:
+        prompt.format(**values)
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        names = " and ".join(f"{{{name}}}" for name in values)
+        raise ValueError(f"prompt={prompt!r}: only {names} can be filled in; write {{{{ and }}}} for braces") from error
+
+
+class RandomNumber(Section):
+    """An integer, uniform over low..high: the posterior is known exactly, so this task measures the method."""
+
+    kind: Literal["random_number"] = "random_number"
+    low: int = Field(default=0, ge=0)
+    high: int = Field(default=100, ge=1, le=9999)
+    prompt: str = Field(default="The following is a random integer drawn uniformly between {low} and {high}: ", min_length=1)
+    """`{low}` and `{high}` are filled in."""
+    stop: str = Field(default=".", min_length=1)
+    """What ends a number: a text that is one token."""
+    support: Literal["digits", "vocabulary"] = "digits"
+    """What may be drawn before the stop. With `vocabulary`, as in the paper, what is a number has to be learned too."""
+    floor: float = Field(default=-12.0, le=-10.0)
+    """log R of anything that is not one of the numbers, nats. A number has log R = 0."""
+    reward: Reward = FunctionReward(path="system.tasks.random_number:log_reward", every_prefix=True)
+    """`system.tasks.random_number:paper_log_reward` is the paper's."""
+    longest: int | None = Field(default=None, ge=1, le=16)
+    """Most tokens of a draw; by default the digits of `high`."""
+
+    @property
+    def min_tokens(self) -> int:
+        return 0
+
+    @property
+    def max_tokens(self) -> int:
+        return self.longest or len(str(self.high))
+
+    @model_validator(mode="after")
+    def _an_interval(self) -> RandomNumber:
+        if self.high <= self.low:
+            raise ValueError(f"high={self.high} must be above low={self.low}; raise high or lower low")
+        digits = len(str(self.high))
+        if self.max_tokens < digits:
+            raise ValueError(f"longest={self.longest} is too short for high={self.high}; raise longest to {digits}")
+        _check_template(self.prompt, low=self.low, high=self.high)
+        return self
+
+
+class Drawn(Section):
+    """Which prompts a run takes of a file, and how long what is drawn for them may be."""
+
+    limit: int | None = Field(default=None, ge=1)
+    """Take only this many prompts."""
+    offset: int = Field(default=0, ge=0)
+    """Skip this many prompts first."""
+    min_tokens: int = Field(default=1, ge=0)
+    max_tokens: int = Field(default=30, ge=1)
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Drawn:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: nothing can be drawn; lower min_tokens"
+            )
+        return self
+
+
+class Sentence(Drawn):
+    """What may be drawn where Z is one sentence."""
+
+    stop: str = Field(default=".", min_length=1)
+    """The end of a sentence: a text that is one token. Its log-probability is part of the reward."""
+    illegal: tuple[str, ...] = (
+        "\n", "\r", "\t", '"', "“", "”", "?", "!", ":", ";", "(", ")", "[", "]", "<", ">", "http", "www", ".",
+    )  # fmt: skip
+    """A token whose text contains one of these is outside the policy's support, as are special tokens."""
+    reward: Reward = LMPosterior()
+
+
+class NextSentence(Sentence):
+    prompts: str = "packaged"
+    """A UTF-8 text file with one prompt a line, or `packaged` for a small one that comes with the project."""
+
+
+class Continuation(NextSentence):
+    """The next sentence, from the tempered posterior p(Z . | X)^(1/T), with T from learner.reward_temperature."""
+
+    kind: Literal["continuation"] = "continuation"
+
+
+class Constrained(NextSentence):
+    """The next sentence, from p(Z . | X) among those that satisfy all that is asked for."""
+
+    kind: Literal["constrained"] = "constrained"
+    keywords: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Words that must be there, in any order and case."""
+    pattern: str | None = None
+    """A regular expression that must be found in the sentence."""
+    predicate: str | None = Field(default=None, pattern=FUNCTION_PATH)
+    """Import path of a function `f(prompt: Prompt, text: str, tokens: list[int]) -> bool` that must be true."""
+    floor: float = Field(default=-20.0, le=-5.0)
+    """log c of a sentence that does not satisfy them, nats."""
+    reward: Reward = ProductReward(
+        of=(LMPosterior(), FunctionReward(path="system.tasks.constrained:log_constraint", every_prefix=True))
+    )
+
+    @model_validator(mode="after")
+    def _something_is_asked_for(self) -> Constrained:
+        if not (self.keywords or self.pattern or self.predicate):
+            raise ValueError("keywords, pattern and predicate are all empty: set one of them, or use kind=continuation")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"pattern={self.pattern!r} is no regular expression: {error}") from error
+        return self
+
+
+class Infilling(Sentence):
+    """The missing sentence Z of a story, from p(Z | X, Y) in proportion to p(X Z . Y): X is before it, Y after."""
+
+    kind: Literal["infilling"] = "infilling"
+    stories: str = "packaged"
+    """JSONL: each line {"sentences": [texts]}, of which `gap` is left out, or {"before": text, "after": text}, with
+    "middle" where it is known. `packaged` is a small file that comes with the project."""
+    gap: int = Field(default=3, ge=1)
+    """Number of the missing sentence, from 0."""
+    prompt: str = Field(default="Beginning: {before}\nEnding: {after}\nMiddle:", min_length=1)
+    """What the policy sees; `{before}` and `{after}` are filled in."""
+    max_tokens: int = Field(default=25, ge=1)
+
+    @model_validator(mode="after")
+    def _a_text_to_fill_in(self) -> Infilling:
+        _check_template(self.prompt, before="", after="")
+        return self
+
+
+class Verifiable(Drawn):
+    """Answers that a program checks, from p(Z . | X) exp(r / beta): the reward is known at the end alone."""
+
+    kind: Literal["verifiable"] = "verifiable"
+    questions: str = "packaged"
+    """JSONL, each line {"question": text, "answer": text or number}; `packaged` for all sums of two digits."""
+    prompt: str = Field(default="Question: {question}\nAnswer:", min_length=1)
+    """`{question}` is filled in."""
+    max_tokens: int = Field(default=24, ge=1)
+    stop: str = Field(default="\n", min_length=1)
+    """The end of an answer: a text that is one token."""
+    reward: Reward = ProductReward(of=(LMPosterior(), FunctionReward(path="system.tasks.verifiable:last_number", beta=0.1)))
+
+    @model_validator(mode="after")
+    def _a_question_to_fill_in(self) -> Verifiable:
+        _check_template(self.prompt, question="")
+        return self
+
+
+class Arithmetic(Drawn):
+    """Rationales that work out a sum with a calculator, from p(Z . "The answer is Y." | examples X)."""
+
+    kind: Literal["arithmetic"] = "arithmetic"
+    questions: str = "generated"
+    """`generated`, or a JSON or JSONL file: {"question": "Question: 1 + 2 = ? Answer:", "answer": 3}, or the paper's files."""
+    rationales: str | None = None
+    """With questions from a file: a file of questions that have a "rationale" too."""
+    split: Literal["train", "test"] = "train"
+    """`test`: generated questions that are in no training set; from a file, those of `questions` without `rationales`."""
+    operands: tuple[int, ...] = Field(default=(3, 4), min_length=1)
+    """Generated questions have one of these numbers of operands."""
+    test_operands: tuple[int, ...] | None = None
+    """Of the test questions; by default as `operands`."""
+    count: int = Field(default=1000, ge=1)
+    """Generated questions."""
+    worked: int = Field(default=50, ge=0)
+    """Generated training questions that have a rationale."""
+    examples: int = Field(default=3, ge=0)
+    """Worked examples in front of every question, the first of those with a rationale."""
+    min_tokens: int = Field(default=5, ge=0)
+    max_tokens: int = Field(default=32, ge=1)
+    """Actions: the calculator's tokens do not count."""
+    tool_tokens: int = Field(default=24, ge=0)
+    """Most tokens that the calculator writes into one sample."""
+    reward: Reward = LMPosterior(every_prefix=False)
+
+    @field_validator("operands", "test_operands")
+    @classmethod
+    def _few_operands(cls, operands: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if operands is not None and (not operands or not all(2 <= number <= 10 for number in operands)):
+            raise ValueError("each number of operands must be from 2 to 10, as in [3, 4]")
+        return operands
+
+
+class Subjectivity(Drawn):
+    """Texts with labels. `reason` trains a rationale Z towards p(Z, label | X); the other stages answer with a label.
+
+    `label` answers from the text alone, and `predict` from the text and a rationale that an earlier run drew. Both imitate
+    the records' labels with loss.kind=mle.
+    """
+
+    kind: Literal["subjectivity"] = "subjectivity"
+    stage: Literal["reason", "label", "predict"] = "reason"
+    records: str = "packaged"
+    """JSONL: each line {"text": text, "label": one of `labels`, or its number from 0}, with "label_text" where a number is
+    to be checked. `packaged` is a small file that comes with the project."""
+    labels: tuple[Annotated[str, Field(min_length=1)], ...] = ("objective", "subjective")
+    prompt: str = 'Classify this movie review as objective or subjective: "{text}" This review is'
+    """What a rationale follows; `{text}` is filled in."""
+    label_prompt: str = 'Classify this movie review as objective or subjective: "{text}" It is'
+    """What a label follows without a rationale; `{text}` is filled in."""
+    evidence: str = " so it is {label}."
+    """What follows a rationale and its stop; `{label}` is filled in. Where the policy answers, its end is the stop."""
+    rationales: str | None = None
+    """JSONL that `deploy/evaluate.py` wrote of a `reason` run on these records: each line {"prompt": id, "text": Z}.
+    Several rationales of a record become as many prompts, which vote on its label."""
+    examples: int = Field(default=0, ge=0)
+    """This many labelled records of `examples_from`, the first, stand in front of every prompt."""
+    examples_from: str | None = None
+    """A file such as `records`. A record is never among its own examples."""
+    stop: str = Field(default=",", min_length=1)
+    """The end of a rationale: a text that is one token. Its log-probability is part of the reward."""
+    illegal: tuple[str, ...] = ("\n", "\r", "\t", '"', "“", "”", "?", "!", ":", ";", "(", ")", ".", ",")
+    """A token whose text contains one of these is no part of a rationale, as are special tokens."""
+    max_tokens: int = Field(default=5, ge=1)
+    reward: Reward = LMPosterior()
+
+    @model_validator(mode="after")
+    def _texts_to_fill_in(self) -> Subjectivity:
+        _check_template(self.prompt, text="")
+        _check_template(self.label_prompt, text="")
+        _check_template(self.evidence, label="")
+        if self.evidence.format(label="") == self.evidence.format(label="x"):
+            raise ValueError(f"evidence={self.evidence!r} is the same for every label; write {{label}} where the label belongs")
+        if len(set(self.labels)) < max(2, len(self.labels)):
+            raise ValueError(f"labels={list(self.labels)} must be two or more that differ")
+        return self
+
+    @model_validator(mode="after")
+    def _files_are_there_for_what_needs_them(self) -> Subjectivity:
+        if (self.stage == "predict") != bool(self.rationales):
+            raise ValueError(
+                f"stage={self.stage} with rationales={self.rationales!r}: stage=predict reads the rationales of an earlier "
+                "run, and no other stage does; set both or neither"
+            )
+        if bool(self.examples) != bool(self.examples_from):
+            raise ValueError(
+                f"examples={self.examples} with examples_from={self.examples_from!r}: set how many and the file, or neither"
+            )
+        return self
+
+
+Task = Annotated[
+    RandomNumber | Continuation | Infilling | Constrained | Verifiable | Arithmetic | Subjectivity, Field(discriminator="kind")
+]
