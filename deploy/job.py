@@ -23,11 +23,13 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # `python deploy/job.py` puts deploy/ on the path, not the root
     sys.path.insert(0, str(ROOT))
 
-from deploy.runs import find_run  # noqa: E402
+from deploy.runs import find_run, starting_weights  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from learner.replay import Replay
     from system.evaluation import Evaluation
     from system.orchestrator import Orchestrator, Samplers
@@ -89,6 +91,7 @@ class Job:
         self.problem = tasks.build(config.task, self.tokenizer)
         config.check_lengths(context_length(folder), self.problem.longest_prompt)
         files = checkpoint.read_latest(self.run_dir / "checkpoints") if self.resume else {}
+        start = starting_weights(config.lora) if config.lora.start and not files else None
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "config.yaml").write_text(config_file.dump(config), encoding="utf-8")
         self.tracker = Tracker(self.run_dir, config, resume=self.resume)
@@ -109,6 +112,8 @@ class Job:
             if files:
                 self.learner.restore(loop.restore(files), loop.counters.step)
                 self._restore_evaluations(loop.counters.step)
+            elif start is not None:
+                self._start_from(start)
             logger.info("ready after %.0f s; run folder %s", time.perf_counter() - started, self.run_dir)
             loop.train()
             summary = self._finish(loop, time.perf_counter() - started)
@@ -117,6 +122,15 @@ class Job:
         finally:
             self.tracker.close(status)
             cluster.disconnect()
+
+    def _start_from(self, weights: np.ndarray) -> None:
+        try:
+            self.learner.restore(weights, 0)
+        except ValueError as error:
+            raise ConfigError(
+                f"lora.start={self.config.lora.start!r} is not of this model with lora.rank={self.config.lora.rank} and "
+                f"lora.targets={self.config.lora.targets}: {error}"
+            ) from error
 
     def _sources(self, version: Callable[[], int], *, buffered: bool) -> tuple[Requests, Samplers, Replay]:
         """Where training groups come from: samplers and replay, and the task's demonstrations where the config wants them.

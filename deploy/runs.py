@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from system.config import ConfigError
+from system.config import ConfigError, Lora
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from learner.policy import Policy
 
 
@@ -36,3 +38,26 @@ def load_adapter(policy: Policy, path: Path, rank: int) -> None:
         policy.load_adapter(safetensors.numpy.load_file(path))
     except ValueError as error:
         raise ConfigError(f"{path} does not fit lora.rank={rank}: {error}") from error
+
+
+def starting_weights(lora: Lora) -> np.ndarray:
+    """The adapter `lora.start` in the form that a learner restores, without moments of the optimizer.
+
+    Raises:
+        ConfigError: there is none, or it is no safetensors file.
+    """
+    import numpy as np
+    import safetensors
+    import safetensors.numpy
+
+    assert lora.start is not None
+    names = ("adapter/adapter_model.safetensors", "adapter_model.safetensors")
+    files = [Path(root) / lora.start / name for root in (".", "runs") for name in names]
+    path = next((path for path in files if path.is_file()), None)
+    if path is None:
+        raise ConfigError(f"lora.start={lora.start!r}: no run and no PEFT folder with adapter_model.safetensors is there")
+    try:
+        tensors = safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ConfigError(f"lora.start={lora.start!r}: {path} is damaged: {error}") from error
+    return np.frombuffer(safetensors.numpy.save({f"adapter/{name}": tensor for name, tensor in tensors.items()}), np.uint8)

@@ -33,6 +33,9 @@ class Lora(Section):
     """The update is (alpha / rank) * B A."""
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """Names of the linear modules that are adapted, as PEFT takes them. There is no dropout: log q must be exact."""
+    start: str | None = Field(default=None, min_length=1)
+    """A run, or a PEFT folder, whose adapter training starts from, such as one of supervised fine-tuning; by default from the
+    base model. The frozen model of the reward stays the base."""
 
 
 # ------------------------------------------------------------------------------------------------- who makes data
