@@ -29,7 +29,14 @@ QUICK = [
     "agreement bfloat16",
     "driver_rate",
 ]
-LONG = ["grpo_rate", "original_recipe random_number", "original_recipe continuation", "plan_check", "ablation"]
+LONG = [
+    "grpo_rate",
+    "original_recipe random_number",
+    "original_recipe continuation",
+    "plan_check",
+    "ablation random_number",
+    "ablation continuation",
+]
 
 
 def run(command: str) -> list[Figure]:

@@ -12,25 +12,33 @@ import argparse
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from actors.rewards import Posterior
 from system.config import Model
 from system.language_model import LanguageModel, load_pretrained
 from system.models import locate
 from system.trajectory import Behaviour, Prompt, Trajectory
-from tests.benchmarks.figures import in_turns, ratio, report, seconds
+from tests.benchmarks.figures import Figure, in_turns, ratio, report, seconds
 
-K, T, PROMPT, EVIDENCE, STOP = 16, 25, 64, 20, 30
+K, T, EVIDENCE, STOP = 16, 25, 20, 30
+PROMPTS = (64, 256)
+"""Tokens of X: a story's beginning; a question behind worked examples."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
-    rng = np.random.default_rng(0)
     model = load_pretrained(locate(Model()), torch.float32, torch.device("cpu"))
+    for prompt_tokens in PROMPTS:
+        report(measure(model, prompt_tokens, repeats))
+
+
+def measure(model: PreTrainedModel, prompt_tokens: int, repeats: int) -> Figure:
+    rng = np.random.default_rng(0)
     reward = Posterior(LanguageModel(model), (STOP,))
-    x, y = (tuple(rng.integers(100, 40000, n).tolist()) for n in (PROMPT, EVIDENCE))
+    x, y = (tuple(rng.integers(100, 40000, n).tolist()) for n in (prompt_tokens, EVIDENCE))
     prompt = Prompt("p", x, x, evidence_tokens=y)
     samples = [rng.integers(100, 40000, T).astype(np.int32) for _ in range(K)]
     trajectories = [Trajectory(s, np.ones(T, bool), np.zeros(T + 1, np.float32), "sampled", Behaviour()) for s in samples]
@@ -43,8 +51,8 @@ def main() -> None:
         columns = []
         for t in range(T + 1):
             rows = torch.tensor([[*x, *sample[:t].tolist(), STOP, *y] for sample in samples])
-            logp = model(rows).logits[:, PROMPT - 1 : -1].log_softmax(-1)
-            columns.append(logp.gather(2, rows[:, PROMPT:, None])[..., 0].sum(1).numpy())
+            logp = model(rows).logits[:, prompt_tokens - 1 : -1].log_softmax(-1)
+            columns.append(logp.gather(2, rows[:, prompt_tokens:, None])[..., 0].sum(1).numpy())
         return np.stack(columns, 1)
 
     np.testing.assert_allclose(packed(), passes(), atol=5e-3)
@@ -52,12 +60,10 @@ def main() -> None:
     packed()
     tokens = reward.tokens_forwarded
     times = in_turns({"passes": seconds(passes), "packed": seconds(packed)}, repeats, warm_up=0)
-    report(
-        ratio(
-            f"reward at every prefix, K = {K}, T = {T}, {EVIDENCE} tokens of evidence: T + 1 passes over one packed pass",
-            times["passes"], times["packed"], 10.0,
-            packed_tokens=tokens, padded_tokens=sum(K * (PROMPT + t + 1 + EVIDENCE) for t in range(T + 1)),
-        )
+    return ratio(
+        f"reward at every prefix, X = {prompt_tokens}, K = {K}, T = {T}, {EVIDENCE} tokens of evidence: T + 1 passes over one",
+        times["passes"], times["packed"], 10.0,
+        packed_tokens=tokens, padded_tokens=sum(K * (prompt_tokens + t + 1 + EVIDENCE) for t in range(T + 1)),
     )  # fmt: skip
 
 
