@@ -23,7 +23,7 @@ def connect(config: Config) -> None:
     if address:
         ray.init(address=address, **common)
     else:
-        wanted = config.learner.cpus + config.actors.count * config.actors.cpus
+        wanted = config.learner.ranks * config.learner.cpus + config.actors.count * config.actors.cpus
         cpus = config.cluster.local_cpus or max(os.cpu_count() or 1, int(wanted + 0.999))
         ray.init(
             address="local",  # without it Ray would join whatever cluster was started on this machine last

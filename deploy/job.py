@@ -203,7 +203,7 @@ class Job:
         if now - self._last_stats > self.config.tracking.system_metrics_seconds:
             self._last_stats = now
             self.tracker.system("driver", system_metrics(), step)
-            stats = {"learner": self.learner.stats(), **self.samplers.stats()}
+            stats = {**self.learner.stats(), **self.samplers.stats()}
             asked = {("stats", name): reference for name, reference in stats.items()} | self._span_references()
             # What has not answered since the last time is not asked twice.
             self._pending = asked | self._pending
@@ -222,7 +222,7 @@ class Job:
                 self._keep_spans(name, values)
 
     def _span_references(self) -> dict[tuple[str, str], Any]:
-        spans = {"learner": self.learner.spans(), **self.samplers.spans()}
+        spans = {**self.learner.spans(), **self.samplers.spans()}
         return {("spans", name): reference for name, reference in spans.items()}
 
     def _keep_spans(self, name: str, spans: list[Span]) -> None:

@@ -194,7 +194,7 @@ class Simulation:
         engines = [sampler for sampler in self.samplers if sampler.installing or sampler.running]
         scoring = [sampler for sampler in self.samplers if sampler.rewards]
         learning = bool(self.updating or self.publishing)
-        computing = len(engines) + len(scoring) + learning
+        computing = len(engines) + len(scoring) + (self.learner.ranks if self.updating else learning)
         pace = min(1.0, self.cores / computing)
         ends = [sampler.rewards[0][1] for sampler in scoring]
         ends += [s.installing or min(s.running.values()) * len(s.running) for s in engines]

@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -20,6 +21,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors.sampler import EngineDied
 from actors.settings import engine_environment
+from deploy.answers import first_of_all
 from system.adapters import Adapter
 from system.config import Config, ConfigError
 from system.orchestrator import SamplerDied
@@ -90,10 +92,21 @@ class SamplerActor(BuiltActor):
 
 
 class LearnerActor(BuiltActor):
-    """A Learner in this process."""
+    """A Learner in this process, one of `size` ranks: built once it knows where the ranks meet."""
 
-    def __init__(self, config: Config, problem: Problem) -> None:
-        super().__init__(_build_learner, config, problem)
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+        self._store: Any = None
+
+    def open_meeting(self) -> tuple[str, int]:
+        """Of rank 0: the address at which the others find it."""
+        from learner.ranks import open_store
+
+        self._store = open_store(ray.util.get_node_ip_address(), self._size)
+        return self._store.host, self._store.port
+
+    def build(self, config: Config, problem: Problem, meeting: tuple[str, int] | None) -> None:
+        super().__init__(_build_learner, config, problem, self._rank, self._store, meeting)
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
         with self.part.timeline.span("update", "learner", step=self.part.step):
@@ -121,10 +134,18 @@ def _build_sampler(config: Config, problem: Problem) -> Any:
     return build_sampler(config, problem, on_death=_exit_soon)
 
 
-def _build_learner(config: Config, problem: Problem) -> Any:
+def _build_learner(config: Config, problem: Problem, rank: int, store: Any, meeting: tuple[str, int] | None) -> Any:
     from learner.learner import Learner
+    from learner.ranks import Ranks, reach_store
+    from system.language_model import resolve_device
 
-    return Learner.build(config, problem)
+    if meeting is None:
+        return Learner.build(config, problem)
+    learner = config.learner
+    store = store or reach_store(*meeting, learner.ranks)
+    device = resolve_device(learner.device)
+    ranks = Ranks.join(rank, learner.ranks, store, device, in_lockstep=learner.shard_base)
+    return Learner.build(config, problem, ranks)
 
 
 def _exit_soon() -> None:
@@ -214,7 +235,10 @@ class RaySamplers:
 
 
 class RayLearner:
-    """The learner actor: its calls run one at a time, in order."""
+    """The learner actors, one for each rank: their calls run one at a time, in order, and one death ends all.
+
+    Every rank updates and restores; the rest is rank 0's, unless the base is in shards: then all forward together.
+    """
 
     def __init__(self, config: Config, problem: Problem) -> None:
         learner = config.learner
@@ -223,35 +247,60 @@ class RayLearner:
             # Threads that spin while they wait would take the samplers' cores.
             "OMP_WAIT_POLICY": "PASSIVE",
         }
+        if learner.ranks > 1 and not learner.gpus:
+            # All would see the same GPU, which NCCL refuses.
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         remote = ray.remote(LearnerActor).options(
             num_cpus=learner.cpus, num_gpus=learner.gpus, runtime_env={"env_vars": environment}
         )
-        self.actor: Any = remote.remote(config, ray.put(problem))
+        self.actors: list[Any] = [remote.remote(rank, learner.ranks) for rank in range(learner.ranks)]
+        self._forwarding = self.actors if learner.shard_base else self.actors[:1]
+        meeting = self.actors[0].open_meeting.remote() if learner.ranks > 1 else None
+        self._building = _on(self.actors, "build", config, ray.put(problem), meeting)
 
     def ready(self) -> list[Any]:
-        return [self.actor.ready.remote()]
+        return [*self._building, *_on(self.actors, "ready")]
 
     def update(self, groups: Sequence[Group]) -> Future[dict[str, float]]:
-        return _future(self.actor.update.remote(groups))
+        return self._answer(_on(self.actors, "update", ray.put(groups)))
 
     def adapter(self, version: int) -> Any:
         """A reference: the weights go from the learner to the samplers, not through the driver."""
-        return self.actor.adapter.remote(version)
+        return _on(self._forwarding, "adapter", version)[0]
 
     def score(self, groups: Sequence[Group]) -> Future[list[Any]]:
-        return _future(self.actor.score.remote(groups))
+        return self._answer(_on(self._forwarding, "score", ray.put(groups)))
 
     def save(self) -> Future[np.ndarray]:
-        return _future(self.actor.save.remote())
+        return _future(self.actors[0].save.remote())
 
     def restore(self, saved: np.ndarray, step: int) -> None:
-        ray.get(self.actor.restore.remote(saved, step))
+        ray.get(_on(self.actors, "restore", ray.put(saved), step))
 
-    def stats(self) -> Any:
-        return self.actor.stats.remote()
+    def stats(self) -> dict[str, Any]:
+        """Name of each rank's actor -> reference to its statistics."""
+        return dict(zip(self._names(), _on(self.actors, "stats"), strict=True))
 
-    def spans(self) -> Any:
-        return self.actor.spans.remote()
+    def spans(self) -> dict[str, Any]:
+        """Name of each rank's actor -> reference to what it did since the last time."""
+        return dict(zip(self._names(), _on(self.actors, "spans"), strict=True))
+
+    def _names(self) -> list[str]:
+        return ["learner", *(f"learner-{rank}" for rank in range(1, len(self.actors)))]
+
+    def _answer(self, references: Sequence[Any]) -> Future[Any]:
+        """Rank 0's, once every rank has one. Errors as in `first_of_all`: a loss that is not finite is so on all ranks."""
+        answers = [_future(reference) for reference in references]
+        return first_of_all(answers, FloatingPointError, RayActorError, self._end) if len(answers) > 1 else answers[0]
+
+    def _end(self) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+def _on(actors: Sequence[Any], method: str, *arguments: Any) -> list[Any]:
+    """References to the answers of the actors, in their order."""
+    return [getattr(actor, method).remote(*arguments) for actor in actors]
 
 
 def wait_until_ready(*handles: Any) -> None:
@@ -262,16 +311,21 @@ def wait_until_ready(*handles: Any) -> None:
         Exception: what building an actor's part raised.
     """
     references = [reference for handle in handles for reference in handle.ready()]
-    ready, missing = ray.wait(references, num_returns=len(references), timeout=START_SECONDS)
+    deadline, missing = time.monotonic() + START_SECONDS, references
+    while missing:
+        # One at a time: where one could not be built, those that would meet it are never ready.
+        done, missing = ray.wait(missing, timeout=max(0.0, deadline - time.monotonic()))
+        if not done:
+            break
+        try:
+            ray.get(done)
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
     if missing:
         raise ConfigError(
             f"{len(missing)} of {len(references)} actors were not placed and built within {START_SECONDS:g} s; "
             f"the cluster has {ray.cluster_resources()}, of which {ray.available_resources()} is free"
         )
-    try:
-        ray.get(ready)
-    except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
 
 def _future(reference: Any, settled: Any = lambda error: error) -> Future[Any]:

@@ -1,9 +1,9 @@
 """The learner: groups in, one optimizer step, and a new adapter out. A plain class; Ray is applied in deploy.
 
 An update packs each group's prefix tree once, fills rows up to the token budget, and adds up the gradients of the rows;
-the loss is the mean over all groups of the update, however they fall into rows. Left out of the GFlowNet losses on
-purpose: a critic, a KL penalty (the prior is inside the reward), ratios and clipping against the behaviour policy (see
-learner.losses); baselines that have them are in learner.baselines.
+the loss is the mean over all groups of the update, however they fall into rows and the rows onto ranks. Left out of the
+GFlowNet losses on purpose: a critic, a KL penalty (the prior is inside the reward), ratios and clipping against the
+behaviour policy (see learner.losses); baselines that have them are in learner.baselines.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from learner import baselines, losses
 from learner.policy import Policy
+from learner.ranks import Ranks
 from learner.states import node_log_reward, states_of
 from system.adapters import Adapter, Canary
 from system.config import GRPO, MLE, PPO, RLOO, Config
@@ -29,7 +31,7 @@ from system.constraints import Constraints
 from system.language_model import resolve_device
 from system.models import locate
 from system.posterior import Bounds
-from system.prefix_tree import Packed, PrefixTree, rows_by_budget
+from system.prefix_tree import Packed, PrefixTree
 from system.tasks.problem import Problem
 from system.timeline import Timeline
 from system.trajectory import Group
@@ -60,12 +62,35 @@ class Score:
     """float64 [K]: untempered log R of each whole trajectory, nats."""
 
 
+class Facts(NamedTuple):
+    """Of one group in an update; nats, NaN where unknown. A small loss alone is no evidence that q is the posterior."""
+
+    loss: float
+    tokens: float
+    """Forwarded."""
+    log_z: float
+    spread: float
+    ess: float
+    log_q_stop: float
+
+
 class Learner:
     def __init__(
-        self, config: Config, folder: Path, constraints: Constraints, base_model: str, canary_tokens: Sequence[int]
+        self,
+        config: Config,
+        folder: Path,
+        constraints: Constraints,
+        base_model: str,
+        canary_tokens: Sequence[int],
+        ranks: Ranks | None = None,
     ) -> None:
-        """`folder` holds the base model's files, `base_model` is the name under which adapters are published."""
+        """`folder` holds the base model's files, `base_model` is the name under which adapters are published.
+
+        With several `ranks` each has a Learner like this one: `update` and `restore` are called on all of them with the same
+        arguments, and where the base is in shards so are `adapter` and `score`.
+        """
         self.config = config.learner
+        self.ranks = ranks or Ranks()
         torch.manual_seed(config.seed)
         device = resolve_device(self.config.device)
         if device.type == "cpu":
@@ -79,8 +104,10 @@ class Learner:
             device=device,
             logits_chunk=self.config.logits_chunk,
             gradient_checkpointing=self.config.gradient_checkpointing,
+            ranks=self.ranks if self.ranks.in_lockstep else None,
         )
         self._parameters = list(self.policy.parameters.values())
+        self.ranks.equalise(self._parameters)
         self.optimizer = torch.optim.AdamW(
             self._parameters, lr=self.config.lr, betas=self.config.betas, weight_decay=self.config.weight_decay, fused=True
         )
@@ -106,30 +133,31 @@ class Learner:
             self._canary_base = self._canary_log_probs()
 
     @classmethod
-    def build(cls, config: Config, problem: Problem) -> Learner:
+    def build(cls, config: Config, problem: Problem, ranks: Ranks | None = None) -> Learner:
         """The learner of a run; its canary is the first prompt. Raises ConfigError where the model cannot be had."""
         prompt = problem.prompts[0]
         canary = prompt.policy_tokens + prompt.reward_tokens
-        return cls(config, locate(config.model), problem.constraints, config.model.path, canary)
+        return cls(config, locate(config.model), problem.constraints, config.model.path, canary, ranks)
 
     # ---------------------------------------------------------------------------------------------- the update
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """One optimizer step on the mean loss of the groups. Returns its metrics; seconds, tokens, nats.
+        """One optimizer step on the mean loss of the groups. Returns its metrics, on every rank those of all; seconds, nats.
 
         Raises:
-            FloatingPointError: the loss or the gradient is not finite; the weights are left as they were.
+            FloatingPointError: the loss or the gradient is not finite; the weights are left as they were, on every rank.
         """
         started = time.perf_counter()
         temperature = self.config.reward_temperature.at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        total, tokens, stats = 0.0, 0, []
-        for loss_G, stats_G, row_tokens in self._rows(groups, temperature):
-            loss = torch.stack(loss_G).sum() / len(groups)
+        facts_G = np.zeros((len(groups), len(Facts._fields)))
+        for loss, facts in self._rows(groups, temperature):
             loss.backward()
-            total += float(loss.detach())
-            tokens += row_tokens
-            stats += stats_G
+            for index, values in facts.items():
+                facts_G[index] = values
+        self.ranks.sum_gradients(self._parameters)
+        by_name = dict(zip(Facts._fields, self.ranks.sum(facts_G).T, strict=True))
+        total, tokens = float(by_name.pop("loss").mean()), float(by_name.pop("tokens").sum())
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.config.clip))
         if not (math.isfinite(total) and math.isfinite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
@@ -143,7 +171,6 @@ class Learner:
         self.optimizer.step()
         self.step += 1
         seconds = time.perf_counter() - started
-        mean = {name: _mean_of_known([stat[name] for stat in stats]) for name in stats[0]}
         return {
             "loss": total,
             "grad_norm": norm,
@@ -152,7 +179,7 @@ class Learner:
             "tokens/forwarded": tokens,
             "rate/learner_tokens_per_second": tokens / seconds,
             "seconds/update": seconds,
-            **mean,
+            **{name: _mean_of_known(value_G) for name, value_G in by_name.items()},
         }
 
     def score(self, groups: Sequence[Group]) -> list[Score]:
@@ -182,31 +209,36 @@ class Learner:
             log_reward_N[inside_N] = np.nan
         return tree, Packed.of(tree, group.prompt.policy_tokens), log_reward_N
 
-    def _rows(self, groups: Sequence[Group], temperature: float) -> Iterator[tuple[list[Tensor], list[dict[str, float]], int]]:
-        """A row of packed trees at a time: the loss of each group in it, their diagnostics, and the row's tokens."""
+    def _rows(self, groups: Sequence[Group], temperature: float) -> Iterator[tuple[Tensor, dict[int, Facts]]]:
+        """A row of packed trees of this rank at a time: its part of the loss, and the facts of each group in it, by index."""
         packed = [self._pack(group) for group in groups]
-        for row in rows_by_budget([len(piece) for _, piece, _ in packed], self.config.token_budget):
-            trees, pieces, rewards = zip(*(packed[index] for index in row), strict=True)
+        lengths = [len(piece) for _, piece, _ in packed]
+        for row in self.ranks.rows(lengths, self.config.token_budget):
+            # A row that only keeps step with the other ranks forwards the shortest group, for nothing.
+            forwarded = row or [int(np.argmin(lengths))]
+            trees, pieces, rewards = zip(*(packed[index] for index in forwarded), strict=True)
             terminable = [np.isfinite(reward_N) for reward_N in rewards]
             log_q = self.policy.log_q(pieces, terminable)
-            tokens = sum(len(piece) for piece in pieces)
-            base: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(row)
+            base: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(forwarded)
             if self._kl:
                 with torch.no_grad(), self.policy.base():
                     base = self.policy.log_q(pieces, terminable)
-                tokens *= 2
-            loss_G, stats_G = [], []
+            if not row:
+                yield 0.0 * log_q[0][0].sum(), {}
+                continue
+            loss_G, facts = [], {}
             for index, tree, reward_N, (edge_N, stop_N), base_N in zip(row, trees, rewards, log_q, base, strict=True):
                 states = states_of(tree, reward_N, edge_N, stop_N, temperature)
-                ends_K = [int(nodes_T[-1]) for nodes_T in tree.nodes_K]
-                stats_G.append(_describe(states, stop_N.detach()[ends_K]))
                 if self.baseline:
-                    actions = baselines.actions_of(tree, groups[index], edge_N, stop_N, base_N, temperature)
-                    loss_G.append(self.baseline(actions))
+                    loss = self.baseline(baselines.actions_of(tree, groups[index], edge_N, stop_N, base_N, temperature))
                 else:
                     assert self.loss is not None
-                    loss_G.append(self.loss(states))
-            yield loss_G, stats_G, tokens
+                    loss = self.loss(states)
+                ends_K = [int(nodes_T[-1]) for nodes_T in tree.nodes_K]
+                tokens = lengths[index] * (2 if self._kl else 1)
+                facts[index] = _facts(float(loss.detach()), tokens, states, stop_N.detach()[ends_K])
+                loss_G.append(loss)
+            yield torch.stack(loss_G).sum() / len(groups), facts
 
     # ------------------------------------------------------------------------------------- what leaves the learner
 
@@ -250,18 +282,13 @@ class Learner:
         return tuple(logp_T.double().cpu().tolist())
 
 
-def _mean_of_known(values: Sequence[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return float(np.mean(known)) if known else math.nan
+def _mean_of_known(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
 
 
-def _describe(states: losses.States, log_q_stop_K: Tensor) -> dict[str, float]:
-    """Diagnostics of one group at its ends: a small loss alone is not evidence that q is the posterior."""
+def _facts(loss: float, tokens: float, states: losses.States, log_q_stop_K: Tensor) -> Facts:
     u_K = states.u_end_K.detach().double().cpu().numpy()
     bounds = Bounds.of(u_K) if len(u_K) > 1 else None
-    return {
-        "log_z": bounds.log_z_lower if bounds else math.nan,
-        "spread": bounds.spread if bounds else math.nan,
-        "ess": bounds.ess if bounds else math.nan,
-        "log_q_stop": float(log_q_stop_K.mean()),
-    }
+    log_z, spread, ess = (bounds.log_z_lower, bounds.spread, bounds.ess) if bounds else (math.nan,) * 3
+    return Facts(loss, tokens, log_z, spread, ess, float(log_q_stop_K.mean()))

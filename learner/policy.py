@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from learner.ranks import Ranks
 from system.config import ConfigError, Lora
 from system.constraints import Constraints
 from system.language_model import LanguageModel, load_pretrained
@@ -36,8 +37,11 @@ class Policy:
         device: torch.device,
         logits_chunk: int = 256,
         gradient_checkpointing: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
-        base = load_pretrained(folder, dtype, device)
+        """With `ranks` the frozen layers are in shards over them: then every forward pass is one of all ranks."""
+        # A base that fits no single device goes there layer by layer, as shards.
+        base = load_pretrained(folder, dtype, torch.device("cpu") if ranks else device)
         targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
         peft_config = LoraConfig(
             r=lora.rank,
@@ -62,6 +66,9 @@ class Policy:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
                 self.parameters[name] = parameter
+        if ranks:
+            ranks.shard(base.base_model, whole=set(self.parameters.values()))
+            torch.nn.Module.to(base, device)
         if gradient_checkpointing:
             # Checkpointing acts in training mode alone; there is no dropout to be turned on by it.
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

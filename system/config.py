@@ -234,11 +234,16 @@ class Learner(Section):
     logits_chunk: int = Field(default=256, ge=1)
     """Positions whose logits exist at one time."""
     gradient_checkpointing: bool = False
+    ranks: int = Field(default=1, ge=1)
+    """Processes that share the groups of an update (data parallel); what they learn is what one would."""
+    shard_base: bool = False
+    """Keep each frozen layer in shards over the ranks, for a base model that does not fit one GPU."""
     threads: int = Field(default=1, ge=1)
+    """Of each rank."""
     cpus: float = Field(default=1, ge=0)
-    """CPUs reserved for the learner."""
+    """CPUs reserved for each rank."""
     gpus: float = Field(default=0, ge=0)
-    """GPUs reserved for the learner."""
+    """GPUs reserved for each rank."""
     publish_every: int = Field(default=1, ge=1)
     """Updates between two adapter versions."""
     max_staleness: int = Field(default=1, ge=0)
@@ -268,6 +273,29 @@ class Learner(Section):
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must be below steps={self.steps}; lower warmup_steps or raise steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _every_rank_has_work_and_a_device(self) -> Learner:
+        if self.ranks == 1:
+            if self.shard_base:
+                raise ValueError("shard_base=true has nothing to share with ranks=1; raise ranks or set shard_base=false")
+            return self
+        if self.ranks > self.groups_per_update and not self.shard_base:
+            raise ValueError(
+                f"ranks={self.ranks} share groups_per_update={self.groups_per_update}, so some would never have work; "
+                f"set groups_per_update >= {self.ranks} or lower ranks"
+            )
+        if self.gpus not in (0, 1):
+            raise ValueError(
+                f"gpus={self.gpus:g}, but each of ranks={self.ranks} computes on one GPU or on none; set gpus=1 or 0"
+            )
+        wrong = self.gpus if self.device == "cpu" else self.device.startswith("cuda") and not self.gpus
+        if wrong or self.device.startswith("cuda:"):
+            raise ValueError(
+                f"device={self.device} with ranks={self.ranks} and gpus={self.gpus:g}: each rank sees the GPUs that are "
+                "reserved for it alone; use device=auto or cuda with gpus=1, or device=cpu with gpus=0"
             )
         return self
 
@@ -359,10 +387,11 @@ class Config(Section):
     def check_resources(self, cpus: float, gpus: float) -> None:
         """Raises ConfigError if the learner and all samplers together need more than a cluster has."""
         for kind, have in (("cpus", cpus), ("gpus", gpus)):
-            each, own = getattr(self.actors, kind), getattr(self.learner, kind)
-            needed = own + self.actors.count * each
+            each, rank = getattr(self.actors, kind), getattr(self.learner, kind)
+            needed = self.learner.ranks * rank + self.actors.count * each
             if needed > have + 1e-9:
+                times = f"{self.learner.ranks} x " if self.learner.ranks > 1 else ""
                 raise ConfigError(
-                    f"actors.count={self.actors.count}: learner.{kind}={own:g} and {self.actors.count} x actors.{kind}={each:g}"
-                    f" need {needed:g} {kind}, but the cluster has {have:g}; lower one of these"
+                    f"actors.count={self.actors.count}: {times}learner.{kind}={rank:g} and {self.actors.count} x actors.{kind}="
+                    f"{each:g} need {needed:g} {kind}, but the cluster has {have:g}; lower one of these"
                 )

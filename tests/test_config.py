@@ -36,6 +36,11 @@ def with_field(field: str, value: Any, task: dict[str, Any] = NUMBER) -> dict[st
     return tree
 
 
+def ranks(**learner: Any) -> dict[str, Any]:
+    """A learner of two ranks, with fields set."""
+    return {"task": NUMBER, "learner": {"ranks": 2, "groups_per_update": 2} | learner}
+
+
 def refusal(tree: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         parse(tree)
@@ -97,6 +102,12 @@ def test_a_bad_value_is_refused_by_field_value_and_fix(field: str, value: Any, f
     ("tree", "expected"),
     [
         (with_field("learner.warmup_steps", 100), ["learner: warmup_steps=100", "steps=100", "lower warmup_steps"]),
+        (with_field("learner.shard_base", True), ["learner: shard_base=true", "ranks=1", "raise ranks"]),
+        (with_field("learner.ranks", 2), ["learner: ranks=2", "groups_per_update=1", "set groups_per_update >= 2"]),
+        (ranks(gpus=0.5), ["learner: gpus=0.5", "ranks=2", "set gpus=1 or 0"]),
+        (ranks(device="cuda"), ["learner: device=cuda with ranks=2 and gpus=0", "gpus=1"]),
+        (ranks(device="cuda:1", gpus=1), ["learner: device=cuda:1 with ranks=2", "device=auto or cuda"]),
+        (ranks(device="cpu", gpus=1), ["learner: device=cpu with ranks=2 and gpus=1", "device=cpu with gpus=0"]),
         (with_field("learner.publish_every", 4), ["learner: max_staleness=1", "publish_every - 1 = 3", "set max_staleness >="]),
         (with_field("replay.fresh", 0.5), ["replay: fresh=0.5, prioritised=0 and uniform=0", "add up to 0.5", "change one"]),
         (with_field("sampler.exploration.temperature", [2, 1]), ["sampler.exploration: temperature=[2.0, 1.0]", "low <= high"]),
@@ -180,6 +191,20 @@ def test_resources_are_checked_against_the_cluster() -> None:
         config.check_resources(cpus=6, gpus=2.5)
     with pytest.raises(ConfigError, match=r"learner.gpus=1 and 3 x actors.gpus=0.5 need 2.5 gpus.* has 0; lower one"):
         config.check_resources(cpus=7, gpus=0)
+
+
+def test_each_rank_of_the_learner_counts() -> None:
+    config = parse(ranks(cpus=2, gpus=1) | {"actors": {"count": 1, "cpus": 1}})
+    config.check_resources(cpus=5, gpus=2)
+    with pytest.raises(ConfigError, match=r"2 x learner.cpus=2 and 1 x actors.cpus=1 need 5 cpus.* has 4; lower"):
+        config.check_resources(cpus=4, gpus=2)
+    with pytest.raises(ConfigError, match=r"2 x learner.gpus=1 and .* need 2 gpus.* has 1; lower"):
+        config.check_resources(cpus=5, gpus=1)
+
+
+def test_a_sharded_base_may_have_more_ranks_than_groups() -> None:
+    learner = parse(ranks(ranks=4, shard_base=True, groups_per_update=1)).learner
+    assert (learner.ranks, learner.groups_per_update) == (4, 1)
 
 
 def test_fractions_of_a_gpu_fill_it() -> None:

@@ -64,6 +64,13 @@ def test_shared_cores_slow_everyone_down() -> None:
     assert shared.groups_per_second == pytest.approx(0.5, rel=0.02)
 
 
+def test_every_rank_of_the_learner_takes_a_core() -> None:
+    ranks = config(ranks=2, groups_per_update=2)
+    apart, shared = (simulate(ranks, replace(FAST, group=0.0), samplers=1, cores=cores) for cores in (2, 1))
+    assert apart.groups_per_second == pytest.approx(2.0, rel=0.02)
+    assert shared.groups_per_second == pytest.approx(1.0, rel=0.02)
+
+
 @pytest.mark.parametrize(("samplers", "max_staleness", "publish_every"), [(1, 1, 1), (1, 2, 2), (2, 3, 1)])
 def test_the_real_loop_with_sleeping_parts_runs_as_simulated(
     tmp_path: Path, samplers: int, max_staleness: int, publish_every: int

@@ -24,6 +24,7 @@ QUICK = [
     "update_rate",
     "reward_rate",
     "update_memory",
+    "rank_rate",
     "publish",
     "agreement float32",
     "agreement bfloat16",

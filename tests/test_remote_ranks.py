@@ -1,0 +1,114 @@
+"""The ranks of a learner as real Ray actors: one handle, and what comes out is what one learner gives."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from ray.exceptions import RayActorError
+
+from deploy import cluster
+from deploy.remote import RayLearner, wait_until_ready
+from learner.learner import Learner
+from system import tasks
+from system.adapters import Adapter
+from system.config import Config, ConfigError
+from system.config_file import parse
+from system.language_model import load_tokenizer
+from system.models import locate
+from system.tasks.problem import Problem
+from system.trajectory import Group, Prompt
+from tests import tiny
+from tests.test_prefix_tree import trajectory
+
+
+def config(folder: Path, **learner: object) -> Config:
+    settings = {"steps": 12, "warmup_steps": 0, "ranks": 2, "groups_per_update": 2, "cpus": 0.5} | learner
+    return parse(
+        {
+            "model": {"path": str(folder)},
+            "lora": {"rank": 4},
+            "task": {"kind": "random_number", "high": 20},
+            "actors": {"cpus": 0},
+            "learner": settings,
+            "cluster": {"local_cpus": 6},
+        }
+    )
+
+
+def groups(problem: Problem, seed: int) -> list[Group]:
+    """Three groups of different sizes, digits as the task allows."""
+    rng, result = np.random.default_rng(seed), []
+    digits = [int(token) for token in problem.constraints.columns if token != problem.constraints.stop_token]
+    for number in range(3):
+        trajectories = [trajectory(rng.choice(digits, rng.integers(1, 3)).tolist()) for _ in range(3 + 2 * number)]
+        rewards = tuple(rng.normal(0.0, 1.0, len(t) + 1) for t in trajectories)
+        prompt = Prompt(f"prompt-{number}", problem.prompts[0].policy_tokens[number:], (1,))
+        result.append(Group(prompt, tuple(trajectories), rewards, 0, number))
+    return result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def problem(folder: Path) -> Iterator[Problem]:
+    cfg = config(folder)
+    cluster.connect(cfg)
+    yield tasks.build(cfg.task, load_tokenizer(locate(cfg.model)))
+    cluster.disconnect()
+
+
+@pytest.mark.parametrize("shard_base", [False, True])
+def test_two_ranks_behind_one_handle_learn_publish_score_and_resume_like_one(
+    folder: Path, problem: Problem, shard_base: bool
+) -> None:
+    cfg = config(folder, shard_base=shard_base)
+    alone, ranks = Learner.build(cfg, problem), RayLearner(cfg, problem)
+    wait_until_ready(ranks)
+    for seed in range(2):
+        mine, own = ranks.update(groups(problem, seed)).result(timeout=60), alone.update(groups(problem, seed))
+        assert mine["loss"] == pytest.approx(own["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(own["grad_norm"], rel=1e-5)
+    saved = ranks.save().result(timeout=60)
+    published: Adapter = ray.get(ranks.adapter(7), timeout=60)  # type: ignore[assignment]
+    published.verify(cfg.model.path)
+    assert (published.version, published.step) == (7, 2)
+
+    # A third update, then back: the two ranks go on from the file as the one does that never stopped.
+    ranks.update(groups(problem, 9)).result(timeout=60)
+    ranks.restore(saved, 2)
+    mine, own = ranks.update(groups(problem, 2)).result(timeout=60), alone.update(groups(problem, 2))
+    assert mine["loss"] == pytest.approx(own["loss"], rel=1e-5)
+    scores = ranks.score(groups(problem, 3)).result(timeout=60)
+    for score, expected in zip(scores, alone.score(groups(problem, 3)), strict=True):
+        assert score.log_q_K == pytest.approx(expected.log_q_K, abs=1e-4)
+    assert set(ranks.stats()) == set(ranks.spans()) == {"learner", "learner-1"}
+
+    broken = [Group(g.prompt, g.trajectories_K, tuple(r * 1e30 for r in g.log_reward_K), 0, 0) for g in groups(problem, 0)]
+    with pytest.raises(FloatingPointError):
+        ranks.update(broken).result(timeout=60)
+    again, own = ranks.update(groups(problem, 4)).result(timeout=60), alone.update(groups(problem, 4))
+    assert again["loss"] == pytest.approx(own["loss"], rel=1e-5)
+
+
+def test_the_death_of_one_rank_is_an_error_at_once_and_ends_all(folder: Path, problem: Problem) -> None:
+    ranks = RayLearner(config(folder), problem)
+    wait_until_ready(ranks)
+    os.kill(ray.get(ranks.actors[1].ready.remote()), signal.SIGKILL)
+    with pytest.raises(RayActorError):
+        ranks.update(groups(problem, 0)).result(timeout=60)
+    with pytest.raises(RayActorError):
+        ray.get(ranks.actors[0].ready.remote(), timeout=60)
+
+
+def test_ranks_that_cannot_be_built_give_their_own_error(problem: Problem) -> None:
+    with pytest.raises(ConfigError, match="no-such-folder"):
+        wait_until_ready(RayLearner(config(Path("./no-such-folder")), problem))
