@@ -75,19 +75,16 @@ class Job:
 
     def run(self) -> dict[str, Any]:
         from deploy import cluster
+        from deploy.prepare import prepare
         from deploy.remote import RayLearner, RaySamplers, wait_until_ready
-        from system import checkpoint, tasks
-        from system.language_model import load_tokenizer
-        from system.models import context_length, locate
+        from system import checkpoint
         from system.orchestrator import Orchestrator
         from system.requests import Requests
         from system.tracking import Tracker
 
         config, started = self.config, time.perf_counter()
-        folder = locate(config.model)
-        self.tokenizer = load_tokenizer(folder)
-        self.problem = tasks.build(config.task, self.tokenizer)
-        config.check_lengths(context_length(folder), self.problem.longest_prompt)
+        prepared = prepare(config)
+        self.tokenizer, self.problem = prepared.tokenizer, prepared.problem
         files = checkpoint.read_latest(self.run_dir / "checkpoints") if self.resume else {}
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "config.yaml").write_text(config_file.dump(config), encoding="utf-8")
