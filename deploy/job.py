@@ -74,7 +74,7 @@ class Job:
         self._last_line = self._last_stats = 0.0
 
     def run(self) -> dict[str, Any]:
-        from deploy import cluster
+        from deploy import cluster, environment
         from deploy.prepare import prepare
         from deploy.remote import RayLearner, RaySamplers, wait_until_ready
         from system import checkpoint
@@ -88,7 +88,10 @@ class Job:
         files = checkpoint.read_latest(self.run_dir / "checkpoints") if self.resume else {}
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "config.yaml").write_text(config_file.dump(config), encoding="utf-8")
+        made_with = environment.describe()
+        (self.run_dir / "environment.json").write_text(json.dumps(made_with, indent=2), encoding="utf-8")
         self.tracker = Tracker(self.run_dir, config, resume=self.resume)
+        self.tracker.tags({f"environment.{name}": value for name, value in made_with.items()})
         status = "FAILED"
         try:
             cluster.connect(config)
@@ -141,7 +144,8 @@ class Job:
 
         rows = [{"id": prompt.id, "text": decode(self.tokenizer, prompt.policy_tokens)} for prompt in self.problem.prompts]
         self.tracker.dataset(self.config.task.kind, rows)
-        self.tracker.artifact(self.run_dir / "config.yaml")
+        for name in ("config.yaml", "environment.json"):
+            self.tracker.artifact(self.run_dir / name)
 
     def _on_step(self, loop: Orchestrator, metrics: dict[str, float], fresh: list[Group]) -> None:
         step, now = loop.counters.step, time.perf_counter()
@@ -246,7 +250,7 @@ class Job:
     def _finish(self, loop: Orchestrator, seconds: float) -> dict[str, Any]:
         import ray
 
-        from deploy import report
+        from deploy import html_report, report
 
         folder = self.run_dir / "adapter"
         if not self.stop.is_set():
@@ -263,6 +267,7 @@ class Job:
             print(report.table(self.evaluations), flush=True)
             for plot in report.plots(self.run_dir / "plots", self.problem, self.tokenizer, self.evaluations):
                 self.tracker.artifact(plot, "plots")
+        self.tracker.artifact(html_report.write(self.run_dir))
         return summary
 
     def _finish_timeline(self, loop: Orchestrator) -> float:
