@@ -194,6 +194,8 @@ class Job:
             self._last_stats = now
             self.tracker.system("driver", system_metrics(), step)
             stats = {"learner": self.learner.stats(), **self.samplers.stats()}
+            # A sampler that died has a successor of another name.
+            self.standing.sampler_idle = {name: idle for name, idle in self.standing.sampler_idle.items() if name in stats}
             asked = {("stats", name): reference for name, reference in stats.items()} | self._span_references()
             # What has not answered since the last time is not asked twice.
             self._pending = asked | self._pending

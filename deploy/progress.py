@@ -133,10 +133,6 @@ def _figures(standing: Standing) -> list[str]:
 def _left(standing: Standing) -> str:
     minutes, seconds = divmod(round(standing.seconds_left), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes:02} min left"
-        if hours
-        else f"{minutes} min {seconds:02} s left"
-        if minutes
-        else f"{seconds} s left"
-    )
+    if hours:
+        return f"{hours} h {minutes:02} min left"
+    return f"{minutes} min {seconds:02} s left" if minutes else f"{seconds} s left"
