@@ -56,20 +56,17 @@ class Baselines:
         from actors import rewards
         from actors.build import build_reward
         from actors.decoding import Settings
-        from system import tasks
-        from system.language_model import LanguageModel, load_pretrained, load_tokenizer, resolve_device
-        from system.models import context_length, locate
+        from deploy.prepare import prepare
+        from system.language_model import LanguageModel, load_pretrained, resolve_device
 
         self.config, self.settings = config, Settings(**settings)
-        self.folder = locate(config.model)
-        self.tokenizer = load_tokenizer(self.folder)
-        self.problem = tasks.build(config.task, self.tokenizer)
+        prepared = prepare(config)
+        self.folder, self.tokenizer, self.problem = prepared.folder, prepared.tokenizer, prepared.problem
         if self.problem.tool is not None:
             raise ConfigError(
                 f"task.kind={config.task.kind}: its samples need a tool while they are drawn, which decoding without training "
                 "does not run; compare with loss.kind=mle or grpo, or with the base column of deploy/evaluate.py"
             )
-        config.check_lengths(context_length(self.folder), self.problem.longest_prompt)
         self.device = resolve_device("auto" if config.actors.gpus else "cpu")
         self.base = load_pretrained(self.folder, getattr(torch, config.sampler.reward_dtype), self.device)
         frozen = LanguageModel(self.base)

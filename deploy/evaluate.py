@@ -18,58 +18,27 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from actors.settings import engine_environment  # noqa: E402
-from deploy.runs import adapter_file, find_run, load_adapter  # noqa: E402
+from deploy.runs import adapter_file, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from actors.sampler import Sampler
-    from learner.learner import Learner
-    from system.adapters import Adapter
+    from deploy.local import Local
     from system.evaluation import Evaluation
     from system.tasks.problem import Problem
-    from system.trajectory import Group, Prompt, Request, Trajectory
 
 logger = logging.getLogger("headwater")
 
 ROUND = 1_000_003
 """Of the draws: no training evaluation has this number, so no seed is used twice."""
-
-
-@dataclass
-class Local:
-    """A sampler and a learner of this process behind the handles that `system.evaluation` takes."""
-
-    sampler: Sampler
-    learner: Learner
-    callers: ThreadPoolExecutor
-    adapter: Adapter | None = None
-
-    def publish(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-
-    def sample(self, request: Request) -> Future[Group]:
-        assert self.adapter is not None
-        return self.callers.submit(self.sampler.sample, request, self.adapter)
-
-    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
-        return self.callers.submit(self.sampler.score, prompt, trajectories_K)
-
-    def score(self, groups: Sequence[Group]) -> Future[list[Any]]:
-        return self.callers.submit(self.learner.score, groups)
 
 
 def evaluate(config: Config, run_dir: Path, samples: int) -> dict[str, Evaluation]:
@@ -78,42 +47,30 @@ def evaluate(config: Config, run_dir: Path, samples: int) -> dict[str, Evaluatio
     Raises:
         ConfigError: the run has no adapter, or it is not of this model and rank.
     """
-    from actors.build import build_sampler
-    from learner.learner import Learner
-    from system import evaluation, tasks
-    from system.language_model import decode, load_tokenizer
-    from system.models import context_length, locate
+    from deploy.local import opened
+    from system import evaluation
+    from system.language_model import decode
     from system.requests import Requests
 
     path = adapter_file(run_dir)
-    folder = locate(config.model)
-    tokenizer = load_tokenizer(folder)
-    problem = tasks.build(config.task, tokenizer)
-    config.check_lengths(context_length(folder), problem.longest_prompt)
-    learner = Learner.build(config, problem)
-    requests = Requests(problem.prompts, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed)
     results = {}
-    with ThreadPoolExecutor(config.sampler.groups_in_flight) as callers:
-        local = Local(build_sampler(config, problem), learner, callers)
-        try:
-            for version, name in enumerate(("base", "tuned")):
-                if name == "tuned":
-                    load_adapter(learner.policy, path, config.lora.rank)
-                local.publish(learner.adapter(version))
-                result = evaluation.without_samples(problem, local)
-                if result is None:
-                    temperature = config.learner.reward_temperature.end
-                    result = evaluation.sampled(
-                        requests, local, local, samples=samples, temperature=temperature, round_=ROUND,
-                        judge=evaluation.judge(problem, lambda tokens: decode(tokenizer, tokens), local),
-                    )  # fmt: skip
-                    result.metrics.update(_upper_bound(problem, local, temperature, result))
-                    contexts = {prompt.id: decode(tokenizer, prompt.policy_tokens) for prompt in problem.prompts}
-                    for row in result.samples:
-                        row |= {"text": decode(tokenizer, row.pop("tokens")), "context": contexts[row["prompt"]]}
-                results[name] = result
-        finally:
-            local.sampler.close()
+    with opened(config) as local:
+        problem, tokenizer = local.problem, local.tokenizer
+        requests = Requests(problem.prompts, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed)
+        for name, adapter in (("base", None), ("tuned", path)):
+            local.use(adapter)
+            result = evaluation.without_samples(problem, local)
+            if result is None:
+                temperature = config.learner.reward_temperature.end
+                result = evaluation.sampled(
+                    requests, local, local, samples=samples, temperature=temperature, round_=ROUND,
+                    judge=evaluation.judge(problem, lambda tokens: decode(tokenizer, tokens), local),
+                )  # fmt: skip
+                result.metrics.update(_upper_bound(problem, local, temperature, result))
+                contexts = {prompt.id: decode(tokenizer, prompt.policy_tokens) for prompt in problem.prompts}
+                for row in result.samples:
+                    row |= {"text": decode(tokenizer, row.pop("tokens")), "context": contexts[row["prompt"]]}
+            results[name] = result
     return results
 
 

@@ -73,31 +73,32 @@ class Job:
         self.evaluations: list[tuple[int, Evaluation]] = []
         self._pending: dict[tuple[str, str], Any] = {}
         self._spans: dict[str, deque[Span]] = {}
-        self._last_line = self._last_stats = 0.0
+        self._last_stats = 0.0
 
     def run(self) -> dict[str, Any]:
         from deploy import cluster
+        from deploy.prepare import prepare
+        from deploy.progress import Standing, show
+        from deploy.ray_metrics import RayMetrics
         from deploy.remote import RayLearner, RaySamplers, wait_until_ready
-        from system import checkpoint, tasks
-        from system.language_model import load_tokenizer
-        from system.models import context_length, locate
+        from system import checkpoint
         from system.orchestrator import Orchestrator
         from system.requests import Requests
         from system.tracking import Tracker
 
         config, started = self.config, time.perf_counter()
-        folder = locate(config.model)
-        self.tokenizer = load_tokenizer(folder)
-        self.problem = tasks.build(config.task, self.tokenizer)
-        config.check_lengths(context_length(folder), self.problem.longest_prompt)
+        prepared = prepare(config)
+        self.tokenizer, self.problem = prepared.tokenizer, prepared.problem
         files = checkpoint.read_latest(self.run_dir / "checkpoints") if self.resume else {}
         start = starting_weights(config.lora) if config.lora.start and not files else None
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "config.yaml").write_text(config_file.dump(config), encoding="utf-8")
         self.tracker = Tracker(self.run_dir, config, resume=self.resume)
+        self.progress, self.standing = show(), Standing(self.run_dir.name, config.learner.steps)
         status = "FAILED"
         try:
             cluster.connect(config)
+            self.ray_metrics = RayMetrics(self.run_dir.name)
             self.requests = Requests(
                 self.problem.prompts, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed
             )
@@ -115,11 +116,14 @@ class Job:
             elif start is not None:
                 self._start_from(start)
             logger.info("ready after %.0f s; run folder %s", time.perf_counter() - started, self.run_dir)
+            self.ray_metrics.resume(loop.counters.trajectories, loop.counters.deaths)
             loop.train()
+            self.progress.close()
             summary = self._finish(loop, time.perf_counter() - started)
             status = "KILLED" if self.stop.is_set() else "FINISHED"
             return summary
         finally:
+            self.progress.close()
             self.tracker.close(status)
             cluster.disconnect()
 
@@ -154,26 +158,26 @@ class Job:
     # ------------------------------------------------------------------------------------------ while it runs
 
     def _describe_run(self) -> None:
+        from deploy import environment
         from system.language_model import decode
 
         rows = [{"id": prompt.id, "text": decode(self.tokenizer, prompt.policy_tokens)} for prompt in self.problem.prompts]
         self.tracker.dataset(self.config.task.kind, rows)
-        self.tracker.artifact(self.run_dir / "config.yaml")
+        made_with = environment.describe()
+        (self.run_dir / "environment.json").write_text(json.dumps(made_with, indent=2), encoding="utf-8")
+        self.tracker.tags({f"environment.{name}": value for name, value in made_with.items()})
+        for name in ("config.yaml", "environment.json"):
+            self.tracker.artifact(self.run_dir / name)
 
     def _on_step(self, loop: Orchestrator, metrics: dict[str, float], fresh: list[Group]) -> None:
         step, now = loop.counters.step, time.perf_counter()
         if step % self.config.tracking.sample_table_every == 0:
             self.tracker.table("samples", self._sample_rows(fresh), step)
-        if now - self._last_line > 5 or step == self.config.learner.steps:
-            self._last_line = now
-            left = (self.config.learner.steps - step) * loop.counters.seconds / max(1, loop.counters.step)
-            print(
-                f"step {step}/{self.config.learner.steps}  loss {metrics['loss']:.4g}  log Z {metrics['log_z']:.3f}  "
-                f"spread {metrics['spread']:.3g}  ess {metrics['ess']:.2f}  length {metrics['length/mean']:.1f}  "
-                f"{metrics['rate/trajectories_per_second']:.1f} traj/s  staleness {metrics['staleness']:.1f}  "
-                f"learner idle {metrics['idle/learner']:.0%}  {left:.0f} s left",
-                flush=True,
-            )
+        counters = loop.counters
+        self.standing.step, self.standing.metrics = step, metrics
+        self.standing.seconds_left = (self.config.learner.steps - step) * counters.seconds / max(1, step)
+        self.progress.update(self.standing)
+        self.ray_metrics.update(step, metrics, trajectories=counters.trajectories, deaths=counters.deaths)
         self._node_statistics(step, now)
 
     def _sample_rows(self, groups: list[Group]) -> list[dict[str, Any]]:
@@ -204,6 +208,8 @@ class Job:
             self._last_stats = now
             self.tracker.system("driver", system_metrics(), step)
             stats = {**self.learner.stats(), **self.samplers.stats()}
+            # A sampler that died has a successor of another name.
+            self.standing.sampler_idle = {name: idle for name, idle in self.standing.sampler_idle.items() if name in stats}
             asked = {("stats", name): reference for name, reference in stats.items()} | self._span_references()
             # What has not answered since the last time is not asked twice.
             self._pending = asked | self._pending
@@ -218,6 +224,9 @@ class Job:
                 continue
             if kind == "stats":
                 self.tracker.system(name, values, step)
+                if "busy" in values:
+                    self.standing.sampler_idle[name] = 1.0 - values["busy"]
+                    self.ray_metrics.sampler_idle(name, 1.0 - values["busy"])
             else:
                 self._keep_spans(name, values)
 
@@ -251,7 +260,7 @@ class Job:
         if result.samples:
             self.tracker.table("posterior_samples", result.samples, step)
         evaluation.write(self.run_dir / "evaluations", step, result)
-        print(f"evaluation at step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items()), flush=True)
+        self.progress.say(f"evaluation at step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items()))
 
     def _restore_evaluations(self, step: int) -> None:
         from system import evaluation
@@ -263,7 +272,7 @@ class Job:
     def _finish(self, loop: Orchestrator, seconds: float) -> dict[str, Any]:
         import ray
 
-        from deploy import report
+        from deploy import html_report, report
 
         folder = self.run_dir / "adapter"
         if not self.stop.is_set():
@@ -280,6 +289,7 @@ class Job:
             print(report.table(self.evaluations), flush=True)
             for plot in report.plots(self.run_dir / "plots", self.problem, self.tokenizer, self.evaluations):
                 self.tracker.artifact(plot, "plots")
+        self.tracker.artifact(html_report.write(self.run_dir))
         return summary
 
     def _finish_timeline(self, loop: Orchestrator) -> float:

@@ -91,15 +91,20 @@ def timeline(path: Path, processes: Mapping[str, Iterable[Span]]) -> float:
     return 1.0 - float(np.mean(fractions)) if fractions else math.nan
 
 
+def columns(evaluations: list[tuple[int, Evaluation]]) -> list[tuple[int, Evaluation]]:
+    """Those that a table has room for: all, or the first and the last of many."""
+    return [evaluations[0], evaluations[-1]] if len(evaluations) > 6 else evaluations
+
+
 def table(evaluations: list[tuple[int, Evaluation]]) -> str:
     """The evaluations side by side: a row a metric, a column a step."""
     names = list(evaluations[0][1].metrics)
-    columns = [evaluations[0], evaluations[-1]] if len(evaluations) > 6 else evaluations
-    heads = [f"step {step}" for step, _ in columns]
+    shown = columns(evaluations)
+    heads = [f"step {step}" for step, _ in shown]
     width = max(len(name) for name in names)
     lines = [f"{'':{width}}  " + "  ".join(f"{head:>12}" for head in heads)]
     for name in names:
-        lines.append(f"{name:{width}}  " + "  ".join(f"{result.metrics[name]:12.5g}" for _, result in columns))
+        lines.append(f"{name:{width}}  " + "  ".join(f"{result.metrics[name]:12.5g}" for _, result in shown))
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ def find_run(name: str) -> Path:
         if (folder / "config.yaml").is_file():
             return folder.resolve()
     known = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))[-5:]
-    raise ConfigError(f"--resume {name!r}: no such run; the newest here are: {', '.join(known) or 'none'}")
+    raise ConfigError(f"RUN={name!r}: no such run; the newest here are: {', '.join(known) or 'none'}")
 
 
 def adapter_file(run_dir: Path) -> Path:

@@ -74,6 +74,20 @@ class State:
             self.tables, self.refused, self.unreadable = [], 0, 0
 
 
+def read(path: Path, offset: int = 0) -> Iterator[tuple[Entry, int]]:
+    """As `Journal.read`, also while another process or object writes."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            try:
+                yield json.loads(line), offset
+            except ValueError:  # cut short by a kill: tolerated, and counted by the courier
+                yield {"kind": "unreadable"}, offset
+
+
 class Journal:
     """Append-only JSON lines, with one writer at a time on the machine: the file is locked while it is open.
 
@@ -113,16 +127,7 @@ class Journal:
 
     def read(self, offset: int = 0) -> Iterator[tuple[Entry, int]]:
         """Whole lines from `offset` bytes on, each with the offset of its end."""
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                offset += len(line)
-                try:
-                    yield json.loads(line), offset
-                except ValueError:  # cut short by a kill: tolerated, and counted by the courier
-                    yield {"kind": "unreadable"}, offset
+        return read(self.path, offset)
 
     def batches(self, offset: int) -> Iterator[tuple[str, list[Entry], int]]:
         """Neighbours of one kind, up to BATCH values, with the offset of their end. Kinds without values come singly."""

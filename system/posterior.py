@@ -16,6 +16,17 @@ def log_mean_exp(values: np.ndarray) -> float:
     return top + float(np.log(np.mean(np.exp(values - top))))
 
 
+def self_normalised(log_weight_K: np.ndarray) -> np.ndarray:
+    """Importance weights that add up to 1, float64 [K], from log-weights in nats."""
+    weights_K = np.exp(log_weight_K - np.max(log_weight_K))
+    return weights_K / weights_K.sum()
+
+
+def effective_share(weights_K: np.ndarray) -> float:
+    """Effective sample size of self-normalised weights, as a share of K: 1 iff all are the same."""
+    return float(1.0 / (len(weights_K) * np.square(weights_K).sum()))
+
+
 @dataclass(frozen=True, slots=True)
 class Exact:
     """q against a target whose outcomes are all listed."""
@@ -69,12 +80,11 @@ class Bounds:
         """Raises ValueError for fewer than two samples: one says nothing about the spread."""
         if len(u_K) < 2:
             raise ValueError(f"bounds need at least 2 samples, got {len(u_K)}")
-        weights = np.exp(u_K - np.max(u_K))
         return cls(
             log_z_lower=float(np.mean(u_K)),
             log_z_weighted=log_mean_exp(u_K),
             spread=float(np.var(u_K, ddof=1)),
-            ess=float(weights.sum() ** 2 / (len(u_K) * np.square(weights).sum())),
+            ess=effective_share(self_normalised(u_K)),
         )
 
 

@@ -126,7 +126,8 @@ class Sentence(Drawn):
 
 class NextSentence(Sentence):
     prompts: str = "packaged"
-    """A UTF-8 text file with one prompt a line, or `packaged` for a small one that comes with the project."""
+    """A UTF-8 text file with one prompt a line, a .jsonl file of lines {"prompt": text} (for texts of several lines), or
+    `packaged` for a small one that comes with the project."""
 
 
 class Continuation(NextSentence):
@@ -207,7 +208,8 @@ class Arithmetic(Drawn):
     questions: str = "generated"
     """`generated`, or a JSON or JSONL file: {"question": "Question: 1 + 2 = ? Answer:", "answer": 3}, or the paper's files."""
     rationales: str | None = None
-    """With questions from a file: a file of questions that have a "rationale" too."""
+    """With questions from a file: a file of questions that have a "rationale" too. Without one, test questions from a file
+    have the generated examples in front."""
     split: Literal["train", "test"] = "train"
     """`test`: generated questions that are in no training set; from a file, those of `questions` without `rationales`."""
     operands: tuple[int, ...] = Field(default=(3, 4), min_length=1)

@@ -434,4 +434,4 @@ def test_the_job_without_a_config_says_what_it_needs(tmp_path: Path) -> None:
     assert "a config file is needed, such as deploy/configs/random_number.yaml" in done.stderr
     done = job("--dry-run", "--resume", "nothing", cwd=tmp_path)
     assert done.returncode == 2
-    assert "--resume 'nothing': no such run" in done.stderr
+    assert "RUN='nothing': no such run" in done.stderr

@@ -62,6 +62,10 @@ def test_the_main_job_runs_on_the_packaged_model_and_leaves_everything_in_mlflow
     assert any(name.startswith("system/") for name in run.data.metrics)
     artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"adapter", "plots", "config.yaml", "summary.json", "tables", "timeline.json"} <= artifacts
+    assert {"report.html", "environment.json"} <= artifacts
+    report = (run_dir / "report.html").read_text()
+    assert "KL(target ‖ q)" in report and report.count("data:image/") >= 8
+    assert run.data.tags["environment.torch"] == torch.__version__
     events = json.loads((run_dir / "timeline.json").read_text())["traceEvents"]
     processes = {event["args"]["name"]: event["pid"] for event in events if event["name"] == "process_name"}
     done = {name: [e["name"] for e in events if e["pid"] == pid and e["ph"] == "X"] for name, pid in processes.items()}

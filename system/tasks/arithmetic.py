@@ -126,15 +126,16 @@ def read_questions(section: Arithmetic) -> tuple[list[tuple[int, Question]], lis
     Raises:
         ConfigError: a file is missing, or a record of it is no question; the message has the record's number.
     """
-    if section.questions == "generated":
+    asked, shown = [], []
+    if section.questions == "generated" or (section.split == "test" and not section.rationales):
         asked = generate(section.operands, section.count, test=False)
         shown = [replace(question, steps=steps_of(question.expression)) for question in asked[: section.worked]]
         asked = asked[section.worked :]
-        if section.split == "test":
-            asked = generate(section.test_operands or section.operands, section.count, test=True)
-    else:
-        shown = _read(section.rationales, "task.rationales") if section.rationales else []
+    if section.questions != "generated":
+        shown = _read(section.rationales, "task.rationales") if section.rationales else shown
         asked = _read(section.questions, "task.questions")
+    elif section.split == "test":
+        asked = generate(section.test_operands or section.operands, section.count, test=True)
     if section.split == "train":
         asked = shown[section.examples :] + asked
     numbered = list(enumerate(asked, 1))

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError
 from system.task_config import NextSentence
-from system.tasks.files import choose, read_lines
+from system.tasks.files import choose, read_lines, read_records
 from system.tasks.problem import Problem, context_tokens, single_token, support
 from system.trajectory import Prompt
 
@@ -50,14 +50,26 @@ def read_prompts(section: NextSentence) -> list[tuple[int, str]]:
     """(line number from 1, text) of the prompts chosen by offset and limit; empty lines and repetitions are left out.
 
     Raises:
-        ConfigError: the file is missing, not UTF-8, or has no prompt in that range.
+        ConfigError: the file is missing, not UTF-8, or has no prompt in that range, or a line of a .jsonl file is no prompt.
     """
     path = PACKAGED_PROMPTS if section.prompts == "packaged" else Path(section.prompts)
+    lines = read_lines(path, "task.prompts") if path.suffix != ".jsonl" else _records(path)
     first: dict[str, int] = {}
-    for number, line in read_lines(path, "task.prompts"):
+    for number, line in lines:
         first.setdefault(line, number)
     prompts = [(number, text) for text, number in first.items()]
     return choose(prompts, section.offset, section.limit, "task.prompts", section.prompts)
+
+
+def _records(path: Path) -> list[tuple[int, str]]:
+    prompts = []
+    for number, record in read_records(path, "task.prompts"):
+        match record:
+            case {"prompt": str(text)} if text.strip():
+                prompts.append((number, text))
+            case _:
+                raise ConfigError(f'task.prompts={str(path)!r}, line {number}: needs {{"prompt": text}}, and not an empty text')
+    return prompts
 
 
 def length(prompt: Prompt, text: str, tokens: list[int]) -> float:

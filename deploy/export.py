@@ -1,0 +1,84 @@
+"""A finished run as plain Hugging Face weights: `python deploy/export.py RUN --merge FOLDER`.
+
+W + (alpha / rank) B A in float32 from the pristine base, for each weight that the run adapted, beside the base's own config
+and tokenizer: a folder that transformers, vLLM and others load as a model, without PEFT and without this project. It is
+written in float32, because bfloat16 would round small updates away. RUN/adapter needs no export where PEFT can be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from deploy.runs import adapter_file, find_run  # noqa: E402
+from system import config_file  # noqa: E402
+from system.config import Config, ConfigError  # noqa: E402
+
+
+def merge(config: Config, adapter: Path, folder: Path) -> Path:
+    """Writes `folder`, which appears whole or not at all, from the base and a run's adapter file. Returns it.
+
+    Raises:
+        ConfigError: `folder` holds something, the base cannot be had, or the adapter is not of this base.
+    """
+    import safetensors.numpy
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from system.adapters import Adapter, AdapterError
+    from system.language_model import load_tokenizer
+    from system.models import locate
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--merge {str(folder)!r} is there already; name a new folder, or an empty one")
+    base = locate(config.model)
+    tokenizer = load_tokenizer(base)
+    # As it is on disk: what training changes of a model's config, such as its dropout, is no part of the result.
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
+    peft_config = json.loads((adapter.parent / "adapter_config.json").read_text(encoding="utf-8"))
+    try:
+        updates = Adapter.publish(0, 0, safetensors.numpy.load_file(adapter), peft_config, config.model.path).updates()
+        with torch.no_grad():
+            for module, update in updates.items():
+                weight = model.get_submodule(module).weight
+                delta_OI = torch.from_numpy(update.b_OR) @ torch.from_numpy(update.a_RI)
+                weight.add_(delta_OI.T if update.transposed else delta_OI, alpha=update.scale)
+    except (AdapterError, AttributeError, RuntimeError) as error:
+        raise ConfigError(f"{adapter} does not fit {config.model.path!r}: {error}") from error
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
+    try:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python deploy/export.py", description=__doc__)
+    parser.add_argument("run", help="folder of a run, or its name under runs/")
+    parser.add_argument("--merge", metavar="FOLDER", type=Path, required=True, help="where base + adapter is written")
+    arguments = parser.parse_args(argv)
+    try:
+        run_dir = find_run(arguments.run)
+        adapter = adapter_file(run_dir)
+        config = config_file.load(run_dir / "config.yaml", [])
+        print(merge(config, adapter, arguments.merge.absolute()))
+    except ConfigError as error:
+        print(f"config error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

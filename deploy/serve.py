@@ -1,0 +1,169 @@
+"""A finished run behind an OpenAI-compatible API: `python deploy/serve.py RUN [--host 127.0.0.1] [--port 8000]`.
+
+Starts vLLM's own server with the base model, under the name that the config gives it, and the run's adapter beside it, under
+the name of the run's folder; the same command on CPU and on GPU. Ctrl-C ends it. Clients need $VLLM_API_KEY, if that is set.
+
+    curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+        -d '{"model": "RUN", "prompt": "The sky is", "max_tokens": 20, "stop": ".", "n": 4}'
+
+The server draws from the model's whole vocabulary, at temperature 1 by default. A run's own support (its legal tokens, lengths
+and stop) is up to the request: `allowed_token_ids`, `min_tokens`, `max_tokens`, `stop_token_ids`. deploy/sample.py keeps to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from actors.settings import BLOCK, LORA_RANKS, engine_environment  # noqa: E402
+from deploy.runs import adapter_file, find_run  # noqa: E402
+from system import config_file  # noqa: E402
+from system.config import Config, ConfigError  # noqa: E402
+
+STOP_SECONDS = 20.0
+"""For the server to end by itself when it is asked to."""
+POLL_SECONDS = 0.5
+
+
+def command(config: Config, run_dir: Path, host: str, port: int, *, gpu: bool) -> list[str]:
+    """vLLM's server for a run. Raises ConfigError if the run has no adapter or its model cannot be had."""
+    from system.models import context_length, locate
+
+    adapter = adapter_file(run_dir).parent
+    folder = locate(config.model)
+    section = config.sampler
+    rank = next((rank for rank in LORA_RANKS if rank >= config.lora.rank), LORA_RANKS[-1])
+    options = {
+        "model": folder,
+        "served-model-name": config.model.path,
+        "lora-modules": f"{run_dir.name}={adapter}",
+        "max-lora-rank": rank,
+        "host": host,
+        "port": port,
+        "dtype": section.dtype,
+        "max-model-len": context_length(folder),
+        "max-num-seqs": section.max_num_seqs,
+        "seed": config.seed,
+        # A model's own settings would sharpen or cut the distribution that was trained.
+        "generation-config": "vllm",
+        "load-format": "safetensors",
+    }
+    if gpu:
+        options["gpu-memory-utilization"] = section.gpu_memory_utilization
+    else:
+        options |= {"kv-cache-memory-bytes": section.kv_cache_mb << 20, "block-size": BLOCK}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    # `vllm serve` looks for a package named vllm, which the CPU build is not.
+    python = [sys.executable, "-W", "ignore::DeprecationWarning", "-m"]
+    return [*python, "vllm.entrypoints.openai.api_server", "--enable-lora", "--enforce-eager", *flags]
+
+
+def environment(config: Config, *, gpu: bool) -> dict[str, str]:
+    """Of the server, whose engine is a process of its own below it. What is set already stays."""
+    own = engine_environment(config.actors.threads, gpu)
+    del own["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    return own | os.environ
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ConfigError if nothing can listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"--host {host} --port {port}: nothing can listen there ({error}); choose another port"
+            ) from error
+
+
+class Server:
+    """vLLM's server as a child process, in a session of its own: a Ctrl-C in the terminal reaches it through us alone, once."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], url: str) -> None:
+        self.url = url
+        self.asked: int | None = None
+        """The signal that asked for the end."""
+        self._process = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    def ask(self, number: int) -> None:
+        """To end. The first request lets vLLM end what it runs; what does not end in time is killed."""
+        self.asked = number
+
+    def wait_until_healthy(self) -> bool:
+        """False if the server ended, or was asked to, before it answered."""
+        while self._process.poll() is None and self.asked is None:
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=POLL_SECONDS):
+                    return True
+            # Not there yet: it loads for some seconds, and hears nothing meanwhile.
+            except (urllib.error.URLError, OSError):
+                time.sleep(POLL_SECONDS)
+        return False
+
+    def wait(self) -> int:
+        """Until it ends by itself or is asked to. Returns its exit status, 0 if it was asked."""
+        while self._process.poll() is None and self.asked is None:
+            time.sleep(POLL_SECONDS)
+        status = self._process.poll()
+        self.close()
+        return 0 if self.asked is not None else status or 0
+
+    def close(self) -> None:
+        """Ends all of its processes."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_SECONDS)
+        # What is left of its session, such as an engine whose server was killed.
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python deploy/serve.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", help="folder of a run, or its name under runs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as sampler.kv_cache_mb=4096")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000)
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        run_dir = find_run(arguments.run)
+        adapter_file(run_dir)
+        config = config_file.load(run_dir / "config.yaml", arguments.overrides)
+        check_port(arguments.host, arguments.port)
+        import torch
+
+        gpu = torch.cuda.is_available()
+        line = command(config, run_dir, arguments.host, arguments.port, gpu=gpu)
+    except ConfigError as error:
+        print(f"config error: {error}", file=sys.stderr)
+        return 2
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(arguments.host, arguments.host)
+    server = Server(line, environment(config, gpu=gpu), f"http://{host}:{arguments.port}")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda asked, _: server.ask(asked))
+    if server.wait_until_healthy():
+        print(f"{server.url}/v1 serves {config.model.path} and {run_dir.name}; Ctrl-C ends it", flush=True)
+    return server.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

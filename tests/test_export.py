@@ -1,0 +1,57 @@
+"""A run as plain weights: loaded by transformers alone, it has the log-probs of PEFT's model, and the base is as it was."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from peft import PeftModel
+from safetensors.numpy import load_file
+from transformers import AutoTokenizer
+
+from deploy import export
+from system.config import ConfigError
+from tests import finished, lora
+
+TOKENS = [1, 14, 15, 16, 20, 30, 17, 18]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
+def test_the_merged_weights_are_pefts_model(kind: str, tmp_path: Path) -> None:
+    """GPT-2 keeps its weights transposed and its embeddings tied; Gemma's output is capped."""
+    run_dir, config = finished.run(tmp_path, kind=kind)
+    base = Path(config.model.path)
+    before = hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
+    out = tmp_path / "new" / "merged"
+    assert export.main([str(run_dir), "--merge", str(out)]) == 0
+
+    tuned: Any = PeftModel.from_pretrained(lora.load(base), str(run_dir / "adapter"))
+    wanted = lora.token_log_probs(tuned, TOKENS)
+    with tuned.disable_adapter():
+        assert np.abs(lora.token_log_probs(tuned, TOKENS) - wanted).max() > 0.01
+    np.testing.assert_allclose(lora.token_log_probs(lora.load(out), TOKENS), wanted, atol=1e-4)
+    assert hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest() == before
+
+    assert {str(array.dtype) for array in load_file(out / "model.safetensors").values()} == {"float32"}
+    assert AutoTokenizer.from_pretrained(out).encode("abc") == AutoTokenizer.from_pretrained(base).encode("abc")
+    assert [path.name for path in out.parent.iterdir()] == ["merged"]
+
+
+def test_nothing_is_written_over_or_half(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir, config = finished.run(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("x")
+    assert export.main([str(run_dir), "--merge", str(tmp_path / "full")]) == 2
+    assert "is there already; name a new folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+    (tmp_path / "other").mkdir()
+    other, _ = finished.run(tmp_path / "other", kind="gpt2")
+    with pytest.raises(ConfigError, match="does not fit"):
+        export.merge(config, other / "adapter" / "adapter_model.safetensors", tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+    (run_dir / "adapter" / "adapter_model.safetensors").unlink()
+    assert export.main([str(run_dir), "--merge", str(tmp_path / "out")]) == 2
+    assert "--resume it first" in capsys.readouterr().err

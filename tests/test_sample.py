@@ -1,0 +1,167 @@
+"""Samples of a finished run: what is written of them, against PEFT and the base model; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from peft import PeftModel
+
+from deploy import sample
+from system import config_file, tasks
+from system.config import ConfigError
+from system.language_model import load_tokenizer
+from system.posterior import log_mean_exp
+from system.tasks.arithmetic import read_questions
+from system.tasks.problem import sampled
+from tests import fakes, finished, lora, tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+STORY = {"before": "ab", "after": "ba"}
+
+
+def config_of(**task: Any) -> Any:
+    return config_file.parse({"task": task})
+
+
+def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, str(ROOT / "deploy/sample.py"), *arguments]
+    return subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_each_record_has_its_samples_with_the_models_own_figures(tmp_path: Path) -> None:
+    learner = {"reward_temperature": {"start": 0.5, "end": 0.5}}
+    run_dir, config = finished.run(tmp_path, learner=learner)
+    texts = ["two\nlines", "abc", "x y z"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    done = command(tmp_path, "one", "--input", "in.jsonl", "--output", "out.jsonl", "--samples", "8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [record["context"] for record in records] == [f"<s>{text}" for text in texts]
+
+    folder = Path(config.model.path)
+    tokenizer = load_tokenizer(folder)
+    problem = tasks.build(sample.with_prompts(config, tmp_path / "in.jsonl").task, tokenizer)
+    base = lora.load(folder)
+    tuned: Any = PeftModel.from_pretrained(lora.load(folder), str(run_dir / "adapter"))
+    for prompt, record in zip(problem.prompts, records, strict=True):
+        assert len({row["text"] for row in record["samples"]}) > 2
+        for row in record["samples"]:
+            assert row["text"] == tokenizer.decode(row["tokens"])
+            drawn = replace(sampled(row["tokens"]), stop=row["stop"])
+            log_q = lora.drawn_log_probs(tuned, problem.constraints, prompt, drawn).sum()
+            assert row["log_q"] == pytest.approx(log_q, abs=1e-3)
+            whole = [*prompt.reward_tokens, *row["tokens"], problem.constraints.stop_token]
+            log_reward = lora.token_log_probs(base, whole)[len(prompt.reward_tokens) - 1 :].sum()
+            assert row["log_reward"] == pytest.approx(log_reward, abs=1e-3)
+            assert row["log_weight"] == pytest.approx(row["log_reward"] / 0.5 - row["log_q"], abs=1e-9)
+        log_weights = np.array([row["log_weight"] for row in record["samples"]])
+        weights = np.exp(log_weights) / np.exp(log_weights).sum()
+        assert [row["weight"] for row in record["samples"]] == pytest.approx(weights.tolist())
+        assert record["ess"] == pytest.approx(1 / (8 * np.square(weights).sum()))
+        assert record["log_z"] == pytest.approx(log_mean_exp(log_weights))
+
+
+def test_a_text_on_the_command_line_is_printed_as_a_table(tmp_path: Path) -> None:
+    finished.run(tmp_path)
+    done = command(tmp_path, "one", "--prompt", "b a", "--samples", "3")
+    first, heads, *rows = done.stdout.strip().splitlines()
+    assert first.startswith("line-1  log Z ") and first.endswith("'<s>b a'")
+    assert heads.split() == ["weight", "log", "q", "log", "R", "text"]
+    assert sum(float(row.split()[0]) for row in rows) == pytest.approx(1, abs=1e-3)
+    assert len(rows) == 3
+
+
+def test_prompts_are_asked_for_once_each_and_a_seed_changes_all_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "_record", lambda local, group: {})
+
+    class Asked:
+        config = config_of(kind="continuation")
+        problem = SimpleNamespace(prompts=fakes.PROMPTS)
+
+        def __init__(self) -> None:
+            self.requests: list[Any] = []
+
+        def sample(self, request: Any) -> Any:
+            self.requests.append(request)
+            return SimpleNamespace(result=lambda: None)
+
+    def seeds(number: int) -> list[int]:
+        local: Any = Asked()
+        assert len(list(sample.draw(local, 4, number))) == len(fakes.PROMPTS)
+        assert [request.prompt for request in local.requests] == list(fakes.PROMPTS)
+        assert {len(request.behaviours_K) for request in local.requests} == {4}
+        return [request.seed for request in local.requests]
+
+    assert seeds(0) == seeds(0)
+    assert len({*seeds(0), *seeds(1)}) == 2 * len(fakes.PROMPTS)
+
+
+def test_a_table_shows_no_control_characters_of_a_sample() -> None:
+    row = {"text": "\x1b[31mred", "log_q": -1.0, "log_reward": -2.0, "weight": 1.0}
+    text = sample.table({"prompt": "a", "context": "\x07", "log_z": 0.0, "ess": 1.0, "samples": [row]})
+    assert text.isascii() and not {"\x1b", "\x07"} & set(text)
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "record"),
+    [
+        ({"kind": "continuation"}, "Once", {"prompt": "Once"}),
+        ({"kind": "continuation"}, "12", {"prompt": "12"}),
+        ({"kind": "infilling"}, json.dumps(STORY), STORY),
+    ],
+)
+def test_a_prompt_is_a_text_or_a_record(task: dict[str, Any], text: str, record: dict[str, Any]) -> None:
+    assert sample.record_of(config_of(**task), text) == record
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"--prompt='Once': task.kind=infilling needs a record in JSON"):
+        sample.record_of(config_of(kind="infilling"), "Once")
+    with pytest.raises(ConfigError, match=r"task.kind=random_number has a prompt of its own and reads no file"):
+        sample.with_prompts(config_of(kind="random_number"), Path("a.jsonl"))
+    with pytest.raises(ConfigError, match=r"--input 'a.txt': records are read from JSONL"):
+        sample.with_prompts(config_of(kind="continuation"), Path("a.txt"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"', r"in\.jsonl', line 2: no JSON"),
+        ('{"text": "a"}', r"in\.jsonl', line 2: needs \{\"prompt\": text\}"),
+        ('{"prompt": " "}', r"in\.jsonl', line 2: needs"),
+        ('["a"]', r"in\.jsonl', line 2: needs"),
+    ],
+)
+def test_a_bad_line_of_the_input_is_named(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "fine"}\n' + line + "\n")
+    config = sample.with_prompts(config_of(kind="continuation"), tmp_path / "in.jsonl")
+    with pytest.raises(ConfigError, match=message):
+        tasks.build(config.task, tiny.tokenizer())
+
+
+def test_a_missing_run_or_adapter_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
+    done = command(tmp_path, "nothing")
+    assert done.returncode == 2
+    assert "config error: RUN='nothing': no such run" in done.stderr
+    run_dir = tmp_path / "runs" / "one"
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(config_file.dump(config_of(kind="random_number")))
+    done = command(tmp_path, "one")
+    assert done.returncode == 2
+    assert "has no adapter/adapter_model.safetensors: the run did not end; --resume it first" in done.stderr
+
+
+def test_questions_from_a_file_have_the_runs_own_examples_in_front(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"question": "Question: 1 + 2 - 3 = ? Answer:", "answer": 0}\n')
+    config = config_of(kind="arithmetic")
+    [(_, asked)], shown = read_questions(sample.with_prompts(config, tmp_path / "in.jsonl").task)
+    assert asked.expression == "1 + 2 - 3"
+    assert shown == read_questions(config.task)[1] != []

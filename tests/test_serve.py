@@ -1,0 +1,109 @@
+"""The server as its users start it, asked by the real client; its log-probs against PEFT's and the base model's."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import psutil
+import pytest
+from peft import PeftModel
+
+from deploy import serve
+from system.config import ConfigError
+from tests import finished, lora
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENS = [1, 14, 15, 16, 20, 30, 17, 18]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """An orphan may stay a zombie until the machine's first process asks for its status."""
+    return [each for each in processes if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+
+
+def prompt_log_probs(client: openai.OpenAI, model: str) -> np.ndarray:
+    answer = client.completions.create(model=model, prompt=TOKENS, max_tokens=1, echo=True, logprobs=0)
+    values: Any = answer.choices[0].logprobs.token_logprobs  # type: ignore[union-attr]
+    return np.array(values[1 : len(TOKENS)], float)
+
+
+def test_the_server_offers_the_base_and_the_adapter_with_the_learners_log_probs(tmp_path: Path) -> None:
+    run_dir, config = finished.run(tmp_path)
+    port = free_port()
+    line = [sys.executable, str(ROOT / "deploy/serve.py"), "one", "--port", str(port)]
+    log = (tmp_path / "log.txt").open("w")
+    process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        assert process.stdout is not None
+        for said in process.stdout:
+            if said.startswith(f"http://127.0.0.1:{port}/v1 serves "):
+                break
+        assert said.startswith("http"), (tmp_path / "log.txt").read_text()[-3000:]
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert len(started) >= 2
+        addresses = {entry.laddr.ip for child in started for entry in child.net_connections("tcp") if entry.laddr.port == port}
+        assert addresses == {"127.0.0.1"}
+
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        assert {model.id for model in client.models.list()} == {config.model.path, "one"}
+        answer = client.completions.create(model="one", prompt="abc", max_tokens=5, n=3, seed=0, stop=".")
+        assert len({choice.text for choice in answer.choices}) > 1
+
+        tuned: Any = PeftModel.from_pretrained(lora.load(Path(config.model.path)), str(run_dir / "adapter"))
+        wanted = lora.token_log_probs(tuned, TOKENS)
+        with tuned.disable_adapter():
+            base = lora.token_log_probs(tuned, TOKENS)
+        assert np.abs(wanted - base).max() > 0.1
+        np.testing.assert_allclose(prompt_log_probs(client, "one"), wanted, atol=1e-3)
+        np.testing.assert_allclose(prompt_log_probs(client, config.model.path), base, atol=1e-3)
+
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        assert alive(started) == []
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def test_the_end_of_the_server_is_the_end_of_the_command_with_its_status() -> None:
+    server = serve.Server([sys.executable, "-c", "raise SystemExit(3)"], {}, f"http://127.0.0.1:{free_port()}")
+    assert not server.wait_until_healthy()
+    assert server.wait() == 3
+
+
+def test_a_server_that_does_not_end_is_killed_with_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "STOP_SECONDS", 1.0)
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(99)"
+    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {deaf!r}]); {deaf}"
+    server = serve.Server([sys.executable, "-c", parent], {}, "http://127.0.0.1:1")
+    while len(started := psutil.Process().children(recursive=True)) < 2:
+        time.sleep(0.1)
+    server.ask(signal.SIGINT)
+    assert server.wait() == 0
+    assert alive(started) == []
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"--port {port}: nothing can listen there .*; choose another port"):
+            serve.check_port("127.0.0.1", port)
+    serve.check_port("127.0.0.1", port)
+    with pytest.raises(ConfigError, match="--port 70000"):
+        serve.check_port("127.0.0.1", 70000)
