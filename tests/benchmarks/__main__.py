@@ -29,7 +29,7 @@ QUICK = [
     "agreement bfloat16",
     "driver_rate",
 ]
-LONG = ["grpo_rate", "original_recipe random_number", "original_recipe continuation", "plan_check", "ablation"]
+LONG = ["grpo_rate", "install_modes", "original_recipe random_number", "original_recipe continuation", "plan_check", "ablation"]
 
 
 def run(command: str) -> list[Figure]:
