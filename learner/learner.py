@@ -79,6 +79,7 @@ class Learner:
             device=device,
             logits_chunk=self.config.logits_chunk,
             gradient_checkpointing=self.config.gradient_checkpointing,
+            attention=self.config.attention,
         )
         self._parameters = list(self.policy.parameters.values())
         self.optimizer = torch.optim.AdamW(

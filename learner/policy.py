@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ class Policy:
         device: torch.device,
         logits_chunk: int = 256,
         gradient_checkpointing: bool = False,
+        attention: Literal["auto", "dense", "block"] = "auto",
     ) -> None:
         base = load_pretrained(folder, dtype, device)
         targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
@@ -67,7 +68,7 @@ class Policy:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             base.train()
         self.constraints = constraints
-        self.language_model = LanguageModel(base, logits_chunk)
+        self.language_model = LanguageModel(base, logits_chunk, attention)
 
     @property
     def device(self) -> torch.device:
