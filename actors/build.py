@@ -40,7 +40,8 @@ def build_sampler(config: Config, problem: Problem, on_death: Callable[[], None]
     model = None
     if rewards.needs_language_model(config.task.reward):
         device = resolve_device("auto" if config.actors.gpus else "cpu")
-        model = LanguageModel(load_pretrained(folder, getattr(torch, config.sampler.reward_dtype), device))
+        base = load_pretrained(folder, getattr(torch, config.sampler.reward_dtype), device)
+        model = LanguageModel(base, attention=config.learner.attention)
     reward = build_reward(config, problem, tokenizer, model)
     return Sampler.build(
         config, folder, problem.constraints, reward,

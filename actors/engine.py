@@ -92,7 +92,7 @@ class Engine:
             enable_prefix_caching=True, async_scheduling=False, **memory,
         )  # fmt: skip
         self._engine = self._llm.llm_engine
-        self._merging = Merging(self._llm.apply_model(lambda model: model)[0], self._base)
+        self._merging = Merging(self._llm.apply_model(lambda model: model)[0], self._base, settings.rounding)
 
     # ---------------------------------------------------------------------------------------------------- sampling
 

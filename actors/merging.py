@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -40,13 +40,15 @@ class _Layer:
 class Merging:
     """Writes versions into `model`, vLLM's own. A layer that a version leaves alone goes back to the base."""
 
-    def __init__(self, model: nn.Module, base: BaseWeights) -> None:
+    def __init__(self, model: nn.Module, base: BaseWeights, rounding: Literal["nearest", "stochastic"] = "stochastic") -> None:
         self._modules = dict(model.named_modules())
         self._fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self._base = base
         self._layers: dict[str, _Layer] = {}
         self._buffer = torch.empty(0)
+        self._stochastic = rounding == "stochastic" and self._dtype == torch.bfloat16
+        self._noise = torch.empty(0, dtype=torch.int32)
 
     def check(self, updates: Mapping[str, LoraUpdate]) -> None:
         """Finds the layers of `updates`, which are named by the weights of the checkpoint.
@@ -79,7 +81,7 @@ class Merging:
         return effective
 
     def _effective(self, base_OI: torch.Tensor, merged_OI: torch.Tensor) -> float:
-        wanted_OI, kept_OI = merged_OI - base_OI, merged_OI.to(self._dtype).float() - base_OI.to(self._dtype).float()
+        wanted_OI, kept_OI = merged_OI - base_OI, self._rounded(merged_OI).float() - self._rounded(base_OI).float()
         lengths = float(wanted_OI.norm() * kept_OI.norm())
         if not float(wanted_OI.norm()):
             return math.nan
@@ -121,14 +123,29 @@ class Merging:
                 rows_OI.addmm_(torch.from_numpy(update.b_OR), torch.from_numpy(update.a_RI), alpha=update.scale)
         return merged_OI
 
+    def _rounded(self, merged_OI: torch.Tensor) -> torch.Tensor:
+        """In the model's precision.
+
+        bfloat16 is the upper half of a float32. Noise is added to the lower half, which is then cut off, so a weight goes
+        up in proportion to its lower half and an update arrives on average. A weight has the same noise in every version
+        and in every engine: what bfloat16 can hold stays as it is, and a version is the same policy everywhere.
+        """
+        if not self._stochastic:
+            return merged_OI.to(self._dtype)
+        if len(self._noise) < merged_OI.numel():
+            largest = max(math.prod(layer.shape) for layer in self._layers.values())
+            self._noise = torch.randint(1 << 16, (largest,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+        bits = merged_OI.view(torch.int32) + self._noise[: merged_OI.numel()].view(merged_OI.shape)
+        return bits.bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
+
     def _put(self, layer: _Layer, merged_OI: torch.Tensor) -> None:
         module = layer.module
         if module.weight.numel():
-            module.weight.data.copy_(merged_OI)
+            module.weight.data.copy_(self._rounded(merged_OI))
             return
         # vLLM packed the weight and dropped it. Without the packed copy of the version before, its memory is used again.
         module.cpu_linear = None
-        module.weight = nn.Parameter(merged_OI.to(self._dtype), requires_grad=False)
+        module.weight = nn.Parameter(self._rounded(merged_OI), requires_grad=False)
         module.quant_method.process_weights_after_loading(module)
         if module.weight.numel():
             raise RuntimeError(f"vLLM did not pack the weight of {layer.parts[0].name!r} again")

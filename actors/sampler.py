@@ -104,6 +104,7 @@ class Sampler:
         settings = EngineSettings(
             max_model_len=math.ceil(context / BLOCK) * BLOCK,
             install=install,
+            rounding=section.rounding,
             dtype=section.dtype,
             max_num_seqs=section.max_num_seqs,
             kv_cache_mb=section.kv_cache_mb,

@@ -32,6 +32,8 @@ class EngineSettings:
     max_model_len: int
     """Longest prompt plus longest sample, tokens."""
     install: Literal["merged", "adapter"] = "merged"
+    rounding: Literal["nearest", "stochastic"] = "stochastic"
+    """Of weights that are merged into bfloat16."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_num_seqs: int = 64
     kv_cache_mb: int = 512

@@ -105,6 +105,7 @@ class Learner:
             logits_chunk=self.config.logits_chunk,
             gradient_checkpointing=self.config.gradient_checkpointing,
             ranks=self.ranks if self.ranks.in_lockstep else None,
+            attention=self.config.attention,
         )
         self._parameters = list(self.policy.parameters.values())
         self.ranks.equalise(self._parameters)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ class Policy:
         logits_chunk: int = 256,
         gradient_checkpointing: bool = False,
         ranks: Ranks | None = None,
+        attention: Literal["auto", "dense", "block"] = "auto",
     ) -> None:
         """With `ranks` the frozen layers are in shards over them: then every forward pass is one of all ranks."""
         # A base that fits no single device goes there layer by layer, as shards.
@@ -74,7 +75,7 @@ class Policy:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             base.train()
         self.constraints = constraints
-        self.language_model = LanguageModel(base, logits_chunk)
+        self.language_model = LanguageModel(base, logits_chunk, attention)
 
     @property
     def device(self) -> torch.device:

@@ -65,8 +65,10 @@ class Sampler(Section):
     exploration: Exploration = Exploration()
     install: Literal["auto", "merged", "adapter"] = "auto"
     """How a new version enters the engine: `merged` into the base weights, or as a LoRA `adapter`. auto: merged on CPU."""
+    rounding: Literal["nearest", "stochastic"] = "stochastic"
+    """Of weights that are merged in bfloat16. To the nearest, small updates are lost; `stochastic` keeps them on average."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the engine. Merging into bfloat16 loses small updates."""
+    """Of the engine."""
     reward_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen model that scores."""
     token_budget: int = Field(default=1024, ge=64)
@@ -233,6 +235,9 @@ class Learner(Section):
     """Most tokens of one micro-batch: the trees of an update are packed into rows of this length."""
     logits_chunk: int = Field(default=256, ge=1)
     """Positions whose logits exist at one time."""
+    attention: Literal["auto", "dense", "block"] = "auto"
+    """Of the learner and of the frozen model that scores: a mask for each pair of a row's tokens (`dense`), or FlexAttention
+    over the blocks of the prefix trees (`block`). auto: block on CUDA where it works, which is logged where it does not."""
     gradient_checkpointing: bool = False
     ranks: int = Field(default=1, ge=1)
     """Processes that share the groups of an update (data parallel); what they learn is what one would."""

@@ -7,19 +7,23 @@ that something is predicted from, in the forward and in the backward pass.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from system import tree_attention
 from system.config import ConfigError
 from system.constraints import Constraints
 from system.output_layer import ChunkedLogProbs, Head
-from system.prefix_tree import Packed
+from system.prefix_tree import Packed, PrefixTree
+
+logger = logging.getLogger(__name__)
 
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Largest difference, nats, between the packed pass and the model's own forward on a short sequence."""
@@ -88,7 +92,10 @@ class LanguageModel:
             architecture does something here that is not known (checked on a short sequence).
     """
 
-    def __init__(self, model: PreTrainedModel, logits_chunk: int = 256) -> None:
+    def __init__(
+        self, model: PreTrainedModel, logits_chunk: int = 256, attention: Literal["auto", "dense", "block"] = "auto"
+    ) -> None:
+        """`attention` as in `system.config.Learner`. What was chosen is the attribute of that name."""
         self.model = model
         self.logits_chunk = logits_chunk
         config = model.config.get_text_config()
@@ -100,7 +107,11 @@ class LanguageModel:
         softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._head = Head(head.weight, getattr(head, "bias", None), softcap)
         self._selected: tuple[Constraints, Head] | None = None
-        self._check()
+        self.attention = "dense"
+        if attention == "block" or (attention == "auto" and self.device.type == "cuda"):
+            self._use_blocks(required=attention == "block")
+        if self.attention == "dense":
+            self._check()
 
     @property
     def device(self) -> torch.device:
@@ -116,15 +127,20 @@ class LanguageModel:
         ids = np.concatenate([piece.input_ids_L for piece in pieces])
         positions = np.concatenate([piece.position_ids_L for piece in pieces])
         ends = np.concatenate([piece.end_L + offset for piece, offset in zip(pieces, offsets, strict=False)])
-        position_ids = self._put(positions)
+        length = len(ids)
+        if self.attention == "block":
+            # The padding sees itself alone.
+            more = tree_attention.padded(length) - length
+            ids, positions = np.pad(ids, (0, more)), np.pad(positions, (0, more))
+            ends = np.concatenate([ends, np.arange(length, length + more) + 1])
         decoder: Any = self.model.base_model
         output = decoder(
             input_ids=self._put(ids)[None],
-            position_ids=position_ids[None],
-            attention_mask=self._mask(self._put(ends), position_ids),
+            position_ids=self._put(positions)[None],
+            attention_mask=self._mask(ends, positions),
             use_cache=False,
         )
-        return output.last_hidden_state[0]
+        return output.last_hidden_state[0, :length]
 
     def log_probs(
         self,
@@ -194,25 +210,43 @@ class LanguageModel:
         # What came through Ray's object store is read-only, which torch does not take.
         return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(self.device, non_blocking=True)
 
-    def _mask(self, end_L: torch.Tensor, position_L: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Additive [1, 1, L, L]. Sliding windows reach back a number of tokens on the path, not in the row."""
-        at = torch.arange(len(end_L), device=end_L.device)
-        visible = (at[None, :] <= at[:, None]) & (at[:, None] < end_L[None, :])
+    def _mask(self, end_L: np.ndarray, position_L: np.ndarray) -> Any:
+        """What the decoder takes as its mask; models with windows in some layers take one of each kind."""
 
-        def additive(seen: torch.Tensor) -> torch.Tensor:
-            mask = torch.zeros(seen.shape, dtype=self._head.weight_CH.dtype, device=seen.device)
-            return mask.masked_fill_(~seen, -torch.inf)[None, None]
+        def mask(window: int | None) -> Any:
+            if self.attention == "block":
+                return tree_attention.blocks(end_L, position_L, window, self.device)
+            return tree_attention.dense(self._put(end_L), self._put(position_L), window, self._head.weight_CH.dtype)
 
-        if self._window is None:
-            return additive(visible)
-        near = position_L[:, None] - position_L[None, :] < self._window
-        if len(self._layer_types) > 1:
-            return {"full_attention": additive(visible), "sliding_attention": additive(visible & near)}
-        return additive(visible if self._layer_types == {"full_attention"} else visible & near)
+        if self._window is not None and len(self._layer_types) > 1:
+            return {"full_attention": mask(None), "sliding_attention": mask(self._window)}
+        return mask(None if self._layer_types == {"full_attention"} else self._window)
+
+    def _use_blocks(self, required: bool) -> None:
+        """Block attention, if it works for this model on this device: it is compiled here, with its gradients.
+
+        Raises:
+            ConfigError: it does not, and is `required`.
+        """
+        self.model.set_attn_implementation(tree_attention.NAME)
+        self.attention = "block"
+        try:
+            self._check()
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            if trained:
+                row = Packed.of(PrefixTree.of([]), range(8))
+                torch.autograd.grad(self.hidden([row]).float().sum(), trained, allow_unused=True)
+        # A border: a compiler without a tool, a kernel too large for this card, an option that it does not know.
+        except Exception as error:
+            if required:
+                raise ConfigError(
+                    f"learner.attention=block does not work here: {_first_line(error)}; use auto or dense"
+                ) from error
+            logger.warning("attention takes dense masks, because block attention does not work here: %s", _first_line(error))
+            self.model.set_attn_implementation("sdpa")
+            self.attention = "dense"
 
     def _check(self) -> None:
-        from system.prefix_tree import PrefixTree
-
         tokens = np.arange(1, 9) % self.vocab_size
         row = Packed.of(PrefixTree.of([]), tokens.tolist())
         try:

@@ -32,6 +32,9 @@ QUICK = [
 ]
 LONG = [
     "grpo_rate",
+    "publish_share",
+    "install_modes",
+    "rank_rate",
     "original_recipe random_number",
     "original_recipe continuation",
     "plan_check",

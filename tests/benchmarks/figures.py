@@ -58,7 +58,7 @@ def in_turns(runs: dict[str, Callable[[], float]], repeats: int, warm_up: int = 
     return results
 
 
-def ratio(name: str, slow: Sequence[float], fast: Sequence[float], at_least: float, **detail: Any) -> Figure:
+def ratio(name: str, slow: Sequence[float], fast: Sequence[float], at_least: float | None, **detail: Any) -> Figure:
     """Figure of slow / fast, repeat by repeat: seconds of a baseline over ours, or our rate over a baseline's."""
     medians = {"slow": round(statistics.median(slow), 4), "fast": round(statistics.median(fast), 4)}
     return Figure(name, "x", [a / b for a, b in zip(slow, fast, strict=True)], at_least, None, medians | detail)

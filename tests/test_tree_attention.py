@@ -1,0 +1,146 @@
+"""Block attention against dense masks: the blocks themselves, and log-probs and gradients of whole models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from learner.policy import Policy
+from system import tree_attention
+from system.config import ConfigError, Lora
+from system.constraints import Constraints
+from system.language_model import LanguageModel
+from system.prefix_tree import Packed, PrefixTree
+from tests import tiny
+from tests.test_language_model import CONTEXTS, VOCAB, random_samples
+from tests.test_prefix_tree import trajectory
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def gradients_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has the plain gradient of block attention, but offers it on a GPU alone."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+
+
+def row(seed: int, pieces: int = 3, suffix: tuple[int, ...] = (11, 12, 13)) -> list[Packed]:
+    """Trees of several prompts, with a branch at every node: a row of several blocks."""
+    rng = np.random.default_rng(seed)
+    return [Packed.of(PrefixTree.of(random_samples(rng, 12)), CONTEXTS[i % 2], suffix) for i in range(pieces)]
+
+
+def laid_out(pieces: list[Packed]) -> tuple[np.ndarray, np.ndarray]:
+    """(end_L, position_L) of a whole row, padded."""
+    offsets = np.cumsum([0, *map(len, pieces)])
+    end = np.concatenate([piece.end_L + offset for piece, offset in zip(pieces, offsets, strict=False)])
+    position = np.concatenate([piece.position_ids_L for piece in pieces])
+    more = tree_attention.padded(len(end)) - len(end)
+    return np.concatenate([end, len(end) + 1 + np.arange(more)]), np.pad(position, (0, more))
+
+
+def chosen(count: torch.Tensor | None, index: torch.Tensor | None) -> np.ndarray:
+    """bool [query blocks, key blocks] of a list of blocks."""
+    assert count is not None
+    assert index is not None
+    result = np.zeros(index.shape[2:], bool)
+    for i, (n, blocks) in enumerate(zip(count[0, 0].tolist(), index[0, 0].tolist(), strict=True)):
+        result[i, blocks[:n]] = True
+    return result
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("pieces", [1, 3, 8])
+def test_the_blocks_hold_what_the_dense_mask_shows(window: int | None, pieces: int) -> None:
+    end, position = laid_out(row(pieces, pieces))
+    mask = tree_attention.blocks(end, position, window, CPU)
+    partial, full = chosen(mask.kv_num_blocks, mask.kv_indices), chosen(mask.full_kv_num_blocks, mask.full_kv_indices)
+    seen = tree_attention.dense(torch.from_numpy(end), torch.from_numpy(position), window, torch.float32)[0, 0] == 0
+    at = torch.arange(len(end))
+    assert torch.equal(mask.mask_mod(at[:1], at[:1], at[:, None], at[None, :]), seen)
+    side = len(end) // tree_attention.BLOCK
+    tiles = seen.numpy().reshape(side, tree_attention.BLOCK, side, tree_attention.BLOCK)
+    some, whole = tiles.any((1, 3)), tiles.all((1, 3))
+    assert not (partial & full).any()
+    assert not (some & ~(partial | full)).any()
+    assert not (full & ~whole).any()
+    if window is None:
+        np.testing.assert_array_equal(partial | full, some)
+        np.testing.assert_array_equal(full, whole)
+
+
+def test_a_long_prompt_has_whole_blocks_and_branches_skip_theirs() -> None:
+    samples = [trajectory([5 + k] + [20 + t % 40 for t in range(300)]) for k in range(4)]
+    end, position = laid_out([Packed.of(PrefixTree.of(samples), [7] * 300)])
+    mask = tree_attention.blocks(end, position, None, CPU)
+    assert chosen(mask.full_kv_num_blocks, mask.full_kv_indices)[-2, :2].all()
+    assert mask.sparsity() > 50
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_blocks_and_dense_masks_score_alike(kind: str) -> None:
+    pieces = row(0)
+    with torch.no_grad():
+        dense, block = (LanguageModel(tiny.KINDS[kind](VOCAB), attention=way).score(pieces) for way in ("dense", "block"))
+    for expected, got in zip(dense, block, strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.usefixtures("gradients_on_cpu")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_blocks_and_dense_masks_train_alike(tmp_path: Path, kind: str, checkpointing: bool) -> None:
+    folder = tiny.folder(tmp_path, kind, VOCAB)
+    constraints = Constraints.of(stop_token=4, min_tokens=0, max_tokens=20, vocab_size=VOCAB)
+    pieces = row(1, suffix=())
+    results = []
+    for way in ("dense", "block"):
+        torch.manual_seed(0)
+        policy = Policy(
+            folder, Lora(rank=4), constraints,
+            dtype=torch.float32, device=CPU, gradient_checkpointing=checkpointing, attention=way,
+        )  # fmt: skip
+        assert policy.language_model.attention == way
+        tiny.perturb(policy.parameters.values())
+        log_q = [values for pair in policy.log_q(pieces, [np.ones(len(p.tree), bool) for p in pieces]) for values in pair]
+        torch.cat(log_q).square().mean().backward()
+        gradients = torch.cat([p.grad.flatten() for p in policy.parameters.values() if p.grad is not None])
+        results.append((torch.cat(log_q).detach(), gradients))
+    (log_q, gradients), (block_log_q, block_gradients) = results
+    assert float(gradients.abs().max()) > 0.1
+    torch.testing.assert_close(block_log_q, log_q, rtol=0, atol=1e-5)
+    torch.testing.assert_close(block_gradients, gradients, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_any_length_are_whole_blocks_and_never_one() -> None:
+    assert [tree_attention.padded(n) for n in (1, 128, 256, 257, 384)] == [256, 256, 256, 384, 384]
+
+
+def test_ordinary_forwards_of_the_model_stay_as_they_are() -> None:
+    model, tokens = tiny.gemma3(VOCAB), torch.arange(5, 25)[None]
+    with torch.no_grad():
+        before = model(input_ids=tokens).logits
+        LanguageModel(model, attention="block")
+        torch.testing.assert_close(model(input_ids=tokens).logits, before)
+
+
+def test_what_block_attention_cannot_do_falls_back_or_is_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(tree_attention, "_compiled", refuses)
+    with pytest.raises(ConfigError, match=r"attention=block.*no compiler here.*use auto or dense"):
+        LanguageModel(tiny.llama(VOCAB), attention="block")
+    model = LanguageModel(tiny.llama(VOCAB))
+    (expected,) = model.score(row(2, 1))
+    model._use_blocks(required=False)
+    assert model.attention == "dense"
+    assert "no compiler here" in caplog.text
+    (got,) = model.score(row(2, 1))
+    np.testing.assert_array_equal(got, expected)
