@@ -7,6 +7,7 @@ Reads the config (before anything heavy is imported), builds the task, the sampl
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -74,8 +75,9 @@ class Job:
         self._last_line = self._last_stats = 0.0
 
     def run(self) -> dict[str, Any]:
-        from deploy import cluster
-        from deploy.remote import RayLearner, RaySamplers, wait_until_ready
+        from deploy import ray_cluster
+        from deploy.pool import RaySamplers
+        from deploy.remote import RayLearner, wait_until_ready
         from system import checkpoint, tasks
         from system.language_model import load_tokenizer
         from system.models import context_length, locate
@@ -92,13 +94,15 @@ class Job:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "config.yaml").write_text(config_file.dump(config), encoding="utf-8")
         self.tracker = Tracker(self.run_dir, config, resume=self.resume)
-        status = "FAILED"
+        status, ending = "FAILED", contextlib.ExitStack()
         try:
-            cluster.connect(config)
+            ray_cluster.connect(config)
             self.requests = Requests(
                 self.problem.prompts, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed
             )
-            self.learner, self.samplers = RayLearner(config, self.problem), RaySamplers(config, self.problem)
+            self.learner = RayLearner(config, self.problem)
+            self.samplers = RaySamplers(config, self.problem, lambda: self.learner.node)
+            ending.callback(self.samplers.close)
             self._describe_run()
             wait_until_ready(self.learner, self.samplers)
             requests, samplers, replay = self._sources(lambda: loop.counters.version, buffered=bool(files))
@@ -115,8 +119,9 @@ class Job:
             status = "KILLED" if self.stop.is_set() else "FINISHED"
             return summary
         finally:
+            ending.close()
             self.tracker.close(status)
-            cluster.disconnect()
+            ray_cluster.disconnect()
 
     def _sources(self, version: Callable[[], int], *, buffered: bool) -> tuple[Requests, Samplers, Replay]:
         """Where training groups come from: samplers and replay, and the task's demonstrations where the config wants them.
@@ -160,6 +165,7 @@ class Job:
                 f"learner idle {metrics['idle/learner']:.0%}  {left:.0f} s left",
                 flush=True,
             )
+        self.samplers.grow(metrics["idle/learner"])
         self._node_statistics(step, now)
 
     def _sample_rows(self, groups: list[Group]) -> list[dict[str, Any]]:

@@ -1,28 +1,27 @@
-"""The samplers and the learner as Ray actors, behind the handles that the orchestrator takes.
+"""The learner as a Ray actor behind the handle that the orchestrator takes, and what it shares with the samplers' actors.
 
-Each actor is a plain class built inside its own process; Ray is applied here and nowhere else. A future of Ray becomes
-one of `concurrent.futures`, and a lost actor becomes SamplerDied.
+Each actor is a plain class built inside its own process; Ray is applied here and in `deploy.pool`. A future of Ray
+becomes one of `concurrent.futures`, and a lost learner becomes LearnerDied.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
-from actors.sampler import EngineDied
-from actors.settings import engine_environment
+from deploy import ray_cluster
 from system.adapters import Adapter
 from system.config import Config, ConfigError
-from system.orchestrator import SamplerDied
+from system.orchestrator import LearnerDied
 from system.tasks.problem import Problem
 from system.timeline import Span
 from system.trajectory import Group, Prompt, Request, Trajectory
@@ -30,8 +29,8 @@ from system.trajectory import Group, Prompt, Request, Trajectory
 logger = logging.getLogger(__name__)
 
 GOODBYE_SECONDS = 2.0
-START_SECONDS = 600.0
-"""Longest wait for actors to be placed and built: a first start converts or fetches the model."""
+LOOK_SECONDS = 1.0
+"""Between two looks at the cluster while actors are not placed."""
 
 
 class BuiltActor:
@@ -132,101 +131,50 @@ def _exit_soon() -> None:
     threading.Timer(GOODBYE_SECONDS, os._exit, args=(1,)).start()
 
 
-class RaySamplers:
-    """A pool of sampler actors; each request goes to the least loaded one, under the adapter published last."""
+class Handle(Protocol):
+    """Actors that may still be starting."""
 
-    def __init__(self, config: Config, problem: Problem) -> None:
-        self._config = config
-        self._problem = ray.put(problem)
-        self._names = (f"sampler-{number}" for number in itertools.count())
-        self._actors: dict[str, Any] = {}
-        self._load: dict[str, int] = {}
-        self._dead: list[str] = []
-        self._adapter: Any = None
-        for _ in range(config.actors.count):
-            self._start()
-
-    def _start(self) -> str:
-        actors, name = self._config.actors, next(self._names)
-        environment = engine_environment(actors.threads, gpu=actors.gpus > 0)
-        remote = ray.remote(SamplerActor).options(
-            num_cpus=actors.cpus,
-            num_gpus=actors.gpus,
-            # One thread for each group in flight, and some for installs and statistics meanwhile.
-            max_concurrency=self._config.sampler.groups_in_flight + 8,
-            scheduling_strategy="SPREAD",
-            runtime_env={"env_vars": environment},
-        )
-        self._actors[name] = remote.remote(self._config, self._problem)
-        self._load[name] = 0
-        return name
+    config: Config
 
     def ready(self) -> list[Any]:
-        """References that resolve once each sampler is built."""
-        return [actor.ready.remote() for actor in self._actors.values()]
-
-    def publish(self, adapter: Any) -> None:
-        """`adapter` is an Adapter or Ray's reference to one; samplers install it with the next request at the latest."""
-        self._adapter = adapter
-
-    def install(self) -> list[Any]:
-        """Asks every sampler to install the published adapter now; references to what each measured."""
-        return [actor.install.remote(self._adapter) for actor in self._actors.values()]
-
-    def sample(self, request: Request) -> Future[Group]:
-        if self._adapter is None:
-            raise RuntimeError("publish an adapter before asking for samples")
-        while self._dead:
-            self._replace(self._dead.pop())
-        name = min(self._load, key=self._load.__getitem__)
-        self._load[name] += 1
-        reference = self._actors[name].sample.remote(request, self._adapter)
-        return _future(reference, lambda error: self._settled(name, error))
-
-    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
-        """log R at every prefix of trajectories that may come from anywhere, by the first sampler."""
-        actor = next(iter(self._actors.values()))
-        return _future(actor.score.remote(prompt, trajectories_K))
-
-    def stats(self) -> dict[str, Any]:
-        """Name -> reference to that sampler's statistics."""
-        return {name: actor.stats.remote() for name, actor in self._actors.items()}
-
-    def spans(self) -> dict[str, Any]:
-        """Name -> reference to what that sampler did since the last time."""
-        return {name: actor.spans.remote() for name, actor in self._actors.items()}
-
-    def _settled(self, name: str, error: BaseException | None) -> BaseException | None:
-        """Runs in a thread of Ray's, where no actor may be started: the dead are replaced by the next request."""
-        if name in self._load:
-            self._load[name] -= 1
-        if not isinstance(error, (RayActorError, EngineDied)):
-            return error
-        if name in self._actors and name not in self._dead:
-            self._dead.append(name)
-        return SamplerDied(str(error).splitlines()[0] if isinstance(error, RayActorError) else str(error), name)
-
-    def _replace(self, name: str) -> None:
-        if name in self._actors:
-            ray.kill(self._actors.pop(name))
-            del self._load[name]
-            logger.warning("%s is replaced by %s", name, self._start())
+        """A reference for each, which resolves once it is built."""
+        ...
 
 
 class RayLearner:
     """The learner actor: its calls run one at a time, in order."""
 
-    def __init__(self, config: Config, problem: Problem) -> None:
-        learner = config.learner
+    def __init__(self, config: Config, problem: Problem, actor: type[BuiltActor] = LearnerActor) -> None:
+        """`actor` is the class of the actor, which tests change."""
+        self.config = config
+        self._class, self._problem = actor, ray.put(problem)
+        self._start()
+
+    def _start(self) -> None:
+        learner = self.config.learner
         environment = {
             "OMP_NUM_THREADS": str(learner.threads),
             # Threads that spin while they wait would take the samplers' cores.
             "OMP_WAIT_POLICY": "PASSIVE",
         }
-        remote = ray.remote(LearnerActor).options(
-            num_cpus=learner.cpus, num_gpus=learner.gpus, runtime_env={"env_vars": environment}
-        )
-        self.actor: Any = remote.remote(config, ray.put(problem))
+        self.node = ray_cluster.learner_node(self.config)
+        """Where it is placed, if there is room; samplers go elsewhere where they can."""
+        remote: Any = ray.remote(self._class)
+        self.actor: Any = remote.options(
+            num_cpus=learner.cpus,
+            num_gpus=learner.gpus,
+            runtime_env={"env_vars": environment},
+            **ray_cluster.preferring(self.node),
+        ).remote(self.config, self._problem)
+
+    def restart(self) -> None:
+        """Raises ConfigError if no node has room for a new one."""
+        ray.kill(self.actor)
+        self._start()
+        try:
+            wait_until_ready(self)
+        except RayError as error:
+            raise LearnerDied(first_line(error)) from error
 
     def ready(self) -> list[Any]:
         return [self.actor.ready.remote()]
@@ -235,8 +183,8 @@ class RayLearner:
         return _future(self.actor.update.remote(groups))
 
     def adapter(self, version: int) -> Any:
-        """A reference: the weights go from the learner to the samplers, not through the driver."""
-        return self.actor.adapter.remote(version)
+        """Waits for the weights, and returns a reference to them that outlives the learner and its node."""
+        return ray.put(_future(self.actor.adapter.remote(version)).result())
 
     def score(self, groups: Sequence[Group]) -> Future[list[Any]]:
         return _future(self.actor.score.remote(groups))
@@ -245,7 +193,7 @@ class RayLearner:
         return _future(self.actor.save.remote())
 
     def restore(self, saved: np.ndarray, step: int) -> None:
-        ray.get(self.actor.restore.remote(saved, step))
+        _future(self.actor.restore.remote(saved, step)).result()
 
     def stats(self) -> Any:
         return self.actor.stats.remote()
@@ -254,39 +202,66 @@ class RayLearner:
         return self.actor.spans.remote()
 
 
-def wait_until_ready(*handles: Any) -> None:
+def wait_until_ready(*handles: Handle) -> None:
     """Waits until every actor is built.
 
     Raises:
-        ConfigError: they could not be placed in time; the message has what was asked for and what there is.
+        ConfigError: they fit no nodes, or could not be placed and built in time; the message has what was asked for and
+            what there is.
         Exception: what building an actor's part raised.
     """
-    references = [reference for handle in handles for reference in handle.ready()]
-    ready, missing = ray.wait(references, num_returns=len(references), timeout=START_SECONDS)
-    if missing:
-        raise ConfigError(
-            f"{len(missing)} of {len(references)} actors were not placed and built within {START_SECONDS:g} s; "
-            f"the cluster has {ray.cluster_resources()}, of which {ray.available_resources()} is free"
-        )
-    try:
-        ray.get(ready)
-    except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, Exception) else error) from None
+    config = handles[0].config
+    missing = references = [reference for handle in handles for reference in handle.ready()]
+    began = time.monotonic()
+    while missing:
+        ready, missing = ray.wait(missing, num_returns=len(missing), timeout=LOOK_SECONDS)
+        try:
+            ray.get(ready)
+        except RayTaskError as error:
+            raise plain(error) from None
+        waited = time.monotonic() - began
+        if missing:
+            ray_cluster.check(config, waited)
+        if missing and waited > config.actors.start_seconds:
+            raise ConfigError(
+                f"{len(missing)} of {len(references)} actors were not placed and built within actors.start_seconds="
+                f"{config.actors.start_seconds:g}; the cluster has {_shown(ray.cluster_resources())}, of which "
+                f"{_shown(ray.available_resources())} is free"
+            )
 
 
-def _future(reference: Any, settled: Any = lambda error: error) -> Future[Any]:
-    """Ray's reference as a future of `concurrent.futures`; `settled` sees the error, or None, and may change it."""
+def _shown(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{resources.get(name, 0.0):g} {name}" for name in ("CPU", "GPU"))
+
+
+def plain(error: BaseException) -> BaseException:
+    """What a call raised in an actor, as its caller would have seen it there; any other error as it is."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
+        return error.as_instanceof_cause()
+    return error
+
+
+def is_loss(error: BaseException) -> bool:
+    """The actor is gone, or its node is, or the way to it."""
+    return isinstance(error, RayError) and not isinstance(error, RayTaskError)
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _future(reference: Any) -> Future[Any]:
+    """Ray's reference to what the learner answers as a future of `concurrent.futures`."""
     future: Future[Any] = Future()
 
     def finish(source: Future[Any]) -> None:
         error = source.exception()
-        if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
-            error = error.as_instanceof_cause()
-        error = settled(error)
         if error is None:
             future.set_result(source.result())
+        elif is_loss(error):
+            future.set_exception(LearnerDied(first_line(error)))
         else:
-            future.set_exception(error)
+            future.set_exception(plain(error))
 
     reference.future().add_done_callback(finish)
     return future

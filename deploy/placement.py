@@ -1,0 +1,67 @@
+"""Whether a run fits a cluster, and where its learner takes the least room from samplers. Knows numbers, not Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from system.config import Config, ConfigError
+
+ROUNDING = 1e-6
+"""Of sums of fractions of a GPU."""
+
+
+class Resources(NamedTuple):
+    cpus: float
+    gpus: float
+
+    def __str__(self) -> str:
+        return f"{self.cpus:g} cpus" + (f" and {self.gpus:g} gpus" if self.gpus else "")
+
+
+def check(config: Config, nodes_N: Sequence[Resources]) -> None:
+    """Raises ConfigError if the learner and actors.min samplers do not fit these nodes, even if nothing else ran there."""
+    learner, sampler, fewest = _learner(config), _sampler(config), config.actors.fewest
+    field = f"actors.{'count' if config.actors.min is None else 'min'}={fewest}"
+    for kind in Resources._fields:
+        own, each = getattr(learner, kind), getattr(sampler, kind)
+        needed, have = own + fewest * each, sum(getattr(node, kind) for node in nodes_N)
+        if needed > have + ROUNDING:
+            raise ConfigError(
+                f"{field}: learner.{kind}={own:g} and {fewest} x actors.{kind}={each:g} need {needed:g} {kind}, but the "
+                f"cluster has {have:g}; lower one of these, or set cluster.wait_seconds where nodes are to join"
+            )
+    home = learner_home(config, nodes_N)
+    if home is None or samplers_beside(config, nodes_N, home) < fewest:
+        shown = "; ".join(map(str, nodes_N[:8])) + (f"; and {len(nodes_N) - 8} more" if len(nodes_N) > 8 else "")
+        raise ConfigError(
+            f"{field}: an actor needs a node that holds all of it: the learner {learner}, each of {fewest} samplers {sampler}, "
+            f"and the nodes have: {shown}; lower what each needs, or set cluster.wait_seconds where nodes are to join"
+        )
+
+
+def learner_home(config: Config, nodes_N: Sequence[Resources]) -> int | None:
+    """Index of the node whose place costs the fewest samplers; None where the learner fits no node."""
+    fitting = [index for index, node in enumerate(nodes_N) if _copies(node, _learner(config))]
+    return max(fitting, key=lambda index: samplers_beside(config, nodes_N, index), default=None)
+
+
+def samplers_beside(config: Config, nodes_N: Sequence[Resources], home: int) -> int:
+    """How many samplers these nodes hold, with the learner on node `home`."""
+    learner, sampler = _learner(config), _sampler(config)
+    left_N = list(nodes_N)
+    left_N[home] = Resources(nodes_N[home].cpus - learner.cpus, nodes_N[home].gpus - learner.gpus)
+    return sum(_copies(node, sampler) for node in left_N)
+
+
+def _learner(config: Config) -> Resources:
+    return Resources(config.learner.cpus, config.learner.gpus)
+
+
+def _sampler(config: Config) -> Resources:
+    return Resources(config.actors.cpus, config.actors.gpus)
+
+
+def _copies(node: Resources, each: Resources) -> int:
+    """How many times `each` fits `node`; a very large number where it needs nothing."""
+    return min([int((have + ROUNDING) // need) for have, need in zip(node, each, strict=True) if need > 0], default=1 << 30)
