@@ -102,6 +102,7 @@ class Job:
             )
             self.learner = RayLearner(config, self.problem)
             self.samplers = RaySamplers(config, self.problem, lambda: self.learner.node)
+            self.learner.room = self.samplers.room
             ending.callback(self.samplers.close)
             self._describe_run()
             wait_until_ready(self.learner, self.samplers)
@@ -259,7 +260,7 @@ class Job:
 
         folder = self.run_dir / "adapter"
         if not self.stop.is_set():
-            adapter: Any = ray.get(self.learner.adapter(loop.counters.version))
+            adapter: Any = ray.get(loop.with_learner(lambda: self.learner.adapter(loop.counters.version)))
             report.replace_folder(folder, adapter)
             self.tracker.artifact(folder)
         idle = self._finish_timeline(loop)

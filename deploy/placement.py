@@ -19,10 +19,12 @@ class Resources(NamedTuple):
         return f"{self.cpus:g} cpus" + (f" and {self.gpus:g} gpus" if self.gpus else "")
 
 
-def check(config: Config, nodes_N: Sequence[Resources]) -> None:
-    """Raises ConfigError if the learner and actors.min samplers do not fit these nodes, even if nothing else ran there."""
-    learner, sampler, fewest = _learner(config), _sampler(config), config.actors.fewest
-    field = f"actors.{'count' if config.actors.min is None else 'min'}={fewest}"
+def check(config: Config, nodes_N: Sequence[Resources], samplers: int | None = None) -> None:
+    """Raises ConfigError if the learner and `samplers` (by default the fewest that the run starts with) do not fit these nodes,
+    even if nothing else ran there."""
+    learner, sampler = _learner(config), _sampler(config)
+    fewest = config.actors.fewest if samplers is None else samplers
+    field = f"actors.{'count' if config.actors.min is None else 'min'}={config.actors.fewest}"
     for kind in Resources._fields:
         own, each = getattr(learner, kind), getattr(sampler, kind)
         needed, have = own + fewest * each, sum(getattr(node, kind) for node in nodes_N)

@@ -12,8 +12,9 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,8 @@ TICK_SECONDS = 0.5
 """Longest time between two looks at the deadlines."""
 IDLE_LEARNER = 0.1
 """A learner that waits for more than this share of a step could use another sampler."""
+ROOM_SECONDS = 8.0
+"""Until what a killed process held is free; a stopped one takes 5 s to go."""
 LONGEST_PAUSE = 60.0
 """Seconds before the next start, after starts that failed; the first pause is 2 s, and each is twice the one before."""
 
@@ -86,7 +89,7 @@ class RaySamplers:
         self._target = config.actors.fewest
         self._failed_starts, self._start_after = 0, 0.0
         self._most_asked = 0
-        self._closed = False
+        self._paused = self._closed = False
         self._failure: BaseException | None = None
         self._fill()
         self._thread = threading.Thread(target=self._run, name="samplers", daemon=True)
@@ -126,6 +129,20 @@ class RaySamplers:
     def spans(self) -> dict[str, Any]:
         """Name -> reference to what that sampler did since the last time."""
         return {member.name: member.actor.spans.remote() for member in self._built()}
+
+    @contextmanager
+    def room(self, need: Resources) -> Iterator[None]:
+        """Some node has `need` free if the samplers can make it so, and no sampler is started meanwhile."""
+        if not _within(ROOM_SECONDS, lambda: ray_cluster.has_room(need)):
+            self._paused = True
+            while self._members and not ray_cluster.has_room(need):
+                left = len(self._members)
+                self._inbox.put(self._give_way)
+                _within(ROOM_SECONDS, lambda left=left: len(self._members) < left and ray_cluster.has_room(need))
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def close(self) -> None:
         """No sampler is started, replaced or asked any more. May be called twice."""
@@ -183,7 +200,7 @@ class RaySamplers:
                 self._lose(member, f"it had work and answered nothing for actors.answer_seconds={actors.answer_seconds:g}")
 
     def _fill(self) -> None:
-        while len(self._members) < self._target and time.monotonic() >= self._start_after:
+        while not self._paused and len(self._members) < self._target and time.monotonic() >= self._start_after:
             self._start()
 
     def _start(self) -> None:
@@ -236,6 +253,11 @@ class RaySamplers:
         for call in calls:
             call.future.set_exception(SamplerDied(cause, member.name))
 
+    def _give_way(self) -> None:
+        """One sampler less, for the learner: one that does not work yet, or else the newest."""
+        if members := sorted(self._members.values(), key=lambda member: member.is_built, reverse=True):
+            self._lose(members[-1], "it gives way to the learner")
+
     def _dispatch(self) -> None:
         in_flight = sum(len(member.calls) for member in self._members.values())
         self._most_asked = max(self._most_asked, in_flight + len(self._waiting))
@@ -274,3 +296,11 @@ class RaySamplers:
         if self.config.cluster.wait_seconds or ray_cluster.has_room(Resources(actors.cpus, actors.gpus)):
             self._target += 1
             logger.info("the learner waits %.0f%% of its time: sampler %d is started", 100 * learner_idle, self._target)
+
+
+def _within(seconds: float, true: Callable[[], bool]) -> bool:
+    """Waits for `true`, at most so long."""
+    end = time.monotonic() + seconds
+    while not (found := true()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return found

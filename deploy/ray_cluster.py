@@ -11,6 +11,7 @@ from typing import Any
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 import ray
+from ray._private.state import available_resources_per_node
 
 from deploy import placement
 from deploy.placement import Resources
@@ -57,10 +58,11 @@ def nodes() -> dict[str, Resources]:
     return {node["NodeID"]: Resources(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in alive}
 
 
-def check(config: Config, waited: float) -> None:
-    """Raises ConfigError if the run does not fit the nodes, and has waited `waited` seconds for others to join."""
+def check(config: Config, waited: float, samplers: int | None = None) -> None:
+    """Raises ConfigError if the learner and `samplers` (by default the fewest) do not fit the nodes, and the run has waited
+    `waited` seconds for others to join, which is long enough."""
     if waited >= config.cluster.wait_seconds:
-        placement.check(config, list(nodes().values()))
+        placement.check(config, list(nodes().values()), samplers)
 
 
 def learner_node(config: Config) -> str | None:
@@ -71,9 +73,9 @@ def learner_node(config: Config) -> str | None:
 
 
 def has_room(each: Resources) -> bool:
-    """There is as much as `each` free, though perhaps not on one node."""
-    free = ray.available_resources()
-    return free.get("CPU", 0.0) >= each.cpus and free.get("GPU", 0.0) >= each.gpus
+    """Some node has as much as `each` free. Ray hears of what becomes free a moment later."""
+    free = [Resources(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in available_resources_per_node().values()]
+    return any(node.cpus >= each.cpus and node.gpus >= each.gpus for node in free)
 
 
 def preferring(node: str | None, *, avoid: bool = False) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from deploy import ray_cluster
+from deploy.placement import Resources
 from system.adapters import Adapter
 from system.config import Config, ConfigError
 from system.orchestrator import LearnerDied
@@ -148,6 +150,8 @@ class RayLearner:
         """`actor` is the class of the actor, which tests change."""
         self.config = config
         self._class, self._problem = actor, ray.put(problem)
+        self.room: Callable[[Resources], AbstractContextManager[None]] = lambda need: nullcontext()
+        """Makes room for a new learner, and keeps it until that is placed: the pool's, where there is one."""
         self._start()
 
     def _start(self) -> None:
@@ -168,13 +172,15 @@ class RayLearner:
         ).remote(self.config, self._problem)
 
     def restart(self) -> None:
-        """Raises ConfigError if no node has room for a new one."""
+        """Raises ConfigError if no node can hold a new one."""
         ray.kill(self.actor)
-        self._start()
-        try:
-            wait_until_ready(self)
-        except RayError as error:
-            raise LearnerDied(first_line(error)) from error
+        with self.room(Resources(self.config.learner.cpus, self.config.learner.gpus)):
+            self._start()
+            try:
+                # The run went on with the samplers that there are; the learner alone has to fit.
+                wait_until_ready(self, samplers=0)
+            except RayError as error:
+                raise LearnerDied(first_line(error)) from error
 
     def ready(self) -> list[Any]:
         return [self.actor.ready.remote()]
@@ -202,12 +208,12 @@ class RayLearner:
         return self.actor.spans.remote()
 
 
-def wait_until_ready(*handles: Handle) -> None:
+def wait_until_ready(*handles: Handle, samplers: int | None = None) -> None:
     """Waits until every actor is built.
 
     Raises:
-        ConfigError: they fit no nodes, or could not be placed and built in time; the message has what was asked for and
-            what there is.
+        ConfigError: the learner and `samplers` (by default the fewest) fit no nodes, or were not placed and built in time;
+            the message has what was asked for and what there is.
         Exception: what building an actor's part raised.
     """
     config = handles[0].config
@@ -221,7 +227,7 @@ def wait_until_ready(*handles: Handle) -> None:
             raise plain(error) from None
         waited = time.monotonic() - began
         if missing:
-            ray_cluster.check(config, waited)
+            ray_cluster.check(config, waited, samplers)
         if missing and waited > config.actors.start_seconds:
             raise ConfigError(
                 f"{len(missing)} of {len(references)} actors were not placed and built within actors.start_seconds="

@@ -154,7 +154,7 @@ class Orchestrator:
             batch = [self.replay.mix(group, rng) for group in merge_by_prompt(self._taken)]
             started = time.perf_counter()
             with self.timeline.span("update", "loop", step=self.counters.step):
-                metrics = self._with_learner(lambda batch=batch: self._update(batch))
+                metrics = self.with_learner(lambda batch=batch: self._update(batch))
             self._since_saved.append(batch)
             now = time.perf_counter()
             self._account(metrics, now - started, now - began)
@@ -177,14 +177,14 @@ class Orchestrator:
 
     def _evaluate(self) -> None:
         with self.timeline.span("evaluate", "loop", step=self.counters.step):
-            self._with_learner(lambda: self.evaluate(self))
+            self.with_learner(lambda: self.evaluate(self))
 
     def _due(self, every: int) -> bool:
         return self.counters.step % every == 0 or self.counters.step == self.config.learner.steps
 
     def publish(self) -> None:
         """The learner's weights as a new version, which every request from now on names."""
-        self._with_learner(self._publish)
+        self.with_learner(self._publish)
 
     def _publish(self) -> None:
         # A number is used once, even if the learner dies over it: no version ever stands for two sets of weights.
@@ -196,7 +196,7 @@ class Orchestrator:
 
     # -------------------------------------------------------------------------------------- a learner that may die
 
-    def _with_learner(self, call: Callable[[], T]) -> T:
+    def with_learner(self, call: Callable[[], T]) -> T:
         """What `call` returns. If the learner dies over it, it is made again with a new one that knows as much."""
         died = False
         while True:
@@ -357,7 +357,7 @@ class Orchestrator:
             return self._checkpoint()
 
     def _checkpoint(self) -> Path:
-        saved = self._with_learner(lambda: self.learner.save().result())
+        saved = self.with_learner(lambda: self.learner.save().result())
         arrays, records = self.replay.save()
         waiting = [group.group_id for group in (*self._arrived, *self._taken)]
         unused = sorted([*self._in_flight.values(), *waiting, *self._reissue])

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from deploy import ray_cluster
 from deploy.pool import RaySamplers
@@ -54,6 +55,7 @@ class Crew:
 
     def __init__(self, config: Config, problem: Any) -> None:
         self.learner, self.samplers = RayLearner(config, problem), RaySamplers(config, problem)
+        self.learner.room = self.samplers.room
         wait_until_ready(self.learner, self.samplers)
         self.names = set(self.samplers.stats())
         self.learner_pid: int = ray.get(self.learner.ready()[0])
@@ -78,7 +80,7 @@ class Crew:
         try:
             pid = ray.get(done[0]) if done else self.learner_pid
         # The one that was killed answers with its death.
-        except ray.exceptions.RayError:
+        except RayError:
             return False
         if pid == self.learner_pid:
             return False

@@ -68,6 +68,18 @@ class FaultySampler(BuiltActor):
         return ray.get_runtime_context().get_node_id()
 
 
+class IdleLearner(BuiltActor):
+    """Takes a learner's place, and says where."""
+
+    def __init__(self, config: Config, faults: Faults) -> None:
+        super().__init__(Part, config, faults)
+
+    def node(self) -> str:
+        import ray
+
+        return ray.get_runtime_context().get_node_id()
+
+
 class OutOfMemoryOnce(SamplerActor):
     """A real sampler whose engine finds no memory over its third step, once."""
 

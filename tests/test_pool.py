@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.exceptions import RayError
 
 from deploy import ray_cluster
 from deploy.pool import RaySamplers
-from deploy.remote import wait_until_ready
+from deploy.remote import RayLearner, wait_until_ready
 from learner.replay import Replay
 from system.config import Config, ConfigError
 from system.config_file import parse
@@ -24,7 +25,7 @@ from system.orchestrator import Orchestrator, SamplerDied
 from system.requests import Requests
 from system.trajectory import Group, Request
 from tests.fakes import PROMPTS, FakeLearner, FakeTracker
-from tests.faults import Faults, FaultySampler
+from tests.faults import Faults, FaultySampler, IdleLearner
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,7 +37,7 @@ def config(folder: Path, actors: dict[str, Any], steps: int = 12, **cluster: Any
             "sampler": {"samples_per_prompt": 3},
             "actors": actors,
             "learner": {"steps": steps, "warmup_steps": 0, "max_staleness": 2, "checkpoint_every": 100},
-            "cluster": {"local_cpus": 4} | cluster,
+            "cluster": {"local_cpus": 5} | cluster,
             "output_dir": str(folder),
         }
     )
@@ -214,6 +215,30 @@ class TestNodes:
         assert len(joined) == 2
         assert 1 <= loop.counters.deaths <= 2
         assert sorted(used) == list(range(150))
+
+    def test_a_learner_whose_node_is_gone_takes_the_place_of_a_sampler(self, cluster: Cluster, tmp_path: Path) -> None:
+        cfg = config(tmp_path, {"cpus": 2}, address=cluster.address, wait_seconds=60)
+        ray_cluster.connect(cfg)
+        (head,) = ray_cluster.nodes()
+        samplers = pool(cfg, Faults())
+        wait_until_ready(samplers, samplers=0)
+        joined = cluster.add_node(num_cpus=3)
+        learner = RayLearner(cfg, Faults(), IdleLearner)  # type: ignore[arg-type]
+        learner.room = samplers.room
+        wait_until_ready(learner, samplers=0)
+        assert ray.get(learner.actor.node.remote()) != head
+        cluster.remove_node(joined, allow_graceful=False)
+        with pytest.raises(RayError):
+            ray.get(learner.actor.node.remote(), timeout=60)
+        future = samplers.sample(request(0, cfg))
+        assert future.result(60).group_id == 0
+        learner.restart()
+        assert ray.get(learner.actor.node.remote()) == head
+        assert samplers._built() == []
+        waiting = samplers.sample(request(1, cfg))
+        cluster.add_node(num_cpus=2)
+        assert waiting.result(90).group_id == 1
+        samplers.close()
 
     def test_what_no_node_can_hold_is_refused_within_seconds_and_waited_for_if_nodes_may_join(
         self, cluster: Cluster, tmp_path: Path

@@ -108,7 +108,7 @@ def test_a_killed_learner_is_replaced_by_one_that_knows_as_much(
             before = learner.save().result().tobytes()
             victim: int = ray.get(learner.ready()[0])
             os.kill(victim, signal.SIGKILL)
-            saved.append(loop._with_learner(lambda: learner.save().result()).tobytes())
+            saved.append(loop.with_learner(lambda: learner.save().result()).tobytes())
             assert saved[-1] == before
             assert ray.get(learner.ready()[0]) != victim
 
