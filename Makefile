@@ -9,7 +9,7 @@ LINKS := $(shell $(FOUND) -m pip config get global.find-links 2>/dev/null)
 CPU_WHEELS := $(if $(LINKS),$(addprefix --find-links ,$(LINKS)),--extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup setup-bench setup-gpu demo test lint bench lock clean
+.PHONY: setup setup-bench setup-gpu demo test lint bench chaos lock clean
 
 setup: .venv/.ready
 
@@ -43,6 +43,10 @@ lint: setup
 # Measured figures, as a table and MLflow runs; names choose: make bench ARGS="publish update_rate".
 bench: setup
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+# Processes killed and stopped at random times in real runs: a line of JSON for each fault. ARGS="--injections 5" for a short one.
+chaos: setup
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 # Pins for a set-up that is the same everywhere; without hosts or folders, so it can be committed.
 lock: setup

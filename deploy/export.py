@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -42,13 +43,13 @@ def merge(config: Config, adapter: Path, folder: Path) -> Path:
     base = locate(config.model)
     tokenizer = load_tokenizer(base)
     # As it is on disk: what training changes of a model's config, such as its dropout, is no part of the result.
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     peft_config = json.loads((adapter.parent / "adapter_config.json").read_text(encoding="utf-8"))
     try:
         updates = Adapter.publish(0, 0, safetensors.numpy.load_file(adapter), peft_config, config.model.path).updates()
         with torch.no_grad():
             for module, update in updates.items():
-                weight = model.get_submodule(module).weight
+                weight = model.get_parameter(f"{module}.weight")
                 delta_OI = torch.from_numpy(update.b_OR) @ torch.from_numpy(update.a_RI)
                 weight.add_(delta_OI.T if update.transposed else delta_OI, alpha=update.scale)
     except (AdapterError, AttributeError, RuntimeError) as error:

@@ -7,6 +7,7 @@ Reads the config (before anything heavy is imported), builds the task, the sampl
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -76,11 +77,12 @@ class Job:
         self._last_stats = 0.0
 
     def run(self) -> dict[str, Any]:
-        from deploy import cluster
+        from deploy import ray_cluster
+        from deploy.pool import RaySamplers
         from deploy.prepare import prepare
         from deploy.progress import Standing, show
         from deploy.ray_metrics import RayMetrics
-        from deploy.remote import RayLearner, RaySamplers, wait_until_ready
+        from deploy.remote import RayLearner, wait_until_ready
         from system import checkpoint
         from system.orchestrator import Orchestrator
         from system.requests import Requests
@@ -95,14 +97,17 @@ class Job:
         (self.run_dir / "config.yaml").write_text(config_file.dump(config), encoding="utf-8")
         self.tracker = Tracker(self.run_dir, config, resume=self.resume)
         self.progress, self.standing = show(), Standing(self.run_dir.name, config.learner.steps)
-        status = "FAILED"
+        status, ending = "FAILED", contextlib.ExitStack()
         try:
-            cluster.connect(config)
+            ray_cluster.connect(config)
             self.ray_metrics = RayMetrics(self.run_dir.name)
             self.requests = Requests(
                 self.problem.prompts, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed
             )
-            self.learner, self.samplers = RayLearner(config, self.problem), RaySamplers(config, self.problem)
+            self.learner = RayLearner(config, self.problem)
+            self.samplers = RaySamplers(config, self.problem, lambda: self.learner.node)
+            self.learner.room = self.samplers.room
+            ending.callback(self.samplers.close)
             self._describe_run()
             wait_until_ready(self.learner, self.samplers)
             requests, samplers, replay = self._sources(lambda: loop.counters.version, buffered=bool(files))
@@ -115,6 +120,8 @@ class Job:
                 self._restore_evaluations(loop.counters.step)
             elif start is not None:
                 self._start_from(start)
+                # A learner that dies begins again from here, not from the base.
+                loop.checkpoint()
             logger.info("ready after %.0f s; run folder %s", time.perf_counter() - started, self.run_dir)
             self.ray_metrics.resume(loop.counters.trajectories, loop.counters.deaths)
             loop.train()
@@ -124,8 +131,9 @@ class Job:
             return summary
         finally:
             self.progress.close()
+            ending.close()
             self.tracker.close(status)
-            cluster.disconnect()
+            ray_cluster.disconnect()
 
     def _start_from(self, weights: np.ndarray) -> None:
         try:
@@ -178,6 +186,7 @@ class Job:
         self.standing.seconds_left = (self.config.learner.steps - step) * counters.seconds / max(1, step)
         self.progress.update(self.standing)
         self.ray_metrics.update(step, metrics, trajectories=counters.trajectories, deaths=counters.deaths)
+        self.samplers.grow(metrics["idle/learner"])
         self._node_statistics(step, now)
 
     def _sample_rows(self, groups: list[Group]) -> list[dict[str, Any]]:
@@ -276,7 +285,7 @@ class Job:
 
         folder = self.run_dir / "adapter"
         if not self.stop.is_set():
-            adapter: Any = ray.get(self.learner.adapter(loop.counters.version))
+            adapter: Any = ray.get(loop.with_learner(lambda: self.learner.adapter(loop.counters.version)))
             report.replace_folder(folder, adapter)
             self.tracker.artifact(folder)
         idle = self._finish_timeline(loop)

@@ -1,30 +1,30 @@
-"""The samplers and the learner as Ray actors, behind the handles that the orchestrator takes.
+"""The learner as a Ray actor behind the handle that the orchestrator takes, and what it shares with the samplers' actors.
 
-Each actor is a plain class built inside its own process; Ray is applied here and nowhere else. A future of Ray becomes
-one of `concurrent.futures`, and a lost actor becomes SamplerDied.
+Each actor is a plain class built inside its own process; Ray is applied here and in `deploy.pool`. A future of Ray
+becomes one of `concurrent.futures`, and a lost learner becomes LearnerDied.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
-from actors.sampler import EngineDied
-from actors.settings import engine_environment
+from deploy import ray_cluster
 from deploy.answers import first_of_all
+from deploy.placement import Resources
 from system.adapters import Adapter
 from system.config import Config, ConfigError
-from system.orchestrator import SamplerDied
+from system.orchestrator import LearnerDied
 from system.tasks.problem import Problem
 from system.timeline import Span
 from system.trajectory import Group, Prompt, Request, Trajectory
@@ -32,8 +32,8 @@ from system.trajectory import Group, Prompt, Request, Trajectory
 logger = logging.getLogger(__name__)
 
 GOODBYE_SECONDS = 2.0
-START_SECONDS = 600.0
-"""Longest wait for actors to be placed and built: a first start converts or fetches the model."""
+LOOK_SECONDS = 1.0
+"""Between two looks at the cluster while actors are not placed."""
 
 
 class BuiltActor:
@@ -153,85 +153,14 @@ def _exit_soon() -> None:
     threading.Timer(GOODBYE_SECONDS, os._exit, args=(1,)).start()
 
 
-class RaySamplers:
-    """A pool of sampler actors; each request goes to the least loaded one, under the adapter published last."""
+class Handle(Protocol):
+    """Actors that may still be starting."""
 
-    def __init__(self, config: Config, problem: Problem) -> None:
-        self._config = config
-        self._problem = ray.put(problem)
-        self._names = (f"sampler-{number}" for number in itertools.count())
-        self._actors: dict[str, Any] = {}
-        self._load: dict[str, int] = {}
-        self._dead: list[str] = []
-        self._adapter: Any = None
-        for _ in range(config.actors.count):
-            self._start()
-
-    def _start(self) -> str:
-        actors, name = self._config.actors, next(self._names)
-        environment = engine_environment(actors.threads, gpu=actors.gpus > 0)
-        remote = ray.remote(SamplerActor).options(
-            num_cpus=actors.cpus,
-            num_gpus=actors.gpus,
-            # One thread for each group in flight, and some for installs and statistics meanwhile.
-            max_concurrency=self._config.sampler.groups_in_flight + 8,
-            scheduling_strategy="SPREAD",
-            runtime_env={"env_vars": environment},
-        )
-        self._actors[name] = remote.remote(self._config, self._problem)
-        self._load[name] = 0
-        return name
+    config: Config
 
     def ready(self) -> list[Any]:
-        """References that resolve once each sampler is built."""
-        return [actor.ready.remote() for actor in self._actors.values()]
-
-    def publish(self, adapter: Any) -> None:
-        """`adapter` is an Adapter or Ray's reference to one; samplers install it with the next request at the latest."""
-        self._adapter = adapter
-
-    def install(self) -> list[Any]:
-        """Asks every sampler to install the published adapter now; references to what each measured."""
-        return [actor.install.remote(self._adapter) for actor in self._actors.values()]
-
-    def sample(self, request: Request) -> Future[Group]:
-        if self._adapter is None:
-            raise RuntimeError("publish an adapter before asking for samples")
-        while self._dead:
-            self._replace(self._dead.pop())
-        name = min(self._load, key=self._load.__getitem__)
-        self._load[name] += 1
-        reference = self._actors[name].sample.remote(request, self._adapter)
-        return _future(reference, lambda error: self._settled(name, error))
-
-    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
-        """log R at every prefix of trajectories that may come from anywhere, by the first sampler."""
-        actor = next(iter(self._actors.values()))
-        return _future(actor.score.remote(prompt, trajectories_K))
-
-    def stats(self) -> dict[str, Any]:
-        """Name -> reference to that sampler's statistics."""
-        return {name: actor.stats.remote() for name, actor in self._actors.items()}
-
-    def spans(self) -> dict[str, Any]:
-        """Name -> reference to what that sampler did since the last time."""
-        return {name: actor.spans.remote() for name, actor in self._actors.items()}
-
-    def _settled(self, name: str, error: BaseException | None) -> BaseException | None:
-        """Runs in a thread of Ray's, where no actor may be started: the dead are replaced by the next request."""
-        if name in self._load:
-            self._load[name] -= 1
-        if not isinstance(error, (RayActorError, EngineDied)):
-            return error
-        if name in self._actors and name not in self._dead:
-            self._dead.append(name)
-        return SamplerDied(str(error).splitlines()[0] if isinstance(error, RayActorError) else str(error), name)
-
-    def _replace(self, name: str) -> None:
-        if name in self._actors:
-            ray.kill(self._actors.pop(name))
-            del self._load[name]
-            logger.warning("%s is replaced by %s", name, self._start())
+        """A reference for each, which resolves once it is built."""
+        ...
 
 
 class RayLearner:
@@ -240,8 +169,16 @@ class RayLearner:
     Every rank updates and restores; the rest is rank 0's, unless the base is in shards: then all forward together.
     """
 
-    def __init__(self, config: Config, problem: Problem) -> None:
-        learner = config.learner
+    def __init__(self, config: Config, problem: Problem, actor: type[BuiltActor] = LearnerActor) -> None:
+        """`actor` is the class of the actors, which tests change."""
+        self.config = config
+        self._class, self._problem = actor, ray.put(problem)
+        self.room: Callable[[Resources], AbstractContextManager[None]] = lambda need: nullcontext()
+        """Makes room for a new learner, and keeps it until that is placed: the pool's, where there is one."""
+        self._start()
+
+    def _start(self) -> None:
+        learner = self.config.learner
         environment = {
             "OMP_NUM_THREADS": str(learner.threads),
             # Threads that spin while they wait would take the samplers' cores.
@@ -250,13 +187,30 @@ class RayLearner:
         if learner.ranks > 1 and not learner.gpus:
             # All would see the same GPU, which NCCL refuses.
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        remote = ray.remote(LearnerActor).options(
-            num_cpus=learner.cpus, num_gpus=learner.gpus, runtime_env={"env_vars": environment}
+        self.node = ray_cluster.learner_node(self.config)
+        """Where it is placed, if there is room; samplers go elsewhere where they can."""
+        base: Any = ray.remote(self._class)
+        remote = base.options(
+            num_cpus=learner.cpus,
+            num_gpus=learner.gpus,
+            runtime_env={"env_vars": environment},
+            **ray_cluster.preferring(self.node),
         )
         self.actors: list[Any] = [remote.remote(rank, learner.ranks) for rank in range(learner.ranks)]
         self._forwarding = self.actors if learner.shard_base else self.actors[:1]
         meeting = self.actors[0].open_meeting.remote() if learner.ranks > 1 else None
-        self._building = _on(self.actors, "build", config, ray.put(problem), meeting)
+        self._building = _on(self.actors, "build", self.config, self._problem, meeting)
+
+    def restart(self) -> None:
+        """Raises ConfigError if no node can hold a new one."""
+        self._end()
+        with self.room(Resources(self.config.learner.cpus, self.config.learner.gpus)):
+            self._start()
+            try:
+                # The run went on with the samplers that there are; the learner alone has to fit.
+                wait_until_ready(self, samplers=0)
+            except RayError as error:
+                raise LearnerDied(first_line(error)) from error
 
     def ready(self) -> list[Any]:
         return [*self._building, *_on(self.actors, "ready")]
@@ -265,8 +219,8 @@ class RayLearner:
         return self._answer(_on(self.actors, "update", ray.put(groups)))
 
     def adapter(self, version: int) -> Any:
-        """A reference: the weights go from the learner to the samplers, not through the driver."""
-        return _on(self._forwarding, "adapter", version)[0]
+        """Waits for the weights, and returns a reference to them that outlives the learner and its node."""
+        return ray.put(_future(_on(self._forwarding, "adapter", version)[0]).result())
 
     def score(self, groups: Sequence[Group]) -> Future[list[Any]]:
         return self._answer(_on(self._forwarding, "score", ray.put(groups)))
@@ -275,7 +229,8 @@ class RayLearner:
         return _future(self.actors[0].save.remote())
 
     def restore(self, saved: np.ndarray, step: int) -> None:
-        ray.get(_on(self.actors, "restore", ray.put(saved), step))
+        for answer in [_future(reference) for reference in _on(self.actors, "restore", ray.put(saved), step)]:
+            answer.result()
 
     def stats(self) -> dict[str, Any]:
         """Name of each rank's actor -> reference to its statistics."""
@@ -291,7 +246,7 @@ class RayLearner:
     def _answer(self, references: Sequence[Any]) -> Future[Any]:
         """Rank 0's, once every rank has one. Errors as in `first_of_all`: a loss that is not finite is so on all ranks."""
         answers = [_future(reference) for reference in references]
-        return first_of_all(answers, FloatingPointError, RayActorError, self._end) if len(answers) > 1 else answers[0]
+        return first_of_all(answers, FloatingPointError, LearnerDied, self._end) if len(answers) > 1 else answers[0]
 
     def _end(self) -> None:
         for actor in self.actors:
@@ -303,44 +258,66 @@ def _on(actors: Sequence[Any], method: str, *arguments: Any) -> list[Any]:
     return [getattr(actor, method).remote(*arguments) for actor in actors]
 
 
-def wait_until_ready(*handles: Any) -> None:
+def wait_until_ready(*handles: Handle, samplers: int | None = None) -> None:
     """Waits until every actor is built.
 
     Raises:
-        ConfigError: they could not be placed in time; the message has what was asked for and what there is.
+        ConfigError: the learner and `samplers` (by default the fewest) fit no nodes, or were not placed and built in time;
+            the message has what was asked for and what there is.
         Exception: what building an actor's part raised.
     """
-    references = [reference for handle in handles for reference in handle.ready()]
-    deadline, missing = time.monotonic() + START_SECONDS, references
+    config = handles[0].config
+    missing = references = [reference for handle in handles for reference in handle.ready()]
+    began = time.monotonic()
     while missing:
-        # One at a time: where one could not be built, those that would meet it are never ready.
-        done, missing = ray.wait(missing, timeout=max(0.0, deadline - time.monotonic()))
-        if not done:
-            break
+        ready, missing = ray.wait(missing, num_returns=len(missing), timeout=LOOK_SECONDS)
         try:
-            ray.get(done)
+            ray.get(ready)
         except RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, Exception) else error) from None
-    if missing:
-        raise ConfigError(
-            f"{len(missing)} of {len(references)} actors were not placed and built within {START_SECONDS:g} s; "
-            f"the cluster has {ray.cluster_resources()}, of which {ray.available_resources()} is free"
-        )
+            raise plain(error) from None
+        waited = time.monotonic() - began
+        if missing:
+            ray_cluster.check(config, waited, samplers)
+        if missing and waited > config.actors.start_seconds:
+            raise ConfigError(
+                f"{len(missing)} of {len(references)} actors were not placed and built within actors.start_seconds="
+                f"{config.actors.start_seconds:g}; the cluster has {_shown(ray.cluster_resources())}, of which "
+                f"{_shown(ray.available_resources())} is free"
+            )
 
 
-def _future(reference: Any, settled: Any = lambda error: error) -> Future[Any]:
-    """Ray's reference as a future of `concurrent.futures`; `settled` sees the error, or None, and may change it."""
+def _shown(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{resources.get(name, 0.0):g} {name}" for name in ("CPU", "GPU"))
+
+
+def plain(error: BaseException) -> BaseException:
+    """What a call raised in an actor, as its caller would have seen it there; any other error as it is."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
+        return error.as_instanceof_cause()
+    return error
+
+
+def is_loss(error: BaseException) -> bool:
+    """The actor is gone, or its node is, or the way to it."""
+    return isinstance(error, RayError) and not isinstance(error, RayTaskError)
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _future(reference: Any) -> Future[Any]:
+    """Ray's reference to what the learner answers as a future of `concurrent.futures`."""
     future: Future[Any] = Future()
 
     def finish(source: Future[Any]) -> None:
         error = source.exception()
-        if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
-            error = error.as_instanceof_cause()
-        error = settled(error)
         if error is None:
             future.set_result(source.result())
+        elif is_loss(error):
+            future.set_exception(LearnerDied(first_line(error)))
         else:
-            future.set_exception(error)
+            future.set_exception(plain(error))
 
     reference.future().add_done_callback(finish)
     return future

@@ -89,17 +89,41 @@ class Sampler(Section):
 
 class Actors(Section):
     count: int = Field(default=1, ge=1)
-    """Number of sampler actors."""
+    """Number of sampler actors: short for min and max of the same number."""
+    min: int | None = Field(default=None, ge=1)
+    """Samplers that the run starts with, and that a cluster must have room for; by default count."""
+    max: int | None = Field(default=None, ge=1)
+    """Samplers that the pool grows to while the learner waits for groups and the cluster has room; by default count."""
     cpus: float = Field(default=1, ge=0)
     """CPUs reserved for each, and its number of threads (rounded down, at least one)."""
     gpus: float = Field(default=0, ge=0)
     """GPUs reserved for each; fractions share a GPU."""
     max_deaths: int = Field(default=3, ge=0)
-    """The run stops after this many deaths of samplers without a group in between."""
+    """The run stops after more than this many deaths in a row: of samplers without a group in between, or of the learner
+    without a checkpoint in between."""
+    answer_seconds: float = Field(default=300.0, gt=0)
+    """A sampler that has work and answers nothing for this long is killed and replaced. It has to allow for the slowest
+    group, and for the first one, which installs a version and compiles kernels."""
+    start_seconds: float = Field(default=600.0, gt=0)
+    """Longest wait for an actor to be placed and built: a first start converts or fetches the model."""
+
+    @property
+    def fewest(self) -> int:
+        return self.count if self.min is None else self.min
+
+    @property
+    def most(self) -> int:
+        return max(self.fewest, self.count) if self.max is None else self.max
 
     @property
     def threads(self) -> int:
         return max(1, int(self.cpus))
+
+    @model_validator(mode="after")
+    def _a_range(self) -> Actors:
+        if self.fewest > self.most:
+            raise ValueError(f"min={self.fewest} is above max={self.most}; lower min (by default count) or raise max")
+        return self
 
 
 # ------------------------------------------------------------------------------------------------- who uses data
@@ -329,6 +353,8 @@ class Cluster(Section):
     """CPUs of a new local cluster; by default what the run asks for or the machine has, whichever is more."""
     dashboard: bool = False
     """Start Ray's dashboard with a new local cluster, on loopback."""
+    wait_seconds: float = Field(default=0.0, ge=0)
+    """How long a run that does not fit the nodes there are waits for more: an autoscaler's, or workers that still start."""
 
 
 class Config(Section):
@@ -388,15 +414,3 @@ class Config(Section):
                 f"{needed} tokens are needed, but {self.model.path} has a context of {context_length}; "
                 "shorten task.max_tokens or the prompts"
             )
-
-    def check_resources(self, cpus: float, gpus: float) -> None:
-        """Raises ConfigError if the learner and all samplers together need more than a cluster has."""
-        for kind, have in (("cpus", cpus), ("gpus", gpus)):
-            each, rank = getattr(self.actors, kind), getattr(self.learner, kind)
-            needed = self.learner.ranks * rank + self.actors.count * each
-            if needed > have + 1e-9:
-                times = f"{self.learner.ranks} x " if self.learner.ranks > 1 else ""
-                raise ConfigError(
-                    f"actors.count={self.actors.count}: {times}learner.{kind}={rank:g} and {self.actors.count} x actors.{kind}="
-                    f"{each:g} need {needed:g} {kind}, but the cluster has {have:g}; lower one of these"
-                )

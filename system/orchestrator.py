@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import safetensors.numpy
@@ -27,6 +27,7 @@ from system.timeline import Timeline
 from system.trajectory import Group, Request, merge_by_prompt
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 POLL_SECONDS = 0.5
 """Longest time between two looks at a request to stop."""
@@ -37,6 +38,10 @@ class SamplerDied(RuntimeError):
 
     The name is unique to that sampler, so that a death which costs several requests counts once.
     """
+
+
+class LearnerDied(RuntimeError):
+    """The learner's process is gone, with the updates since the last checkpoint. Handles raise it from any call."""
 
 
 class Samplers(Protocol):
@@ -54,6 +59,10 @@ class LearnerHandle(Protocol):
     def update(self, groups: Sequence[Group]) -> Future[dict[str, float]]: ...
     def adapter(self, version: int) -> Any: ...
     def save(self) -> Future[np.ndarray]: ...
+    def restore(self, saved: np.ndarray, step: int) -> None: ...
+    def restart(self) -> None:
+        """A new learner with the weights that the run began with, in place of the one that died."""
+        ...
 
 
 class Buffer(Protocol):
@@ -88,6 +97,7 @@ class Counters:
     sampled_tokens: int = 0
     deaths: int = 0
     """Samplers that died."""
+    learner_deaths: int = 0
     reissued: int = 0
     seconds: float = 0.0
     """Time in the loop, over all sessions of the run."""
@@ -117,12 +127,17 @@ class Orchestrator:
     _adapter_steps: dict[int, int] = field(default_factory=dict)
     _dead: set[str] = field(default_factory=set)
     _deaths_in_a_row: int = 0
+    _learner_deaths_in_a_row: int = 0
+    _saved_step: int | None = None
+    """Of the last checkpoint; None: a learner begins anew."""
+    _since_saved: list[list[Group]] = field(default_factory=list)
+    """The batches of the updates since then: a new learner does them again, so that a death of the old one costs time alone."""
 
     def train(self) -> None:
         """Runs until learner.steps updates are done or a stop is asked for, and leaves a checkpoint.
 
         Raises:
-            RuntimeError: more than actors.max_deaths samplers died with no group in between.
+            RuntimeError: more than actors.max_deaths samplers died with no group in between, or learners with no checkpoint.
         """
         settings = self.config.learner
         self.publish()
@@ -139,12 +154,10 @@ class Orchestrator:
             batch = [self.replay.mix(group, rng) for group in merge_by_prompt(self._taken)]
             started = time.perf_counter()
             with self.timeline.span("update", "loop", step=self.counters.step):
-                update = self.learner.update(batch)
-                while not update.done():
-                    self._feed()
-                    self._receive(update)
+                metrics = self.with_learner(lambda batch=batch: self._update(batch))
+            self._since_saved.append(batch)
             now = time.perf_counter()
-            self._account(update.result(), now - started, now - began)
+            self._account(metrics, now - started, now - began)
             began = now
             if self._due(settings.publish_every):
                 self.publish()
@@ -155,19 +168,76 @@ class Orchestrator:
         if self.counters.step < settings.steps:
             self.checkpoint()
 
+    def _update(self, batch: list[Group]) -> dict[str, float]:
+        update = self.learner.update(batch)
+        while not update.done():
+            self._feed()
+            self._receive(update)
+        return update.result()
+
     def _evaluate(self) -> None:
         with self.timeline.span("evaluate", "loop", step=self.counters.step):
-            self.evaluate(self)
+            self.with_learner(lambda: self.evaluate(self))
 
     def _due(self, every: int) -> bool:
         return self.counters.step % every == 0 or self.counters.step == self.config.learner.steps
 
     def publish(self) -> None:
         """The learner's weights as a new version, which every request from now on names."""
+        self.with_learner(self._publish)
+
+    def _publish(self) -> None:
+        # A number is used once, even if the learner dies over it: no version ever stands for two sets of weights.
         self.counters.version += 1
+        adapter = self.learner.adapter(self.counters.version)
         self.counters.published_step = self.counters.step
         self._adapter_steps[self.counters.version] = self.counters.step
-        self.samplers.publish(self.learner.adapter(self.counters.version))
+        self.samplers.publish(adapter)
+
+    # -------------------------------------------------------------------------------------- a learner that may die
+
+    def with_learner(self, call: Callable[[], T]) -> T:
+        """What `call` returns. If the learner dies over it, it is made again with a new one that knows as much."""
+        died = False
+        while True:
+            try:
+                if died:
+                    self._revive()
+                return call()
+            except LearnerDied as death:
+                died = True
+                self._count_learner_death(death)
+
+    def _count_learner_death(self, death: LearnerDied) -> None:
+        self.counters.learner_deaths += 1
+        self._learner_deaths_in_a_row += 1
+        logger.warning("the learner died at step %d and is started again: %s", self.counters.step, death)
+        if self._learner_deaths_in_a_row > self.config.actors.max_deaths:
+            raise RuntimeError(
+                f"the learner died {self._learner_deaths_in_a_row} times with no checkpoint in between (actors.max_deaths="
+                f"{self.config.actors.max_deaths}); the last cause: {death}"
+            ) from death
+
+    def _revive(self) -> None:
+        """A new learner: from the last checkpoint, and then the updates since, on the batches that they had.
+
+        The loop itself stays where it is: nothing is sampled, logged or counted again, and no group is lost.
+        """
+        with self.timeline.span("revive the learner", "loop", step=self.counters.step):
+            self.learner.restart()
+            if self._saved_step is not None:
+                files = checkpoint.read_latest(self.checkpoints)
+                step = json.loads(files["state.json"])["counters"]["step"]
+                if step != self._saved_step:
+                    raise RuntimeError(
+                        f"the learner died, and its last checkpoint, of step {self._saved_step}, is damaged; "
+                        f"--resume goes on from the one of step {step}"
+                    )
+                self.learner.restore(_learner_state(files), step)
+            for batch in self._since_saved:
+                self.learner.update(batch).result()
+            # The adapter published last may have been on a node that is gone.
+            self._publish()
 
     # ------------------------------------------------------------------------------------------------ the groups
 
@@ -269,6 +339,7 @@ class Orchestrator:
             "groups/waiting": float(len(self._arrived)),
             "groups/too_stale": float(counters.too_stale),
             "samplers/deaths": float(counters.deaths),
+            "learner/deaths": float(counters.learner_deaths),
             "seconds/step": step_seconds,
             "seconds/wait": step_seconds - update_seconds,
             "idle/learner": 1.0 - update_seconds / step_seconds,
@@ -286,17 +357,19 @@ class Orchestrator:
             return self._checkpoint()
 
     def _checkpoint(self) -> Path:
-        learner = self.learner.save()
+        saved = self.with_learner(lambda: self.learner.save().result())
         arrays, records = self.replay.save()
         waiting = [group.group_id for group in (*self._arrived, *self._taken)]
         unused = sorted([*self._in_flight.values(), *waiting, *self._reissue])
         state = {"counters": vars(self.counters), "unused_groups": unused, "replay": records}
         files = {
-            "learner.safetensors": learner.result().tobytes(),
+            "learner.safetensors": saved.tobytes(),
             "replay.safetensors": safetensors.numpy.save(arrays),
             "state.json": json.dumps(state).encode(),
         }
-        return checkpoint.write(self.checkpoints, self.counters.step, files)
+        path = checkpoint.write(self.checkpoints, self.counters.step, files)
+        self._saved_step, self._since_saved, self._learner_deaths_in_a_row = self.counters.step, [], 0
+        return path
 
     def restore(self, files: dict[str, bytes]) -> np.ndarray:
         """Takes the loop's part of a checkpoint, and returns the learner's."""
@@ -304,4 +377,9 @@ class Orchestrator:
         self.counters = Counters(**state["counters"])
         self._reissue = deque(state["unused_groups"])
         self.replay.restore(safetensors.numpy.load(files["replay.safetensors"]), state["replay"])
-        return np.frombuffer(files["learner.safetensors"], np.uint8)
+        self._saved_step, self._since_saved = self.counters.step, []
+        return _learner_state(files)
+
+
+def _learner_state(files: dict[str, bytes]) -> np.ndarray:
+    return np.frombuffer(files["learner.safetensors"], np.uint8)

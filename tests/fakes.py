@@ -51,15 +51,27 @@ class FakeSamplers:
 
 
 class FakeLearner:
-    """Counts its updates; `weights` is the running sum of what it was given, so that equal runs end equal."""
+    """Counts its updates; `weights` is the running sum of what it was given, so that equal runs end equal.
+
+    `during_update` may raise LearnerDied. `batches` are those that the learner of today was given.
+    """
 
     def __init__(self, during_update: Callable[[], None] = lambda: None) -> None:
         self.during_update = during_update
+        self.restarts = 0
+        self.published: list[int] = []
+        self._forget()
+        self._thread = ThreadPoolExecutor(1)
+        self._lock = threading.Lock()
+
+    def _forget(self) -> None:
         self.step = 0
         self.weights = np.zeros(1)
         self.batches: list[list[Group]] = []
-        self._thread = ThreadPoolExecutor(1)
-        self._lock = threading.Lock()
+
+    def restart(self) -> None:
+        self.restarts += 1
+        self._forget()
 
     def update(self, groups: Sequence[Group]) -> Future[dict[str, float]]:
         return self._thread.submit(self._update, list(groups))
@@ -73,6 +85,7 @@ class FakeLearner:
         return {"loss": 1.0 / self.step, "log_z": 0.0, "spread": 0.0, "ess": 1.0}
 
     def adapter(self, version: int) -> int:
+        self.published.append(version)
         return version
 
     def save(self) -> Future[np.ndarray]:

@@ -119,44 +119,75 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_as_the_same_mlflow_r
     assert steps == list(range(1, step + 21))
 
 
-def test_a_submitted_job_runs_the_same_on_a_cluster(tmp_path: Path) -> None:
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
-    }
-    environment.pop("RAY_ADDRESS", None)
-    (tmp_path / "token").write_text("0123456789abcdef" * 4)
-    ports = {"port": 26379, "dashboard-port": 28265, "ray-client-server-port": 21001}
-    flags = [f"--{name}={port}" for name, port in ports.items()]
-    head = subprocess.Popen(
-        ["ray", "start", "--head", "--block", "--num-cpus=3", "--dashboard-host=127.0.0.1", *flags],
-        env=environment, stdout=(tmp_path / "head.txt").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-    try:
-        overrides = [
-            f"model.path={tiny.folder(tmp_path)}", "learner.steps=4", "learner.warmup_steps=0", "sampler.samples_per_prompt=8",
-            "sampler.kv_cache_mb=16", "lora.rank=4", f"output_dir={tmp_path}/runs", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
-        ]  # fmt: skip
-        entry = ["python", "deploy/job.py", "deploy/configs/random_number.yaml", *overrides]
-        address = ["--address", "http://127.0.0.1:28265"]
-        submit = ["ray", "job", "submit", *address, "--working-dir", ".", "--", *entry]
-        listing = ["ray", "job", "list", *address]
-        for _ in range(60):
-            assert head.poll() is None, (tmp_path / "head.txt").read_text()[-3000:]
-            if subprocess.run(listing, env=environment, capture_output=True, check=False).returncode == 0:
-                break
+class TwoNodes:
+    """A Ray cluster of two nodes on this machine, with a token, and the command line of its jobs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        }
+        self.environment.pop("RAY_ADDRESS", None)
+        (folder / "token").write_text("0123456789abcdef" * 4)
+        ports = {"port": 26379, "dashboard-port": 28265, "ray-client-server-port": 21001}
+        flags = [f"--{name}={port}" for name, port in ports.items()]
+        self.nodes = [self._node("--head", "--num-cpus=2", "--dashboard-host=127.0.0.1", *flags)]
+        while self.job("list").returncode:
+            assert self.nodes[0].poll() is None, (folder / "node-0.txt").read_text()[-3000:]
             time.sleep(1)
-        result = subprocess.run(submit, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
-        assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
-        (run_dir,) = (tmp_path / "runs").iterdir()
-        assert json.loads((run_dir / "summary.json").read_text())["steps"] == 4
-        assert mlflow_run(tmp_path)[1].info.status == "FINISHED"
-    finally:
+        self.nodes.append(self._node("--address=127.0.0.1:26379", "--num-cpus=1"))
+
+    def _node(self, *flags: str) -> subprocess.Popen[bytes]:
+        log = (self.folder / f"node-{int('--head' not in flags)}.txt").open("w")
+        command = ["ray", "start", "--block", *flags]
+        return subprocess.Popen(command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def job(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """`ray job VERB …`, with all that it prints in stdout."""
+        command = ["ray", "job", verb, "--address", "http://127.0.0.1:28265", *arguments]
+        return subprocess.run(
+            command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            timeout=280, check=False,
+        )  # fmt: skip
+
+    def close(self) -> None:
         # `ray start --block` leaves its daemons to themselves when it is killed: end all that it started.
-        processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+        started = [psutil.Process(node.pid) for node in self.nodes]
+        processes = [*started, *(child for process in started for child in process.children(recursive=True))]
         for process in processes:
             process.terminate()
         for process in psutil.wait_procs(processes, timeout=20)[1]:
             process.kill()
+
+
+def test_a_submitted_job_runs_on_the_nodes_of_a_cluster_and_can_be_followed_and_stopped(tmp_path: Path) -> None:
+    cluster = TwoNodes(tmp_path)
+    try:
+        entry = [
+            "python", "deploy/job.py", "deploy/configs/random_number.yaml", f"model.path={tiny.folder(tmp_path)}",
+            "learner.warmup_steps=0", "sampler.samples_per_prompt=8", "sampler.kv_cache_mb=16", "lora.rank=4",
+            # The head has room for the learner and one of them.
+            "actors.count=2", "cluster.wait_seconds=60", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
+        ]  # fmt: skip
+        submit = ["--working-dir", ".", "--runtime-env-json", json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})]
+        result = cluster.job("submit", *submit, "--", *entry, "learner.steps=4", f"output_dir={tmp_path}/runs")
+        assert result.returncode == 0, result.stdout[-3000:]
+        (run_dir,) = (tmp_path / "runs").iterdir()
+        assert json.loads((run_dir / "summary.json").read_text())["steps"] == 4
+        assert mlflow_run(tmp_path)[1].info.status == "FINISHED"
+
+        identity = ["--no-wait", "--submission-id", "long"]
+        cluster.job("submit", *identity, *submit, "--", *entry, "learner.steps=100000", f"output_dir={tmp_path}/long")
+        while "step 1" not in cluster.job("logs", "long").stdout:
+            status = cluster.job("status", "long").stdout
+            assert "PENDING" in status or "RUNNING" in status, status
+        assert cluster.job("stop", "long").returncode == 0
+        assert "STOPPED" in cluster.job("status", "long").stdout
+        (run_dir,) = (tmp_path / "long").iterdir()
+        assert list((run_dir / "checkpoints").glob("step-*"))
+        assert json.loads((run_dir / "summary.json").read_text())["finished"] is False
+    finally:
+        cluster.close()

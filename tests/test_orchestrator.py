@@ -12,7 +12,7 @@ from learner.replay import Replay
 from system import checkpoint
 from system.config import Config
 from system.config_file import parse
-from system.orchestrator import Orchestrator
+from system.orchestrator import LearnerDied, Orchestrator
 from system.requests import Requests
 from system.trajectory import Request
 from tests.fakes import PROMPTS, FakeLearner, FakeSamplers, FakeTracker, dies
@@ -137,6 +137,113 @@ def test_a_learner_that_fails_ends_the_run_with_its_own_error(tmp_path: Path) ->
 
     with pytest.raises(FloatingPointError, match="loss nan"):
         orchestrator(tmp_path, config(), FakeSamplers(), FakeLearner(during_update)).train()
+
+
+def deadly(*deaths: int) -> Any:
+    """Kills the learner over its update number n, counted over all that it was asked for, for each n of `deaths`."""
+    asked = iter(range(10**6))
+
+    def during_update() -> None:
+        if next(asked) in deaths:
+            raise LearnerDied("killed")
+
+    return during_update
+
+
+@pytest.mark.parametrize("deaths", [(0,), (3,), (5,), (8,), (11,), (3, 5, 7), (6, 9, 13)])
+def test_a_learner_that_dies_costs_neither_a_group_nor_an_update(tmp_path: Path, deaths: tuple[int, ...]) -> None:
+    whole = FakeLearner()
+    orchestrator(tmp_path / "whole", config(), FakeSamplers(), whole).train()
+    learner, samplers = FakeLearner(deadly(*deaths)), FakeSamplers()
+    loop = orchestrator(tmp_path / "killed", config(), samplers, learner)
+    steps: list[int] = []
+    loop.on_step = lambda loop, metrics, fresh: steps.append(loop.counters.step)
+    loop.train()
+    assert learner.weights == whole.weights
+    assert learner.step == 12
+    assert steps == list(range(1, 13))
+    assert samplers.issued == list(range(24))
+    assert loop.counters.groups == 24
+    assert loop.counters.learner_deaths == learner.restarts == len(deaths)
+    assert len(learner.published) == len(set(learner.published))
+    assert samplers.named_versions == sorted(samplers.named_versions)
+
+
+def test_no_more_updates_than_checkpoint_every_are_repeated(tmp_path: Path) -> None:
+    learner = FakeLearner(deadly(9))
+    orchestrator(tmp_path, config(checkpoint_every=5), FakeSamplers(), learner).train()
+    assert len(learner.batches) == 12 - 5  # those since the checkpoint of step 5, and no more
+
+
+def test_a_learner_that_dies_at_any_other_call_is_replaced_too(tmp_path: Path) -> None:
+    class Learner(FakeLearner):
+        def adapter(self, version: int) -> int:
+            adapter = super().adapter(version)
+            return fails(adapter) if version == 4 else adapter
+
+        def save(self) -> Any:
+            return fails(super().save())
+
+    def fails(value: Any) -> Any:
+        if (key := type(value)) not in failed:
+            failed.add(key)
+            raise LearnerDied("killed")
+        return value
+
+    def evaluate(loop: Orchestrator) -> None:
+        at.append(loop.counters.step)
+        fails("evaluation")
+
+    failed: set[type] = set()
+    at: list[int] = []
+    learner = Learner()
+    loop = orchestrator(tmp_path, config(), FakeSamplers(), learner, evaluate=evaluate)
+    loop.train()
+    assert loop.counters.learner_deaths == 3
+    assert at == [0, 0, 12]
+    assert learner.step == 12
+    assert loop.counters.groups == 24
+
+
+def test_a_learner_that_dies_again_and_again_stops_the_run_with_the_cause(tmp_path: Path) -> None:
+    learner = FakeLearner(deadly(*range(7, 1000)))
+    with pytest.raises(RuntimeError, match=r"died 4 times with no checkpoint.*actors.max_deaths=3.*killed"):
+        orchestrator(tmp_path, config(), FakeSamplers(), learner).train()
+    assert learner.restarts == 3
+
+
+def test_a_learner_may_die_more_often_if_checkpoints_lie_between(tmp_path: Path) -> None:
+    learner = FakeLearner(deadly(*range(0, 60, 4)))
+    loop = orchestrator(tmp_path, config(checkpoint_every=1), FakeSamplers(), learner)
+    loop.train()
+    assert loop.counters.learner_deaths > 3
+    assert learner.step == 12
+
+
+def test_a_resumed_run_restarts_its_learner_from_the_checkpoint_it_came_from(tmp_path: Path) -> None:
+    whole, stop = FakeLearner(), threading.Event()
+    orchestrator(tmp_path / "whole", config(), FakeSamplers(), whole).train()
+    loop = orchestrator(tmp_path / "cut", config(), FakeSamplers(), FakeLearner(), should_stop=stop.is_set)
+    loop.on_step = lambda loop, metrics, fresh: stop.set() if loop.counters.step == 4 else None
+    loop.train()
+    learner = FakeLearner(deadly(2))
+    again = orchestrator(tmp_path / "cut", config(), FakeSamplers(), learner)
+    learner.restore(again.restore(checkpoint.read_latest(tmp_path / "cut" / "checkpoints")), again.counters.step)
+    again.train()
+    assert learner.restarts == 1
+    assert learner.weights == whole.weights
+
+
+def test_a_learner_whose_checkpoint_is_damaged_is_not_restarted_from_an_older_one(tmp_path: Path) -> None:
+    loop = orchestrator(tmp_path, config(checkpoint_every=3), FakeSamplers(), FakeLearner(deadly(7)))
+
+    def damage(loop: Orchestrator, metrics: dict[str, float], fresh: Any) -> None:
+        if loop.counters.step == 7:
+            (tmp_path / "checkpoints" / "step-00000006" / "learner.safetensors").write_bytes(b"")
+
+    loop.on_step = damage
+    with pytest.raises(RuntimeError, match="last checkpoint, of step 6, is damaged; --resume goes on from the one of step 3"):
+        loop.train()
 
 
 def test_a_stop_leaves_a_checkpoint_and_resuming_ends_like_an_uninterrupted_run(tmp_path: Path) -> None:

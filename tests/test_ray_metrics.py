@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from deploy import cluster
+from deploy import ray_cluster
 from deploy.ray_metrics import RayMetrics
 from system.config_file import parse
 
@@ -25,9 +25,9 @@ def connected(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     # Ray reads it when it starts; the default is 10 s.
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "500")
-    cluster.connect(parse({"task": {"kind": "random_number"}, "cluster": {"local_cpus": 2}}))
+    ray_cluster.connect(parse({"task": {"kind": "random_number"}, "cluster": {"local_cpus": 2}}))
     yield
-    cluster.disconnect()
+    ray_cluster.disconnect()
 
 
 def exported() -> dict[tuple[str, str, str], float]:

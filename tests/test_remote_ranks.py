@@ -12,7 +12,7 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from deploy import cluster
+from deploy import ray_cluster
 from deploy.remote import RayLearner, wait_until_ready
 from learner.learner import Learner
 from system import tasks
@@ -21,6 +21,7 @@ from system.config import Config, ConfigError
 from system.config_file import parse
 from system.language_model import load_tokenizer
 from system.models import locate
+from system.orchestrator import LearnerDied
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt
 from tests import tiny
@@ -61,9 +62,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def problem(folder: Path) -> Iterator[Problem]:
     cfg = config(folder)
-    cluster.connect(cfg)
+    ray_cluster.connect(cfg)
     yield tasks.build(cfg.task, load_tokenizer(locate(cfg.model)))
-    cluster.disconnect()
+    ray_cluster.disconnect()
 
 
 @pytest.mark.parametrize("shard_base", [False, True])
@@ -103,7 +104,7 @@ def test_the_death_of_one_rank_is_an_error_at_once_and_ends_all(folder: Path, pr
     ranks = RayLearner(config(folder), problem)
     wait_until_ready(ranks)
     os.kill(ray.get(ranks.actors[1].ready.remote()), signal.SIGKILL)
-    with pytest.raises(RayActorError):
+    with pytest.raises(LearnerDied):
         ranks.update(groups(problem, 0)).result(timeout=60)
     with pytest.raises(RayActorError):
         ray.get(ranks.actors[0].ready.remote(), timeout=60)

@@ -131,7 +131,7 @@ def measure(name: str, folder: Path, dtype: str, device: torch.device, size: Siz
         return lambda: (learner.update(groups), wait(device))[1]
 
     learners = {way: learner_of(folder, way, dtype, device, size, checkpointing=False) for way in WAYS}
-    model = learners["dense"].policy.language_model.model
+    model: Any = learners["dense"].policy.language_model.model
     parameters = sum(p.numel() for p in model.parameters() if p.ndim == 2 and not p.requires_grad)
     if not model.config.tie_word_embeddings:
         parameters -= model.get_input_embeddings().weight.numel()

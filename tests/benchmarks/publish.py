@@ -13,8 +13,9 @@ import time
 
 import ray
 
-from deploy import cluster
-from deploy.remote import RayLearner, RaySamplers, wait_until_ready
+from deploy import ray_cluster
+from deploy.pool import RaySamplers
+from deploy.remote import RayLearner, wait_until_ready
 from system import config, config_file, tasks
 from system.language_model import load_tokenizer
 from system.models import locate
@@ -26,7 +27,7 @@ ROUNDS = 12
 
 def measure(cfg: config.Config) -> list[Figure]:
     problem = tasks.build(cfg.task, load_tokenizer(locate(cfg.model)))
-    cluster.connect(cfg)
+    ray_cluster.connect(cfg)
     learner, samplers = RayLearner(cfg, problem), RaySamplers(cfg, problem)
     wait_until_ready(learner, samplers)
     requests = Requests(problem.prompts, cfg.sampler.samples_per_prompt, cfg.sampler.exploration, cfg.seed)
@@ -42,7 +43,8 @@ def measure(cfg: config.Config) -> list[Figure]:
         installs += [each["seconds"] for each in stats]
         errors += [each["canary_error"] for each in stats]
         assert all(each["version"] == version for each in stats)
-    cluster.disconnect()
+    samplers.close()
+    ray_cluster.disconnect()
     count = cfg.actors.count
     return [
         Figure(f"publish to {count} samplers, all ready", "s", seconds, at_most=1.0),

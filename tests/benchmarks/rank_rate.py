@@ -11,7 +11,7 @@ import argparse
 
 import numpy as np
 
-from deploy import cluster
+from deploy import ray_cluster
 from deploy.remote import RayLearner, wait_until_ready
 from system import config_file, tasks
 from system.language_model import load_tokenizer
@@ -41,7 +41,7 @@ def measure(repeats: int) -> Figure:
     changes = [f"learner.groups_per_update={GROUPS}", "actors.cpus=0", "cluster.local_cpus=3", "learner.lr=1e-4"]
     one, two = (config_file.load("deploy/configs/continuation.yaml", [*changes, f"learner.ranks={n}"]) for n in (1, 2))
     problem = tasks.build(one.task, load_tokenizer(locate(one.model)))
-    cluster.connect(two)
+    ray_cluster.connect(two)
     try:
         alone, pair = RayLearner(one, problem), RayLearner(two, problem)
         wait_until_ready(alone, pair)
@@ -54,7 +54,7 @@ def measure(repeats: int) -> Figure:
         }
         times = in_turns(runs, repeats)
     finally:
-        cluster.disconnect()
+        ray_cluster.disconnect()
     tokens = int(first[0]["tokens/forwarded"])
     return ratio("update on continuation, one rank over two", times["one"], times["two"], 1.6, groups=GROUPS, tokens=tokens)
 

@@ -1,0 +1,306 @@
+"""The samplers as Ray actors, behind the handle that the orchestrator takes: a pool that replaces what is lost, and grows.
+
+One thread owns the pool. Whatever happens (a request, an answer, an actor that is built, a death) is a message to it, so
+that an answer either comes in time and counts, or comes late and is dropped: a request is never answered twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+
+from actors.sampler import EngineDied
+from actors.settings import engine_environment
+from deploy import ray_cluster
+from deploy.placement import Resources
+from deploy.remote import BuiltActor, SamplerActor, first_line, is_loss, plain
+from system.config import Config
+from system.orchestrator import SamplerDied
+from system.tasks.problem import Problem
+from system.trajectory import Group, Prompt, Request, Trajectory
+
+logger = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.5
+"""Longest time between two looks at the deadlines."""
+IDLE_LEARNER = 0.1
+"""A learner that waits for more than this share of a step could use another sampler."""
+ROOM_SECONDS = 8.0
+"""Until what a killed process held is free; a stopped one takes 5 s to go."""
+LONGEST_PAUSE = 60.0
+"""Seconds before the next start, after starts that failed; the first pause is 2 s, and each is twice the one before."""
+
+
+@dataclass(eq=False)
+class _Call:
+    """Something that any sampler may do."""
+
+    method: str
+    arguments: tuple[Any, ...]
+    future: Future[Any] = field(default_factory=Future)
+
+
+@dataclass(eq=False)
+class _Member:
+    name: str
+    actor: Any
+    built: Any
+    """Reference to its first answer."""
+    heard: float
+    """When it was started, then when it answered last or was given work after a rest."""
+    is_built: bool = False
+    calls: list[_Call] = field(default_factory=list)
+
+
+class RaySamplers:
+    """A pool of sampler actors; each request goes to the least loaded one, under the adapter published last.
+
+    It starts with actors.min and `grow` takes it to actors.max. A request waits while no sampler is there to take it, and
+    a sampler that no node has room for waits for one.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        problem: Problem,
+        learner_node: Callable[[], str | None] = lambda: None,
+        actor: type[BuiltActor] = SamplerActor,
+    ) -> None:
+        """Samplers keep off `learner_node` where they can. `actor` is the class of the actors, which tests change."""
+        self.config = config
+        self._class, self._problem, self._learner_node = actor, ray.put(problem), learner_node
+        self._names = (f"sampler-{number}" for number in itertools.count())
+        self._members: dict[str, _Member] = {}
+        self._waiting: deque[_Call] = deque()
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._adapter: Any = None
+        self._target = config.actors.fewest
+        self._failed_starts, self._start_after = 0, 0.0
+        self._most_asked = 0
+        self._paused = self._closed = False
+        self._failure: BaseException | None = None
+        self._fill()
+        self._thread = threading.Thread(target=self._run, name="samplers", daemon=True)
+        self._thread.start()
+
+    # --------------------------------------------------------------------------------------------- for any thread
+
+    def publish(self, adapter: Any) -> None:
+        """`adapter` is an Adapter or Ray's reference to one; samplers install it with the next request at the latest."""
+        self._adapter = adapter
+
+    def sample(self, request: Request) -> Future[Group]:
+        if self._adapter is None:
+            raise RuntimeError("publish an adapter before asking for samples")
+        return self._submit(_Call("sample", (request,)))
+
+    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
+        """log R at every prefix of trajectories that may come from anywhere."""
+        return self._submit(_Call("score", (prompt, trajectories_K)))
+
+    def grow(self, learner_idle: float) -> None:
+        """Another sampler, if there may be more, the learner waits for `learner_idle` of its time, and it would have work."""
+        self._inbox.put(lambda: self._consider(learner_idle))
+
+    def ready(self) -> list[Any]:
+        """References that resolve once each sampler is built."""
+        return [member.built for member in list(self._members.values())]
+
+    def install(self) -> list[Any]:
+        """Asks every sampler to install the published adapter now; references to what each measured."""
+        return [member.actor.install.remote(self._adapter) for member in self._built()]
+
+    def stats(self) -> dict[str, Any]:
+        """Name -> reference to that sampler's statistics."""
+        return {member.name: member.actor.stats.remote() for member in self._built()}
+
+    def spans(self) -> dict[str, Any]:
+        """Name -> reference to what that sampler did since the last time."""
+        return {member.name: member.actor.spans.remote() for member in self._built()}
+
+    @contextmanager
+    def room(self, need: Resources) -> Iterator[None]:
+        """Some node has `need` free if the samplers can make it so, and no sampler is started meanwhile."""
+        if not _within(ROOM_SECONDS, lambda: ray_cluster.has_room(need)):
+            self._paused = True
+            while self._members and not ray_cluster.has_room(need):
+                left = len(self._members)
+                self._inbox.put(self._give_way)
+                _within(ROOM_SECONDS, lambda left=left: len(self._members) < left and ray_cluster.has_room(need))
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def close(self) -> None:
+        """No sampler is started, replaced or asked any more. May be called twice."""
+        self._inbox.put(self._close)
+        self._thread.join()
+
+    def _close(self) -> None:
+        self._closed = True
+
+    def _built(self) -> list[_Member]:
+        return [member for member in list(self._members.values()) if member.is_built]
+
+    def _submit(self, call: _Call) -> Future[Any]:
+        if self._failure:
+            raise RuntimeError("the pool of samplers has failed") from self._failure
+        self._inbox.put(lambda: self._waiting.append(call))
+        return call.future
+
+    # ---------------------------------------------------------------------------------------- in the pool's thread
+
+    def _run(self) -> None:
+        try:
+            # Without Ray there is no pool: starting an actor would start a cluster.
+            while not self._closed and ray.is_initialized():
+                self._hear()
+                self._watch()
+                self._fill()
+                self._dispatch()
+        # A border: whatever ends this thread must reach those who wait for it.
+        except BaseException as error:
+            logger.exception("the pool of samplers fails")
+            self._failure = error
+        self._failure = self._failure or RuntimeError("the pool of samplers was closed")
+        while not self._inbox.empty():
+            self._inbox.get()()
+        for call in [*self._waiting, *(call for member in self._members.values() for call in member.calls)]:
+            call.future.set_exception(self._failure)
+
+    def _hear(self) -> None:
+        try:
+            self._inbox.get(timeout=TICK_SECONDS)()
+            while True:
+                self._inbox.get_nowait()()
+        except queue.Empty:
+            pass
+
+    def _watch(self) -> None:
+        """Gives up samplers that say nothing: a process may be stopped, a kernel or a reward hang, a network be parted."""
+        actors, now = self.config.actors, time.monotonic()
+        for member in list(self._members.values()):
+            silent = now - member.heard
+            if not member.is_built and silent > actors.start_seconds:
+                self._failed(member, TimeoutError(f"it was not built within actors.start_seconds={actors.start_seconds:g}"))
+            elif member.calls and silent > actors.answer_seconds:
+                self._lose(member, f"it had work and answered nothing for actors.answer_seconds={actors.answer_seconds:g}")
+
+    def _fill(self) -> None:
+        while not self._paused and len(self._members) < self._target and time.monotonic() >= self._start_after:
+            self._start()
+
+    def _start(self) -> None:
+        actors, name = self.config.actors, next(self._names)
+        remote: Any = ray.remote(self._class)
+        actor = remote.options(
+            num_cpus=actors.cpus,
+            num_gpus=actors.gpus,
+            # One thread for each group in flight, and some for installs and statistics meanwhile.
+            max_concurrency=self.config.sampler.groups_in_flight + 8,
+            scheduling_strategy="SPREAD",
+            runtime_env={"env_vars": engine_environment(actors.threads, gpu=actors.gpus > 0)},
+            **ray_cluster.preferring(self._learner_node(), avoid=True),
+        ).remote(self.config, self._problem)
+        member = _Member(name, actor, actor.ready.remote(), time.monotonic())
+        self._members[name] = member
+        self._when_done(member.built, lambda source: self._was_built(member, source))
+
+    def _when_done(self, reference: Any, message: Callable[[Future[Any]], None]) -> None:
+        reference.future().add_done_callback(lambda source: self._inbox.put(lambda: message(source)))
+
+    def _was_built(self, member: _Member, source: Future[Any]) -> None:
+        if member.name not in self._members:
+            return
+        if (error := source.exception()) is not None:
+            self._failed(member, plain(error))
+        else:
+            member.is_built, member.heard, self._failed_starts = True, time.monotonic(), 0
+
+    def _failed(self, member: _Member, error: BaseException) -> None:
+        """A start that failed. Those who wait are told if there have been too many and no sampler is left."""
+        self._lose(member, first_line(error))
+        self._failed_starts += 1
+        self._start_after = time.monotonic() + min(LONGEST_PAUSE, 2.0**self._failed_starts)
+        if self._failed_starts > self.config.actors.max_deaths and not self._built():
+            message = (
+                f"{self._failed_starts} samplers in a row could not be started (actors.max_deaths="
+                f"{self.config.actors.max_deaths}) and none is left; the last cause: {first_line(error)}"
+            )
+            while self._waiting:
+                self._waiting.popleft().future.set_exception(RuntimeError(message))
+
+    def _lose(self, member: _Member, cause: str) -> None:
+        """Ends a sampler, which may be dead already. Its calls fail now; what it might still answer is dropped."""
+        logger.warning("%s is given up: %s", member.name, cause)
+        del self._members[member.name]
+        # Not a request to end: a process that is stopped gets SIGKILL.
+        ray.kill(member.actor, no_restart=True)
+        calls, member.calls = member.calls, []
+        for call in calls:
+            call.future.set_exception(SamplerDied(cause, member.name))
+
+    def _give_way(self) -> None:
+        """One sampler less, for the learner: one that does not work yet, or else the newest."""
+        if members := sorted(self._members.values(), key=lambda member: member.is_built, reverse=True):
+            self._lose(members[-1], "it gives way to the learner")
+
+    def _dispatch(self) -> None:
+        in_flight = sum(len(member.calls) for member in self._members.values())
+        self._most_asked = max(self._most_asked, in_flight + len(self._waiting))
+        built = self._built()
+        while self._waiting and built:
+            member, call = min(built, key=lambda member: len(member.calls)), self._waiting.popleft()
+            if not member.calls:
+                member.heard = time.monotonic()
+            member.calls.append(call)
+            arguments = (*call.arguments, self._adapter) if call.method == "sample" else call.arguments
+            answer = getattr(member.actor, call.method).remote(*arguments)
+            self._when_done(answer, lambda source, member=member, call=call: self._answered(member, call, source))
+
+    def _answered(self, member: _Member, call: _Call, source: Future[Any]) -> None:
+        if call not in member.calls:
+            return
+        error = source.exception()
+        error = error and plain(error)
+        if isinstance(error, EngineDied) or (error and is_loss(error)):
+            self._lose(member, first_line(error))
+            return
+        member.calls.remove(call)
+        member.heard = time.monotonic()
+        if error:
+            call.future.set_exception(error)
+        else:
+            call.future.set_result(source.result())
+
+    def _consider(self, learner_idle: float) -> None:
+        actors, most_asked = self.config.actors, self._most_asked
+        self._most_asked = 0
+        settled = len(self._built()) == self._target
+        if learner_idle < IDLE_LEARNER or not settled or self._target >= actors.most or most_asked <= self._target:
+            return
+        # A cluster that adds nodes does so for actors that wait for one.
+        if self.config.cluster.wait_seconds or ray_cluster.has_room(Resources(actors.cpus, actors.gpus)):
+            self._target += 1
+            logger.info("the learner waits %.0f%% of its time: sampler %d is started", 100 * learner_idle, self._target)
+
+
+def _within(seconds: float, true: Callable[[], bool]) -> bool:
+    """Waits for `true`, at most so long."""
+    end = time.monotonic() + seconds
+    while not (found := true()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return found

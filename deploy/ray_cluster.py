@@ -1,0 +1,86 @@
+"""Connecting to Ray: the cluster that the job was submitted to, a named one, or a new local one on loopback."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+# A call after the end of a run must not start a cluster of its own. Ray reads this when it is imported.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+
+import ray
+from ray._private.state import available_resources_per_node
+
+from deploy import placement
+from deploy.placement import Resources
+from system.config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+NODE_ID = "ray.io/node-id"
+"""The label that Ray gives every node."""
+
+
+def connect(config: Config) -> None:
+    """Raises ConfigError if the learner and the samplers do not fit the cluster and cluster.wait_seconds is 0."""
+    # Ray would send usage statistics otherwise, and override CUDA_VISIBLE_DEVICES of actors without GPUs.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    common = {"log_to_driver": True, "logging_level": logging.WARNING}
+    if address:
+        ray.init(address=address, **common)
+    else:
+        wanted = config.learner.ranks * config.learner.cpus + config.actors.most * config.actors.cpus
+        cpus = config.cluster.local_cpus or max(os.cpu_count() or 1, int(wanted + 0.999))
+        ray.init(
+            address="local",  # without it Ray would join whatever cluster was started on this machine last
+            num_cpus=cpus,
+            include_dashboard=config.cluster.dashboard,
+            dashboard_host="127.0.0.1",
+            # Workers import the project, and reward functions of the user's, wherever they are started.
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), os.getcwd()])}},
+            **common,
+        )
+    check(config, waited=0.0)
+
+
+def disconnect() -> None:
+    """Ends this driver's actors, and the cluster if it is a local one."""
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def nodes() -> dict[str, Resources]:
+    """What each living node has in all, by its id."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return {node["NodeID"]: Resources(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in alive}
+
+
+def check(config: Config, waited: float, samplers: int | None = None) -> None:
+    """Raises ConfigError if the learner and `samplers` (by default the fewest) do not fit the nodes, and the run has waited
+    `waited` seconds for others to join, which is long enough."""
+    if waited >= config.cluster.wait_seconds:
+        placement.check(config, list(nodes().values()), samplers)
+
+
+def learner_node(config: Config) -> str | None:
+    """The node where the learner takes the least room from samplers; None where none can hold it."""
+    present = nodes()
+    home = placement.learner_home(config, list(present.values()))
+    return None if home is None else list(present)[home]
+
+
+def has_room(each: Resources) -> bool:
+    """Some node has as much as `each` free. Ray hears of what becomes free a moment later."""
+    free = [Resources(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in available_resources_per_node().values()]
+    return any(node.cpus >= each.cpus and node.gpus >= each.gpus for node in free)
+
+
+def preferring(node: str | None, *, avoid: bool = False) -> dict[str, Any]:
+    """Options of an actor that is placed on `node`, or with `avoid` on any other; elsewhere if there is no room there."""
+    if node is None or len(nodes()) < 2:
+        return {}
+    selector = {NODE_ID: f"!{node}" if avoid else node}
+    return {"label_selector": selector, "fallback_strategy": [{"label_selector": {}}]}

@@ -1,0 +1,108 @@
+"""Sampler actors that fail as they are told. What is to happen once leaves a mark, a file in config.output_dir."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deploy.remote import BuiltActor, SamplerActor
+from system.config import Config
+from system.timeline import Timeline
+from system.trajectory import Group, Request
+from tests.fakes import group_for
+
+
+@dataclass(frozen=True)
+class Faults:
+    """By group number, each once unless `always`."""
+
+    crashes: frozenset[int] = frozenset()
+    """The process ends."""
+    hangs: frozenset[int] = frozenset()
+    """No answer for an hour."""
+    failed_builds: int = 0
+    """The first so many samplers cannot be built."""
+    always: bool = False
+    seconds: float = 0.0
+    """Of each group."""
+
+
+@dataclass
+class Part:
+    """Answers without a model."""
+
+    config: Config
+    faults: Faults
+    timeline: Timeline = field(default_factory=Timeline)
+
+    def __post_init__(self) -> None:
+        for number in range(self.faults.failed_builds):
+            if once(self.config, f"build-{number}"):
+                raise RuntimeError("this sampler cannot be built")
+
+    def sample(self, request: Request, adapter: int) -> Group:
+        time.sleep(self.faults.seconds)
+        if self._struck(request.group_id, self.faults.crashes):
+            os._exit(1)
+        if self._struck(request.group_id, self.faults.hangs):
+            time.sleep(3600)
+        return group_for(request, adapter)
+
+    def _struck(self, group_id: int, groups: frozenset[int]) -> bool:
+        return group_id in groups and (self.faults.always or once(self.config, f"group-{group_id}"))
+
+
+class FaultySampler(BuiltActor):
+    def __init__(self, config: Config, faults: Faults) -> None:
+        super().__init__(Part, config, faults)
+
+    def sample(self, request: Request, adapter: int) -> Group:
+        return self.part.sample(request, adapter)
+
+    def node(self) -> str:
+        import ray
+
+        return ray.get_runtime_context().get_node_id()
+
+
+class IdleLearner(BuiltActor):
+    """Takes a learner's place, and says where."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        pass
+
+    def build(self, config: Config, faults: Faults, meeting: None) -> None:
+        super().__init__(Part, config, faults)
+
+    def node(self) -> str:
+        import ray
+
+        return ray.get_runtime_context().get_node_id()
+
+
+class OutOfMemoryOnce(SamplerActor):
+    """A real sampler whose engine finds no memory over its third step, once."""
+
+    def __init__(self, config: Config, problem: Any) -> None:
+        super().__init__(config, problem)
+        engine, steps = self.part._engine, iter(range(10**9))
+        step = engine.step
+
+        def failing() -> Any:
+            if next(steps) == 2 and once(config, "memory"):
+                raise MemoryError("cannot allocate 1 TiB")
+            return step()
+
+        engine.step = failing
+
+
+def once(config: Config, name: str) -> bool:
+    """True the first time that anyone asks, in any process."""
+    try:
+        (Path(config.output_dir) / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True

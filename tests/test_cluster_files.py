@@ -1,0 +1,190 @@
+"""The files of deploy/cluster: each is valid for the tool that reads it, and they fit each other and the config."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from deploy import placement
+from deploy.placement import Resources
+from system import config_file
+from system.config import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "deploy/cluster"
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((FOLDER / name).read_text()))
+
+
+def one(name: str, kind: str) -> dict[str, Any]:
+    (found,) = [document for document in documents(name) if document["kind"] == kind]
+    return found
+
+
+def pods(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every pod template in a manifest."""
+    if not isinstance(document, dict):
+        return [pod for item in document for pod in pods(item)] if isinstance(document, list) else []
+    own = [document["template"]] if "containers" in document.get("template", {}).get("spec", {}) else []
+    return own + [pod for value in document.values() for pod in pods(value)]
+
+
+def test_the_cluster_launcher_takes_its_file() -> None:
+    config = prepare_config(yaml.safe_load((FOLDER / "ray-cluster.yaml").read_text()))
+    validate_config(config)
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler/ray-schema.json").read_text())
+    jsonschema.validate(config, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(config | {"worker_nodes": 3}, schema)
+
+
+def test_what_the_launcher_copies_is_in_the_repository() -> None:
+    mounts = yaml.safe_load((FOLDER / "ray-cluster.yaml").read_text())["file_mounts"]
+    assert all((ROOT / source).exists() for source in mounts.values() if not source.startswith("~"))
+
+
+def test_the_entrypoint_of_the_ray_job_is_a_config_that_fits_its_pods() -> None:
+    spec = one("rayjob.yaml", "RayJob")["spec"]
+    python, script, config, *overrides = shlex.split(spec["entrypoint"])
+    assert (python, script) == ("python", "deploy/job.py")
+    loaded = config_file.load(ROOT / config, overrides)
+    cluster = spec["rayClusterSpec"]
+    assert cluster["rayVersion"] == ray.__version__
+
+    def cpus(group: dict[str, Any]) -> float:
+        (container,) = group["template"]["spec"]["containers"]
+        return float(container["resources"]["limits"]["cpu"])
+
+    head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    fewest = [Resources(cpus(head), 0), *(Resources(cpus(group), 0) for group in workers for _ in range(group["minReplicas"]))]
+    most = [Resources(cpus(head), 0), *(Resources(cpus(group), 0) for group in workers for _ in range(group["maxReplicas"]))]
+    placement.check(loaded, fewest)
+    home = placement.learner_home(loaded, most)
+    assert home is not None
+    assert placement.samplers_beside(loaded, most, home) == loaded.actors.most
+    with pytest.raises(ConfigError):
+        placement.check(loaded, fewest[:1])
+
+
+def test_the_runs_of_a_ray_job_outlive_its_cluster() -> None:
+    spec = one("rayjob.yaml", "RayJob")["spec"]
+    (output,) = re.findall(r"output_dir=(\S+)", spec["entrypoint"])
+    pod = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    (mount,) = [mount for mount in pod["containers"][0]["volumeMounts"] if output.startswith(mount["mountPath"])]
+    (volume,) = [volume for volume in pod["volumes"] if volume["name"] == mount["name"]]
+    assert volume["persistentVolumeClaim"]["claimName"] == one("rayjob.yaml", "PersistentVolumeClaim")["metadata"]["name"]
+
+
+def test_a_ray_job_logs_to_the_mlflow_service() -> None:
+    entrypoint = one("rayjob.yaml", "RayJob")["spec"]["entrypoint"]
+    (host, port) = re.findall(r"tracking.uri=http://([\w-]+):(\d+)", entrypoint)[0]
+    services = {
+        document["metadata"]["name"]: document for document in documents("mlflow.yaml") if document["kind"] == "Service"
+    }
+    assert services[host]["spec"]["ports"][0]["port"] == int(port)
+
+
+@pytest.mark.parametrize("name", ["rayjob.yaml", "mlflow.yaml"])
+def test_what_pods_refer_to_is_there(name: str) -> None:
+    claims = {document["metadata"]["name"] for document in documents(name) if document["kind"] == "PersistentVolumeClaim"}
+    templates = [document for document in documents(name) if document["kind"] in ("Deployment", "StatefulSet")]
+    assert pods({"all": documents(name)})
+    for pod in pods({"all": documents(name)}):
+        volumes = {volume["name"]: volume["persistentVolumeClaim"]["claimName"] for volume in pod["spec"].get("volumes", [])}
+        assert set(volumes.values()) <= claims
+        own = [
+            claim["metadata"]["name"]
+            for document in templates
+            if document["spec"]["template"] is pod or document["spec"]["template"] == pod
+            for claim in document["spec"].get("volumeClaimTemplates", [])
+        ]
+        for container in pod["spec"]["containers"]:
+            assert {mount["name"] for mount in container.get("volumeMounts", [])} <= {*volumes, *own}
+    for document in templates:
+        labels = document["spec"]["template"]["metadata"]["labels"]
+        assert document["spec"]["selector"]["matchLabels"] == labels
+        matching = [s for s in documents(name) if s["kind"] == "Service" and s["spec"]["selector"] == labels]
+        (port,) = matching[0]["spec"]["ports"]
+        assert [each["containerPort"] for each in document["spec"]["template"]["spec"]["containers"][0]["ports"]] == [
+            port["port"]
+        ]
+
+
+def test_the_password_of_the_database_is_in_no_file() -> None:
+    text = (FOLDER / "mlflow.yaml").read_text()
+    references = re.findall(r"secretKeyRef: \{name: ([\w-]+), key: ([\w-]+)\}", text)
+    assert references == [("mlflow-database", "password")] * 2
+    assert "create secret generic mlflow-database --from-literal=password=" in text
+
+
+def test_every_image_is_the_one_that_is_built_or_has_a_version() -> None:
+    built = re.findall(r"-t (\S+) \.", (FOLDER / "Dockerfile").read_text())
+    images = [
+        container["image"]
+        for name in ("rayjob.yaml", "mlflow.yaml")
+        for pod in pods({"all": documents(name)})
+        for container in pod["spec"]["containers"]
+    ]
+    assert {image for image in images if image.startswith("REGISTRY/")} == set(built)
+    assert all(re.search(r":\w*\d", image) for image in images)
+
+
+def test_the_mlflow_server_takes_its_arguments_and_answers_to_its_own_names_alone(tmp_path: Path) -> None:
+    (server,) = [container for pod in pods(one("mlflow.yaml", "Deployment")) for container in pod["spec"]["containers"]]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here = {
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--backend-store-uri": f"sqlite:///{tmp_path}/mlflow.db",
+        "--artifacts-destination": str(tmp_path / "artifacts"),
+    }
+    given = [argument.split("=")[0] for argument in server["args"]]
+    assert set(here) <= set(given)
+    arguments = [
+        f"{name}={here[name]}" if name in here else argument for name, argument in zip(given, server["args"], strict=True)
+    ]
+    environment = os.environ | {each["name"]: each["value"] for each in server["env"] if "value" in each}
+    command = [str(Path(sys.executable).parent / server["command"][0]), *server["command"][1:], *arguments]
+    log = tmp_path / "server.txt"
+    process = subprocess.Popen(command, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
+
+    def status(host: str) -> int:
+        url = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search?max_results=1"
+        try:
+            return urllib.request.urlopen(urllib.request.Request(url, headers={"Host": host}), timeout=10).status
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code
+        except urllib.error.URLError:
+            return 0
+
+    try:
+        while status("mlflow:5000") == 0:
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.5)
+        assert status("mlflow:5000") == 200
+        assert status("elsewhere.example") == 403
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,0 +1,261 @@
+"""The pool of samplers over real Ray actors, without models, and over nodes that join and leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.exceptions import RayError
+
+from deploy import ray_cluster
+from deploy.pool import RaySamplers
+from deploy.remote import RayLearner, wait_until_ready
+from learner.replay import Replay
+from system.config import Config, ConfigError
+from system.config_file import parse
+from system.orchestrator import Orchestrator, SamplerDied
+from system.requests import Requests
+from system.trajectory import Group, Request
+from tests.fakes import PROMPTS, FakeLearner, FakeTracker
+from tests.faults import Faults, FaultySampler, IdleLearner
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def config(folder: Path, actors: dict[str, Any], steps: int = 12, **cluster: Any) -> Config:
+    return parse(
+        {
+            "task": {"kind": "random_number"},
+            "sampler": {"samples_per_prompt": 3},
+            "actors": actors,
+            "learner": {"steps": steps, "warmup_steps": 0, "max_staleness": 2, "checkpoint_every": 100},
+            "cluster": {"local_cpus": 5} | cluster,
+            "output_dir": str(folder),
+        }
+    )
+
+
+def pool(cfg: Config, faults: Faults, learner_node: str | None = None) -> RaySamplers:
+    samplers = RaySamplers(cfg, faults, lambda: learner_node, FaultySampler)  # type: ignore[arg-type]
+    samplers.publish(0)
+    return samplers
+
+
+def request(number: int, cfg: Config) -> Request:
+    return Requests(PROMPTS, cfg.sampler.samples_per_prompt, cfg.sampler.exploration, 0).training(number)
+
+
+def train(cfg: Config, samplers: RaySamplers, on_step: Any = lambda loop, metrics, fresh: None, **options: Any) -> Orchestrator:
+    requests = Requests(PROMPTS, cfg.sampler.samples_per_prompt, cfg.sampler.exploration, cfg.seed)
+    learner = FakeLearner(**options)
+    folder = Path(cfg.output_dir) / "checkpoints"
+    loop = Orchestrator(cfg, requests, samplers, learner, Replay(cfg.replay), FakeTracker(), folder, on_step=on_step)
+    try:
+        loop.train()
+    finally:
+        samplers.close()
+    assert samplers._thread.is_alive() is False
+    used = [group_id for batch in learner.batches for group in batch for group_id in [group.group_id] * (len(group) // 3)]
+    assert len(used) == loop.counters.groups == loop.counters.step
+    return loop
+
+
+class TestOneNode:
+    @pytest.fixture(scope="class", autouse=True)
+    def connected(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+        ray_cluster.connect(config(tmp_path_factory.mktemp("ray"), {"count": 2}))
+        yield
+        ray_cluster.disconnect()
+
+    def test_a_sampler_that_hangs_over_a_request_is_replaced_and_the_group_counts_once(self, tmp_path: Path) -> None:
+        cfg = config(tmp_path, {"count": 2, "answer_seconds": 1.5})
+        used: list[int] = []
+        samplers = pool(cfg, Faults(hangs=frozenset({4})))
+        wait_until_ready(samplers)
+        loop = train(cfg, samplers, lambda loop, metrics, fresh: used.extend(group.group_id for group in fresh))
+        assert sorted(used) == list(range(12))
+        assert loop.counters.deaths == 1
+
+    def test_a_sampler_whose_process_is_stopped_is_killed_and_replaced(self, tmp_path: Path) -> None:
+        cfg = config(tmp_path, {"count": 2, "cpus": 2, "answer_seconds": 1.5}, steps=20)
+        used: list[int] = []
+        samplers = pool(cfg, Faults())
+        wait_until_ready(samplers)
+        victim: int = ray.get(samplers.ready()[0])
+
+        def on_step(loop: Orchestrator, metrics: dict[str, float], fresh: list[Group]) -> None:
+            used.extend(group.group_id for group in fresh)
+            if loop.counters.step == 5:
+                os.kill(victim, signal.SIGSTOP)
+
+        loop = train(cfg, samplers, on_step)
+        assert sorted(used) == list(range(20))
+        assert loop.counters.deaths == 1
+        replacement = list(samplers._members.values())[-1]
+        # There are CPUs for two samplers alone, so the stopped one is truly gone.
+        assert ray.get(replacement.built, timeout=60) != victim
+        with pytest.raises(ProcessLookupError):
+            os.kill(victim, 0)
+
+    def test_work_that_takes_long_is_no_hang_while_answers_come(self, tmp_path: Path) -> None:
+        cfg = config(tmp_path, {"count": 1, "answer_seconds": 1.5})
+        samplers = pool(cfg, Faults(seconds=0.7))
+        wait_until_ready(samplers)
+        futures = [samplers.sample(request(number, cfg)) for number in range(30)]  # ten at a time: the last after 2.1 s
+        assert [future.result(60).group_id for future in futures] == list(range(30))
+        samplers.close()
+
+    def test_an_answer_of_a_sampler_that_was_given_up_is_dropped(self, tmp_path: Path) -> None:
+        cfg = config(tmp_path, {"count": 1})
+        samplers = pool(cfg, Faults(seconds=0.5))
+        wait_until_ready(samplers)
+        future = samplers.sample(request(0, cfg))
+        (member,) = samplers._members.values()
+        while not member.calls:
+            time.sleep(0.01)
+        given_up = threading.Event()
+
+        def give_up_late() -> None:
+            time.sleep(1.5)  # The answer is in the inbox by now, behind this message.
+            assert samplers._inbox.qsize() == 1
+            samplers._lose(member, "late")
+            given_up.set()
+
+        samplers._inbox.put(give_up_late)
+        assert given_up.wait(20)
+        with pytest.raises(SamplerDied, match="late"):
+            future.result(20)
+        assert samplers.sample(request(0, cfg)).result(60).group_id == 0
+        samplers.close()
+
+    def test_a_sampler_that_cannot_be_built_is_tried_again(self, tmp_path: Path) -> None:
+        cfg = config(tmp_path, {"count": 1})
+        samplers = pool(cfg, Faults(failed_builds=1))
+        assert samplers.sample(request(0, cfg)).result(60).group_id == 0
+        samplers.close()
+
+    def test_samplers_that_can_never_be_built_fail_what_waits_with_the_cause(self, tmp_path: Path) -> None:
+        cfg = config(tmp_path, {"count": 1, "max_deaths": 1})
+        samplers = pool(cfg, Faults(failed_builds=1000))
+        with pytest.raises(RuntimeError, match=r"2 samplers in a row.*actors.max_deaths=1.*this sampler cannot be built"):
+            samplers.sample(request(0, cfg)).result(60)
+        samplers.close()
+
+    def test_samplers_that_die_over_every_group_stop_the_run_with_the_cause(self, tmp_path: Path) -> None:
+        cfg = config(tmp_path, {"count": 1, "max_deaths": 2})
+        with pytest.raises(RuntimeError, match=r"3 samplers died with no group in between \(actors.max_deaths=2\).*"):
+            train(cfg, pool(cfg, Faults(crashes=frozenset(range(100)), always=True)))
+
+    def test_the_pool_does_not_grow_while_the_learner_is_busy_or_no_work_is_left_over(self, tmp_path: Path) -> None:
+        cfg = config(tmp_path, {"min": 1, "max": 2})
+        samplers = pool(cfg, Faults(seconds=0.2))
+        wait_until_ready(samplers)
+        for idle, requests in ((0.05, 3), (0.9, 1)):
+            for future in [samplers.sample(request(number, cfg)) for number in range(requests)]:
+                future.result(30)
+            samplers.grow(idle)
+            time.sleep(0.1)
+            assert len(samplers.ready()) == 1
+        samplers.close()
+
+
+class TestNodes:
+    """A head of 2 CPUs, and nodes that join and leave."""
+
+    @pytest.fixture
+    def cluster(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))
+        monkeypatch.setenv("RAY_health_check_initial_delay_ms", "1000")
+        monkeypatch.setenv("RAY_health_check_period_ms", "500")
+        monkeypatch.setenv("RAY_health_check_failure_threshold", "4")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        yield cluster
+        ray_cluster.disconnect()
+        cluster.shutdown()
+
+    def nodes_of(self, samplers: RaySamplers) -> list[str]:
+        return [ray.get(member.actor.node.remote(), timeout=60) for member in samplers._members.values()]
+
+    def test_samplers_come_and_go_with_the_nodes(self, cluster: Cluster, tmp_path: Path) -> None:
+        cfg = config(tmp_path, {"min": 1, "max": 3}, steps=150, address=cluster.address)
+        ray_cluster.connect(cfg)
+        (head,) = ray_cluster.nodes()
+        # The learner is not a real one here: one CPU of the two is left for it.
+        actor: Any = ray.remote(FaultySampler)
+        holder = actor.options(num_cpus=1).remote(cfg, Faults())
+        ray.get(holder.ready.remote())
+        samplers = pool(cfg, Faults(seconds=0.1), learner_node=head)
+        wait_until_ready(samplers)
+        used: list[int] = []
+        sizes: list[int] = []
+        joined: list[Any] = []
+
+        def on_step(loop: Orchestrator, metrics: dict[str, float], fresh: list[Group]) -> None:
+            used.extend(group.group_id for group in fresh)
+            samplers.grow(metrics["idle/learner"])
+            sizes.append(len(samplers._built()))
+            if loop.counters.step == 20:
+                joined.append(cluster.add_node(num_cpus=2))
+            if loop.counters.step > 20 and len(samplers._built()) == 3 and len(joined) == 1:
+                other = next(node for node in ray_cluster.nodes() if node != head)
+                assert sorted(self.nodes_of(samplers)) == sorted([head, other, other])
+                cluster.remove_node(joined[0], allow_graceful=False)
+                joined.append(None)
+
+        loop = train(cfg, samplers, on_step)
+        assert set(sizes[:20]) == {1}
+        assert len(joined) == 2
+        assert 1 <= loop.counters.deaths <= 2
+        assert sorted(used) == list(range(150))
+
+    def test_a_learner_whose_node_is_gone_takes_the_place_of_a_sampler(self, cluster: Cluster, tmp_path: Path) -> None:
+        cfg = config(tmp_path, {"cpus": 2}, address=cluster.address, wait_seconds=60)
+        ray_cluster.connect(cfg)
+        (head,) = ray_cluster.nodes()
+        samplers = pool(cfg, Faults())
+        wait_until_ready(samplers, samplers=0)
+        joined = cluster.add_node(num_cpus=3)
+        learner = RayLearner(cfg, Faults(), IdleLearner)  # type: ignore[arg-type]
+        learner.room = samplers.room
+        wait_until_ready(learner, samplers=0)
+        assert ray.get(learner.actors[0].node.remote()) != head
+        cluster.remove_node(joined, allow_graceful=False)
+        with pytest.raises(RayError):
+            ray.get(learner.actors[0].node.remote(), timeout=60)
+        future = samplers.sample(request(0, cfg))
+        assert future.result(60).group_id == 0
+        learner.restart()
+        assert ray.get(learner.actors[0].node.remote()) == head
+        assert samplers._built() == []
+        waiting = samplers.sample(request(1, cfg))
+        cluster.add_node(num_cpus=2)
+        assert waiting.result(90).group_id == 1
+        samplers.close()
+
+    def test_what_no_node_can_hold_is_refused_within_seconds_and_waited_for_if_nodes_may_join(
+        self, cluster: Cluster, tmp_path: Path
+    ) -> None:
+        began = time.monotonic()
+        with pytest.raises(ConfigError, match=r"actors.count=1: learner.cpus=1 and 1 x actors.cpus=3 need 4 cpus.* has 2"):
+            ray_cluster.connect(config(tmp_path, {"cpus": 3}, address=cluster.address))
+        ray_cluster.disconnect()
+        assert time.monotonic() - began < 15
+
+        cfg = config(tmp_path, {"cpus": 3}, address=cluster.address, wait_seconds=4)
+        ray_cluster.connect(cfg)
+        samplers = pool(cfg, Faults())
+        began = time.monotonic()
+        with pytest.raises(ConfigError, match=r"1 x actors.cpus=3 need 4 cpus.* has 2"):
+            wait_until_ready(samplers)
+        assert 4 <= time.monotonic() - began < 15
+        cluster.add_node(num_cpus=3)
+        wait_until_ready(samplers)
+        samplers.close()
