@@ -19,6 +19,7 @@ from system import config_file, tasks
 from system.config import ConfigError
 from system.language_model import load_tokenizer
 from system.posterior import log_mean_exp
+from system.task_config import Arithmetic
 from system.tasks.arithmetic import read_questions
 from system.tasks.problem import sampled
 from tests import fakes, finished, lora, tiny
