@@ -76,6 +76,9 @@ class Sampler(Section):
     """Share of a GPU that the engine takes."""
     groups_in_flight: int = Field(default=2, ge=1)
     """Groups that one sampler works on at once. Two or more leave no idle tail between groups."""
+    max_reward_faults: int = Field(default=100, ge=0)
+    """Samples for which the reward raises, hangs or gives no finite number are left out of their groups and counted.
+    The run stops when there are more than this many in all."""
     canary_tolerance: float | None = Field(default=None, gt=0)
     """Largest mean difference, nats a token, between the engine's and the learner's log-probs of the canary.
     By default 0.005 if both compute in float32, else 0.15: bfloat16 alone makes about 0.05.

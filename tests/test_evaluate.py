@@ -90,7 +90,7 @@ def test_bounds_from_self_consistent_stories_enclose_the_exact_log_z(folder: Pat
         exact.append(log_z)
         lower.append(float((q * u).sum()))
         gaps.append(float(((p - q) * u).sum()))
-    rows = [{"log_z_lower": value} for value in lower]
+    rows = [{"prompt": prompt.id, "log_z_lower": value} for prompt, value in zip(problem.prompts, lower, strict=True)]
     local: Any = SimpleNamespace(sampler=reward, learner=learner)
     metrics = evaluate._upper_bound(problem, local, 1.0, Evaluation({}, rows))
     assert metrics["posterior/prompts_with_true_z"] == 150

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from actors.rewards import RewardError
 from actors.sampler import EngineDied, Sampler
 from system.adapters import Adapter, AdapterError
 from system.config_file import parse
@@ -301,6 +302,21 @@ def test_an_error_of_the_reward_is_its_callers_and_the_sampler_goes_on() -> None
     assert sampler.sample(request_of(1), adapter_of(1)).group_id == 1
     with pytest.raises(ValueError, match="no samples"):
         sampler.sample(Request(2, PROMPT, (), 0), adapter_of(1))
+    sampler.close()
+
+
+def test_samples_without_a_reward_are_left_out_of_their_group_with_the_reason() -> None:
+    class Picky(Lengths):
+        def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+            raise RewardError({0: "log of zero", 2: "no answer"}, super().score(prompt, trajectories_K))
+
+    engine: Any = ScriptedEngine()
+    sampler = Sampler(engine, Picky())
+    group = sampler.sample(request_of(0), adapter_of(1))
+    assert group.faults == ("log of zero", "no answer")
+    assert len(group.trajectories_K) == len(group.log_reward_K) == 1
+    with pytest.raises(RewardError, match="log of zero"):
+        sampler.score(PROMPT, group.trajectories_K)
     sampler.close()
 
 
