@@ -98,7 +98,7 @@ def evaluate(config: Config, run_dir: Path, samples: int) -> dict[str, Evaluatio
         try:
             for version, name in enumerate(("base", "tuned")):
                 if name == "tuned":
-                    load_adapter(learner.policy, path, config.lora.rank)
+                    load_adapter(learner.policy, path, config.model.path, config.lora.rank)
                 local.publish(learner.adapter(version))
                 result = evaluation.without_samples(problem, local)
                 if result is None:

@@ -321,7 +321,11 @@ class Tracker:
         """Ends the run at MLflow. Waits tracking.close_seconds at most; what then still waits stays in the journal."""
         if self._closing.is_set():
             return
-        self._journal.append("status", status=status)
+        try:
+            self._journal.append("status", status=status)
+        # Tolerated at the end: what stopped the run is the error to see, and a replay calls a run without an end KILLED.
+        except TrackingError as error:
+            log.warning("the run's end is not recorded: %s", error)
         self._closing.set()
         self._thread.join(self._close_seconds)
         self._courier.abandon()

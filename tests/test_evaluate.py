@@ -131,5 +131,10 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(folder: Pa
 
     assert "one draw says nothing" in command("one", "--samples", "1").stderr
     assert "no such run" in command("two").stderr
-    (run / "adapter" / "adapter_model.safetensors").unlink()
+    weights = run / "adapter" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    assert f"adapter {run}/adapter: adapter_model.safetensors is damaged" in command("one").stderr
+    weights.unlink()
     assert "the run did not end; --resume it first" in command("one").stderr
