@@ -223,6 +223,8 @@ class Sampler:
                     return True
                 if not self._install(job):
                     continue
+                if not self._serves(job.adapter):
+                    raise AdapterError(f"version {job.adapter.version} was installed, but the engine has {self._version}")
             self._start(job)
             self._queue.popleft()
         return True

@@ -69,7 +69,7 @@ class Baselines:
                 f"task.kind={config.task.kind}: its samples need a tool while they are drawn, which decoding without training "
                 "does not run; compare with loss.kind=mle or grpo, or with the base column of deploy/evaluate.py"
             )
-        config.check_lengths(context_length(self.folder), self.problem.longest_prompt)
+        config.check_lengths(context_length(self.folder), self.problem.lengths)
         self.device = resolve_device("auto" if config.actors.gpus else "cpu")
         self.base = load_pretrained(self.folder, getattr(torch, config.sampler.reward_dtype), self.device)
         frozen = LanguageModel(self.base)

@@ -89,7 +89,7 @@ def evaluate(config: Config, run_dir: Path, samples: int) -> dict[str, Evaluatio
     folder = locate(config.model)
     tokenizer = load_tokenizer(folder)
     problem = tasks.build(config.task, tokenizer)
-    config.check_lengths(context_length(folder), problem.longest_prompt)
+    config.check_lengths(context_length(folder), problem.lengths)
     learner = Learner.build(config, problem)
     requests = Requests(problem.prompts, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed)
     results = {}

@@ -86,14 +86,15 @@ class Job:
         from system.models import context_length, locate
         from system.orchestrator import Orchestrator
         from system.requests import Requests
-        from system.tracking import Tracker
+        from system.tracking import Tracker, resolve_uri
 
         config, started = self.config, time.perf_counter()
+        resolve_uri(config.tracking.uri)  # before the config is written: a password in it is refused
         files = checkpoint.read_latest(self.run_dir / "checkpoints", self.from_step) if self.resume else {}
         folder = locate(config.model)
         self.tokenizer = load_tokenizer(folder)
         self.problem = tasks.build(config.task, self.tokenizer)
-        config.check_lengths(context_length(folder), self.problem.longest_prompt)
+        config.check_lengths(context_length(folder), self.problem.lengths)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "config.yaml").write_text(config_file.dump(config), encoding="utf-8")
         self.tracker = Tracker(self.run_dir, config, resume=self.resume)

@@ -44,3 +44,13 @@ def shouting(prompt: Any, text: str, tokens: list[int]) -> bool:
 
 def process_id(prompt: Any, text: str, tokens: list[int]) -> int:
     return os.getpid()
+
+
+def slow(prompt: Any, text: str, tokens: list[int]) -> float:
+    """Takes its time, so that there is a run to interrupt."""
+    time.sleep(0.01)
+    return -0.5 * abs(len(text) - 3)
+
+
+def always(prompt: Any, text: str, tokens: list[int]) -> float:
+    raise ArithmeticError("log of zero")

@@ -232,6 +232,30 @@ def test_running_groups_finish_before_a_newer_version_is_installed() -> None:
     assert held.engine.closed
 
 
+def test_a_version_that_arrives_twice_is_installed_once_and_a_late_one_never() -> None:
+    engine: Any = ScriptedEngine()
+    sampler = Sampler(engine, Lengths())
+    for version in (1, 1, 2, 1, 2):
+        sampler.install(adapter_of(version))
+        assert sampler.sample(request_of(0), adapter_of(version)).adapter_version >= version
+    sampler.close()
+    assert [line for line in engine.log if line.startswith("install")] == ["install 1", "install 2"]
+
+
+def test_a_version_that_did_not_arrive_is_never_sampled_from_silently() -> None:
+    """An engine that says it has installed a version and runs the old one, or none at all."""
+    told = threading.Event()
+    engine: Any = ScriptedEngine()
+    sampler = Sampler(engine, Lengths(), told.set)
+    assert sampler.sample(request_of(0), adapter_of(1)).adapter_version == 1
+    engine.install = lambda adapter: {"seconds": 0.0}
+    with pytest.raises(EngineDied, match="version 2 was installed, but the engine has 1"):
+        sampler.sample(request_of(1), adapter_of(2))
+    assert told.wait(SECONDS), "the process ends: what its engine runs is not known"
+    assert "start 1 on 1" not in engine.log
+    sampler.close()
+
+
 def test_every_waiting_caller_learns_that_the_engine_died() -> None:
     told = threading.Event()
     held = Held(on_death=told.set)

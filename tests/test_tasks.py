@@ -311,6 +311,50 @@ def test_the_packaged_stories_are_whole_and_fit_the_packaged_model(smollm2: PreT
         given.constraints.column_of(np.array(tokens))
 
 
+# ----------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty; name a file with one entry a line"),
+        (b" \r\n\t\n", "is empty"),
+        ("caf\xe9\n".encode("latin-1"), "is not UTF-8 (byte 3); convert it"),
+        ("\ufeffhi".encode("utf-16"), "is not UTF-8 (byte 0); convert it"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("kind", "field"), [("continuation", "prompts"), ("verifiable", "questions"), ("infilling", "stories")]
+)
+def test_a_file_without_anything_to_read_is_refused_by_name(
+    tmp_path: Path, kind: str, field: str, content: bytes, message: str
+) -> None:
+    path = tmp_path / "given.txt"
+    path.write_bytes(content)
+    fields: dict[str, Any] = {field: str(path)}
+    with pytest.raises(ConfigError) as caught:
+        problem(kind, **fields)
+    assert str(caught.value).startswith(f"task.{field}={str(path)!r} ")
+    assert message in str(caught.value)
+
+
+def test_repetitions_are_left_out_and_counted_and_numbers_are_those_of_the_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "given.txt"
+    path.write_bytes("one\r\n\r\ntwo\n one \nx\u2028y\x0bz\ntwo\n".encode())
+    given = problem("continuation", prompts=str(path))
+    assert [prompt.id for prompt in given.prompts] == ["line-1", "line-3", "line-5"]
+    assert given.prompts[2].meta["text"] == "x\u2028y\x0bz"
+    assert "2 entries are left out that repeat an earlier one; the first is 4, which repeats 1" in caplog.text
+    caplog.clear()
+    question = {"question": "a\u2028b", "answer": 1}
+    lines = [json.dumps(question, ensure_ascii=False), json.dumps(question | {"answer": 2}), json.dumps(question)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert [prompt.id for prompt in problem("verifiable", questions=str(path)).prompts] == ["question-1", "question-2"]
+    assert "1 entries are left out that repeat an earlier one; the first is 3, which repeats 1" in caplog.text
+
+
 # ----------------------------------------------------------------------------------------------------- constrained
 
 

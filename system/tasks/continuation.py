@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError
 from system.task_config import NextSentence
-from system.tasks.files import choose, read_lines
+from system.tasks.files import choose, distinct, read_lines
 from system.tasks.problem import Problem, context_tokens, single_token, support
 from system.trajectory import Prompt
 
@@ -53,10 +53,7 @@ def read_prompts(section: NextSentence) -> list[tuple[int, str]]:
         ConfigError: the file is missing, not UTF-8, or has no prompt in that range.
     """
     path = PACKAGED_PROMPTS if section.prompts == "packaged" else Path(section.prompts)
-    first: dict[str, int] = {}
-    for number, line in read_lines(path, "task.prompts"):
-        first.setdefault(line, number)
-    prompts = [(number, text) for text, number in first.items()]
+    prompts = distinct(read_lines(path, "task.prompts"), "task.prompts", section.prompts)
     return choose(prompts, section.offset, section.limit, "task.prompts", section.prompts)
 
 
