@@ -130,7 +130,7 @@ PLANS = {
 
 @pytest.mark.parametrize("served", PLANS.values(), ids=PLANS, indirect=True)
 def test_all_arrives_once_however_the_server_fails_and_the_run_does_not_wait(tmp_path: Path, served: FakeMLflow) -> None:
-    settings = {"uri": served.uri, "experiment": "x", "flush_seconds": 0.02, "close_seconds": 30}
+    settings = {"uri": served.uri, "experiment": "x", "flush_seconds": 0.02, "close_seconds": 120}
     tracker = Tracker(tmp_path, parse({"task": {"kind": "random_number"}, "tracking": settings}))
     longest = 0.0
     for step in range(300):
