@@ -469,8 +469,8 @@ def test_a_pattern_that_backtracks_without_end_is_given_up_after_its_time() -> N
 
 
 def test_a_predicate_that_hangs_is_given_up_after_its_time() -> None:
-    (prompt,) = problem("constrained", limit=1, predicate="tests.faulty:score", seconds=0.3).prompts
-    with pytest.raises(FunctionFault, match=r"no answer after 0\.3 s"):
+    (prompt,) = problem("constrained", limit=1, predicate="tests.faulty:score", seconds=2).prompts
+    with pytest.raises(FunctionFault, match="no answer after 2 s"):
         log_constraint(prompt, "spin", [])
     assert log_constraint(prompt, "fine", []) == 0.0
 

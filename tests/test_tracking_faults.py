@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -132,16 +133,16 @@ PLANS = {
 def test_all_arrives_once_however_the_server_fails_and_the_run_does_not_wait(tmp_path: Path, served: FakeMLflow) -> None:
     settings = {"uri": served.uri, "experiment": "x", "flush_seconds": 0.02, "close_seconds": 120}
     tracker = Tracker(tmp_path, parse({"task": {"kind": "random_number"}, "tracking": settings}))
-    longest = 0.0
+    seconds = []
     for step in range(300):
         started = time.perf_counter()
         tracker.metrics({"loss": float(step), "ess": 0.5}, step)
-        longest = max(longest, time.perf_counter() - started)
+        seconds.append(time.perf_counter() - started)
         time.sleep(0.002)
     tracker.tags({"note": "z"})
     tracker.close("FINISHED")
     assert (tracker.lag(), tracker.refused) == (0, 0)
-    assert longest < 0.25, "less than the server's own time for one answer"
+    assert statistics.median(seconds) < 0.02, "far less than the server's own time for one answer"
     assert sorted((name, step, value) for name, step, _, value in served.points) == sorted(
         [("loss", step, float(step)) for step in range(300)] + [("ess", step, 0.5) for step in range(300)]
     )
