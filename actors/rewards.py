@@ -1,7 +1,8 @@
 """log R at every prefix: the frozen model's posterior, a python function, and products of them.
 
 A reward scores a group at once, since the samples of a prompt share prefixes. Entry t of its result is the untempered
-log R, in nats, of stopping after t tokens; NaN where it has none.
+log R, in nats, of stopping after t tokens; NaN where it has none. Samples that cannot be scored are named by a RewardError,
+which has the log R of the others.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
+from system.config import ConfigError
+from system.function_process import FunctionProcess
 from system.functions import import_function
 from system.language_model import LanguageModel
 from system.prefix_tree import Packed, PrefixTree, rows_by_budget
@@ -19,7 +22,16 @@ from system.trajectory import Prompt, Trajectory
 
 
 class RewardError(RuntimeError):
-    """A reward gave a number that cannot be learned from. The message has the prompt and the sequence."""
+    """A reward gave nothing that can be learned from for some of a group. The message has the first one's prompt and text."""
+
+    def __init__(self, faults: dict[int, str], log_reward_K: Sequence[np.ndarray]) -> None:
+        """`faults` says by a trajectory's index what is wrong with it; `log_reward_K` is good for the others."""
+        super().__init__(faults, log_reward_K)
+        self.faults, self.log_reward_K = faults, list(log_reward_K)
+
+    def __str__(self) -> str:
+        first, *others = self.faults.values()
+        return first + (f" (and {len(others)} more of this group)" if others else "")
 
 
 class Reward(Protocol):
@@ -29,7 +41,7 @@ class Reward(Protocol):
         ...
 
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
-        """K arrays float64 [T + 1]."""
+        """K arrays float64 [T + 1]. Raises RewardError."""
         ...
 
 
@@ -87,11 +99,7 @@ class Posterior:
 
 
 class Function:
-    """f(prompt, text, tokens) / beta, at every prefix or at the end alone.
-
-    Raises:
-        RewardError: the function returned NaN, an infinity or no number at all.
-    """
+    """f(prompt, text, tokens) / beta, at every prefix or at the end alone."""
 
     def __init__(
         self,
@@ -107,27 +115,42 @@ class Function:
         self.every_prefix = every_prefix
 
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
-        known: dict[tuple[int, ...], float] = {}
-        result = []
-        for trajectory in trajectories_K:
+        """Raises RewardError where the function raised, took too long, or returned NaN, an infinity or no number at all."""
+        known: dict[tuple[int, ...], float | str] = {}
+        result, faults = [], {}
+        for k, trajectory in enumerate(trajectories_K):
             tokens = trajectory.tokens_T.tolist()
             log_reward_T = np.full(len(tokens) + 1, np.nan)
             for t in range(len(tokens) + 1) if self.every_prefix else [len(tokens)]:
                 prefix = tuple(tokens[:t])
                 if prefix not in known:
                     known[prefix] = self._call(prompt, list(prefix))
-                log_reward_T[t] = known[prefix]
+                value = known[prefix]
+                if isinstance(value, str):
+                    faults[k] = value
+                    break
+                log_reward_T[t] = value
             result.append(log_reward_T)
+        if faults:
+            raise RewardError(faults, result)
         return result
 
-    def _call(self, prompt: Prompt, tokens: list[int]) -> float:
+    def _call(self, prompt: Prompt, tokens: list[int]) -> float | str:
+        """log R, or what is wrong."""
         text = self.decode(tokens)
-        value = self.function(prompt, text, tokens)
+        name = getattr(self.function, "__qualname__", self.function)
+        try:
+            value = self.function(prompt, text, tokens)
+        except ConfigError:
+            raise
+        # A border: what the user's function does with one text is the fault of that sample alone, and is counted.
+        except Exception as error:
+            return f"reward function {name!r} failed for prompt {prompt.id!r}, text {text!r}: {type(error).__name__}: {error}"
         is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
         if not is_number or not np.isfinite(value):
-            raise RewardError(
-                f"reward function {getattr(self.function, '__qualname__', self.function)!r} returned {value!r} for prompt "
-                f"{prompt.id!r}, text {text!r}; return a finite number (a floor, not -inf, for the impossible)"
+            return (
+                f"reward function {name!r} returned {value!r} for prompt {prompt.id!r}, text {text!r}; "
+                "return a finite number (a floor, not -inf, for the impossible)"
             )
         return float(value) / self.beta
 
@@ -143,8 +166,19 @@ class Product:
         return sum(factor.tokens_forwarded for factor in self.factors)
 
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
-        scores = [factor.score(prompt, trajectories_K) for factor in self.factors]
-        return [np.sum(per_factor, axis=0) for per_factor in zip(*scores, strict=True)]
+        faults: dict[int, str] = {}
+        scores = []
+        for factor in self.factors:
+            try:
+                scores.append(factor.score(prompt, trajectories_K))
+            # Every factor has its say, so that what is left of a group is whole.
+            except RewardError as error:
+                faults = error.faults | faults
+                scores.append(error.log_reward_K)
+        result = [np.sum(per_factor, axis=0) for per_factor in zip(*scores, strict=True)]
+        if faults:
+            raise RewardError(faults, result)
+        return result
 
 
 class Checked:
@@ -163,19 +197,31 @@ class Checked:
 
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
         """Raises RewardError with the prompt and the sequence."""
-        scores = self.reward.score(prompt, trajectories_K)
+        faults: dict[int, str] = {}
+        try:
+            scores = self.reward.score(prompt, trajectories_K)
+        # What it has scored is checked as well before it goes on.
+        except RewardError as error:
+            faults, scores = dict(error.faults), error.log_reward_K
         if len(scores) != len(trajectories_K):
-            raise RewardError(f"prompt {prompt.id!r}: {len(scores)} log-rewards for {len(trajectories_K)} trajectories")
-        for trajectory, log_reward_T in zip(trajectories_K, scores, strict=True):
-            if len(log_reward_T) != len(trajectory) + 1 or not np.isfinite(log_reward_T[-1]) or np.isinf(log_reward_T).any():
-                raise RewardError(
+            message = f"prompt {prompt.id!r}: {len(scores)} log-rewards for {len(trajectories_K)} trajectories"
+            raise RewardError(dict.fromkeys(range(len(trajectories_K)), message), [])
+        result = []
+        for k, (trajectory, log_reward_T) in enumerate(zip(trajectories_K, scores, strict=True)):
+            if k not in faults and not _learnable(trajectory, log_reward_T):
+                faults[k] = (
                     f"prompt {prompt.id!r}: log R {log_reward_T.tolist()} for {self.decode(trajectory.tokens_T.tolist())!r} "
                     f"({len(trajectory)} tokens); {len(trajectory) + 1} values are needed, finite at the end"
                 )
-        return [
-            np.where(np.append(trajectory.is_action_T, True), log_reward_T, np.nan)
-            for trajectory, log_reward_T in zip(trajectories_K, scores, strict=True)
-        ]
+            can_stop_T = np.append(trajectory.is_action_T, True)
+            result.append(log_reward_T if k in faults else np.where(can_stop_T, log_reward_T, np.nan))
+        if faults:
+            raise RewardError(faults, result)
+        return result
+
+
+def _learnable(trajectory: Trajectory, log_reward_T: np.ndarray) -> bool:
+    return len(log_reward_T) == len(trajectory) + 1 and bool(np.isfinite(log_reward_T[-1]) and not np.isinf(log_reward_T).any())
 
 
 def needs_language_model(section: LMPosterior | FunctionReward | ProductReward) -> bool:
@@ -191,11 +237,15 @@ def build(
     decode: Callable[[list[int]], str],
     token_budget: int,
 ) -> Reward:
-    """The reward of a config section `task.reward`; `model` may be None where `needs_language_model` says so."""
+    """The reward of a config section `task.reward`; `model` may be None where `needs_language_model` says so.
+
+    Raises:
+        ConfigError: a function cannot be imported.
+    """
 
     def one(factor: LMPosterior | FunctionReward) -> Reward:
         if isinstance(factor, FunctionReward):
-            return Function(import_function(factor.path, "task.reward.path"), decode, factor.beta, factor.every_prefix)
+            return Function(_function(factor), decode, factor.beta, factor.every_prefix)
         if model is None:
             raise ValueError("an lm_posterior reward needs the frozen model")
         return Posterior(model, stop, token_budget, factor.every_prefix)
@@ -203,3 +253,11 @@ def build(
     if isinstance(section, ProductReward):
         return Checked(Product([one(factor) for factor in section.of]), decode)
     return Checked(one(section), decode)
+
+
+def _function(section: FunctionReward) -> Callable[..., float]:
+    if section.seconds is None:
+        return import_function(section.path, "task.reward.path")
+    function = FunctionProcess(section.path, "task.reward.path", section.seconds)
+    function.start()
+    return function

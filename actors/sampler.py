@@ -121,13 +121,14 @@ class Sampler:
     def sample(self, request: Request, adapter: Adapter) -> Group:
         """Draws a group under `adapter`, or under a newer version if that is installed already, and scores it.
 
-        Blocks until the group is done. `Group.adapter_version` names the version that drew it.
+        Blocks until the group is done. `Group.adapter_version` names the version that drew it; samples that the reward could
+        not score are left out, and `Group.faults` says why.
 
         Raises:
             ValueError: the request does not fit the engine.
             AdapterError: `adapter` had to be installed and was refused.
             EngineDied: the engine failed, now or earlier, or the sampler is closed.
-            Exception: what the reward raised.
+            Exception: what the reward raised, other than a RewardError.
         """
         self._engine.check(request)
         return self._submit(_Job(request, adapter))
@@ -223,6 +224,8 @@ class Sampler:
                     return True
                 if not self._install(job):
                     continue
+                if not self._serves(job.adapter):
+                    raise AdapterError(f"version {job.adapter.version} was installed, but the engine has {self._version}")
             self._start(job)
             self._queue.popleft()
         return True
@@ -269,11 +272,23 @@ class Sampler:
         prompt = job.request.prompt
         try:
             with self.timeline.span("reward", "reward", group=job.request.group_id):
-                log_reward_K = tuple(self._reward.score(prompt, trajectories_K))
-            group = Group(prompt, trajectories_K, log_reward_K, job.version, job.request.group_id)
+                scores_K, faults = self._scored(prompt, trajectories_K)
+            left = [k for k in range(len(trajectories_K)) if k not in faults]
+            kept, scores = tuple(trajectories_K[k] for k in left), tuple(scores_K[k] for k in left)
+            group = Group(prompt, kept, scores, job.version, job.request.group_id, tuple(faults.values()))
         # A border: an error of the reward is for the caller that asked for this group.
         except BaseException as error:
             job.done.set_exception(error)
         else:
             job.done.set_result(group)
         self._seconds["reward"] += time.perf_counter() - started
+
+    def _scored(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> tuple[Sequence[np.ndarray], dict[int, str]]:
+        """(log R at every prefix, what is wrong with a trajectory that has none, by its index)."""
+        from actors.rewards import RewardError  # brings torch, which the driver, who reads this file, does without
+
+        try:
+            return self._reward.score(prompt, trajectories_K), {}
+        # A border: tolerated on purpose; whoever asked for the group counts what it lacks.
+        except RewardError as error:
+            return error.log_reward_K, error.faults

@@ -88,7 +88,7 @@ class Baselines:
             raise ConfigError(f"--run: its model is {run.model.path!r}, but the config's is {self.config.model.path!r}")
         dtype = getattr(torch, self.config.learner.dtype)
         policy = Policy(self.folder, run.lora, self.problem.constraints, dtype=dtype, device=self.device)
-        load_adapter(policy, path, run.lora.rank)
+        load_adapter(policy, path, run.model.path, run.lora.rank)
         return policy.language_model.model.eval()
 
     def _encoder(self) -> Any:

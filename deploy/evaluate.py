@@ -81,7 +81,9 @@ def _upper_bound(problem: Problem, local: Local, temperature: float, result: Eva
     from system.trajectory import Group
 
     upper, lower = [], []
-    for prompt, row in zip(problem.prompts, result.per_prompt, strict=True):
+    prompts = {prompt.id: prompt for prompt in problem.prompts}
+    for row in result.per_prompt:
+        prompt = prompts[row["prompt"]]
         if not (trajectories_K := problem.demonstrations.get(prompt.id)):
             continue
         log_reward_K = tuple(local.sampler.score(prompt, trajectories_K))

@@ -26,7 +26,9 @@ if str(ROOT) not in sys.path:  # `python deploy/job.py` puts deploy/ on the path
 
 from deploy.runs import find_run, starting_weights  # noqa: E402
 from system import config_file  # noqa: E402
+from system.checkpoint import CheckpointError  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
+from system.journal import TrackingError  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,30 +48,33 @@ SPANS_SECONDS = 5.0
 """Longest wait for an actor's last spans."""
 
 
-def parse_arguments(argv: list[str]) -> tuple[Config, Path, bool, bool]:
-    """(config, run folder, resume, dry run). Raises ConfigError."""
+def parse_arguments(argv: list[str]) -> tuple[Config, Path, argparse.Namespace]:
+    """(config, run folder, all arguments). Raises ConfigError."""
     parser = argparse.ArgumentParser(prog="python deploy/job.py", description=__doc__)
     parser.add_argument("config", nargs="?", help="a YAML file, such as deploy/configs/random_number.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as actors.count=2")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--resume", metavar="RUN", help="folder of a run, or its name under output_dir")
+    parser.add_argument("--from-step", metavar="N", type=int, help="with --resume: not from the newest checkpoint")
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.from_step is not None and not arguments.resume:
+        parser.error(f"--from-step {arguments.from_step} needs --resume RUN")
     if arguments.resume:
         overrides = [text for text in [arguments.config, *arguments.overrides] if text]
         run_dir = find_run(arguments.resume)
-        return config_file.load(run_dir / "config.yaml", overrides), run_dir, True, arguments.dry_run
+        return config_file.load(run_dir / "config.yaml", overrides), run_dir, arguments
     if not arguments.config:
         parser.error("a config file is needed, such as deploy/configs/random_number.yaml")
     config = config_file.load(arguments.config, arguments.overrides)
     run_dir = Path(config.output_dir) / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    return config, run_dir.resolve(), False, arguments.dry_run
+    return config, run_dir.resolve(), arguments
 
 
 class Job:
     """One run from start to summary. `run` returns the summary."""
 
-    def __init__(self, config: Config, run_dir: Path, resume: bool) -> None:
-        self.config, self.run_dir, self.resume = config, run_dir, resume
+    def __init__(self, config: Config, run_dir: Path, resume: bool, from_step: int | None = None) -> None:
+        self.config, self.run_dir, self.resume, self.from_step = config, run_dir, resume, from_step
         self.stop = threading.Event()
         self.evaluations: list[tuple[int, Evaluation]] = []
         self._pending: dict[tuple[str, str], Any] = {}
@@ -86,12 +91,13 @@ class Job:
         from system import checkpoint
         from system.orchestrator import Orchestrator
         from system.requests import Requests
-        from system.tracking import Tracker
+        from system.tracking import Tracker, resolve_uri
 
         config, started = self.config, time.perf_counter()
+        resolve_uri(config.tracking.uri)  # before the config is written: a password in it is refused
+        files = checkpoint.read_latest(self.run_dir / "checkpoints", self.from_step) if self.resume else {}
         prepared = prepare(config)
         self.tokenizer, self.problem = prepared.tokenizer, prepared.problem
-        files = checkpoint.read_latest(self.run_dir / "checkpoints") if self.resume else {}
         start = starting_weights(config.lora) if config.lora.start and not files else None
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "config.yaml").write_text(config_file.dump(config), encoding="utf-8")
@@ -132,16 +138,18 @@ class Job:
         finally:
             self.progress.close()
             ending.close()
-            self.tracker.close(status)
-            ray_cluster.disconnect()
+            try:
+                self.tracker.close(status)
+            finally:
+                ray_cluster.disconnect()
 
     def _start_from(self, weights: np.ndarray) -> None:
         try:
             self.learner.restore(weights, 0)
-        except ValueError as error:
+        except CheckpointError as error:
             raise ConfigError(
                 f"lora.start={self.config.lora.start!r} is not of this model with lora.rank={self.config.lora.rank} and "
-                f"lora.targets={self.config.lora.targets}: {error}"
+                f"lora.targets={self.config.lora.targets}: {error.__cause__}"
             ) from error
 
     def _sources(self, version: Callable[[], int], *, buffered: bool) -> tuple[Requests, Samplers, Replay]:
@@ -327,17 +335,21 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        config, run_dir, resume, dry_run = parse_arguments(argv)
-        if dry_run:
+        config, run_dir, arguments = parse_arguments(argv)
+        if arguments.dry_run:
             print(config_file.dump(config), end="")
             return 0
-        job = Job(config, run_dir, resume)
+        job = Job(config, run_dir, bool(arguments.resume), arguments.from_step)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: (job.stop.set(), logger.warning("stopping after this update, with a checkpoint")))
         summary = job.run()
     except ConfigError as error:
         print(f"config error: {error}", file=sys.stderr)
         return 2
+    except (CheckpointError, TrackingError) as error:
+        # An error of an actor comes with the actor's traceback in its message.
+        print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
+        return 1
     print(json.dumps(summary))
     return 0 if summary["finished"] else 130
 

@@ -31,5 +31,5 @@ def prepare(config: Config) -> Prepared:
     folder = locate(config.model)
     tokenizer = load_tokenizer(folder)
     problem = tasks.build(config.task, tokenizer)
-    config.check_lengths(context_length(folder), problem.longest_prompt)
+    config.check_lengths(context_length(folder), problem.lengths)
     return Prepared(folder, tokenizer, problem)

@@ -67,7 +67,8 @@ def summary(
 
 def _improvement(before: Evaluation, after: Evaluation) -> dict[str, float]:
     """Prompt by prompt, where the evaluation has bounds: how often the bound rose, and by what factor the spread fell."""
-    pairs = list(zip(before.per_prompt, after.per_prompt, strict=True))
+    rows = {row["prompt"]: row for row in before.per_prompt}
+    pairs = [(rows[row["prompt"]], row) for row in after.per_prompt if row["prompt"] in rows]
     if not pairs or "spread" not in pairs[0][0]:
         return {}
     rose = [new["log_z_lower"] > old["log_z_lower"] for old, new in pairs]

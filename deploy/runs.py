@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from system.adapters import AdapterError, read_folder
 from system.config import ConfigError, Lora
 
 if TYPE_CHECKING:
@@ -30,12 +31,12 @@ def adapter_file(run_dir: Path) -> Path:
     return path
 
 
-def load_adapter(policy: Policy, path: Path, rank: int) -> None:
-    """Raises ConfigError if the adapter is of another model, or not of `rank`, the policy's own."""
-    import safetensors.numpy
-
+def load_adapter(policy: Policy, path: Path, model: str, rank: int) -> None:
+    """Raises ConfigError if the adapter is damaged, or not of `model` and `rank`, the policy's own."""
     try:
-        policy.load_adapter(safetensors.numpy.load_file(path))
+        policy.load_adapter(read_folder(path.parent, model))
+    except AdapterError as error:
+        raise ConfigError(str(error)) from error
     except ValueError as error:
         raise ConfigError(f"{path} does not fit lora.rank={rank}: {error}") from error
 

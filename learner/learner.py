@@ -25,6 +25,7 @@ from learner.policy import Policy
 from learner.ranks import Ranks
 from learner.states import node_log_reward, states_of
 from system.adapters import Adapter, Canary
+from system.checkpoint import CheckpointError
 from system.config import GRPO, MLE, PPO, RLOO, Config
 from system.config import Learner as LearnerConfig
 from system.constraints import Constraints
@@ -37,6 +38,8 @@ from system.timeline import Timeline
 from system.trajectory import Group
 
 CANARY_TOKENS = 24
+OTHER_MODEL = 0.2
+"""Nats a token by which two models differ at least: more than bfloat16 alone makes (0.05)."""
 
 
 def lr_at(config: LearnerConfig, step: int) -> float:
@@ -253,6 +256,7 @@ class Learner:
     def save(self) -> np.ndarray:
         """All that the next update depends on, as uint8 safetensors: LoRA weights, optimizer moments, step."""
         tensors = {f"adapter/{name}": array for name, array in self.policy.adapter_tensors().items()}
+        tensors |= {"canary/tokens": self._canary_tokens, "canary/base": np.array(self._canary_base)}
         for name, parameter in self.policy.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{key}/{name}"] = value.detach().cpu().numpy()
@@ -260,12 +264,17 @@ class Learner:
         return np.frombuffer(safetensors.numpy.save(tensors, metadata), np.uint8)
 
     def restore(self, saved: np.ndarray, step: int) -> None:
-        """Continues from `save`. Raises ValueError if it is of another model or another LoRA rank."""
+        """Continues from `save`. Raises CheckpointError if it is of another model or another LoRA rank."""
         tensors = safetensors.numpy.load(saved.tobytes())
+        # An adapter that training starts from says nothing of its base.
+        if "canary/tokens" in tensors:
+            self._check_base(tensors["canary/tokens"], tensors["canary/base"])
         prefix = "adapter/"
-        self.policy.load_adapter(
-            {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
-        )
+        adapter = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
+        try:
+            self.policy.load_adapter(adapter)
+        except ValueError as error:
+            raise CheckpointError(f"the checkpoint of step {step} has another lora section than this run: {error}") from error
         for name, parameter in self.policy.parameters.items():
             state: dict[str, Tensor] = {}
             for key in ("step", "exp_avg", "exp_avg_sq"):
@@ -275,8 +284,21 @@ class Learner:
                 self.optimizer.state[parameter] = state
         self.step = step
 
-    def _canary_log_probs(self) -> tuple[float, ...]:
-        model, tokens = self.policy.language_model, self._canary_tokens
+    def _check_base(self, tokens_T: np.ndarray, logp_T: np.ndarray) -> None:
+        """A base model is known by what it says, not by its path: a folder may move, and a hub id may get new weights."""
+        error = math.inf
+        if tokens_T.max() < self.constraints.vocab_size:
+            with self.policy.base():
+                error = float(np.abs(np.array(self._canary_log_probs(tokens_T)) - logp_T).mean())
+        if not error <= OTHER_MODEL:
+            raise CheckpointError(
+                f"the checkpoint is of another model than model.path={self.base_model!r}: their log-probs of the same tokens "
+                f"differ by {error:.3g} nats a token; set model.path, and model.revision, to the model that the run began with"
+            )
+
+    def _canary_log_probs(self, tokens: np.ndarray | None = None) -> tuple[float, ...]:
+        """Of the canary's tokens unless others are given."""
+        model, tokens = self.policy.language_model, self._canary_tokens if tokens is None else tokens
         with torch.no_grad():
             hidden = model.hidden([Packed.of(PrefixTree.of([]), tokens.tolist())])
             logp_T = model.log_probs(hidden, np.arange(len(tokens) - 1), tokens[1:])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors import safe_open
 if TYPE_CHECKING:
     import torch
 
+WEIGHTS, MANIFEST = "adapter_model.safetensors", "headwater.json"
 PEFT_PREFIX = "base_model.model."
 PLAIN_LORA = {
     "use_dora": False, "use_rslora": False, "lora_bias": False, "bias": "none",
@@ -120,13 +122,37 @@ class Adapter:
         return result
 
     def materialise(self, folder: Path) -> Path:
-        """Writes a standard PEFT folder; it appears whole or not at all. Returns `folder`."""
+        """Writes a standard PEFT folder, and what `read_folder` checks it by; it appears whole or not at all."""
         part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
-        part.mkdir(parents=True)
-        (part / "adapter_model.safetensors").write_bytes(self.weights.tobytes())
-        (part / "adapter_config.json").write_text(json.dumps(self.peft_config, indent=2, sort_keys=True), encoding="utf-8")
-        part.replace(folder)
+        manifest = {"version": self.version, "step": self.step, "sha256": self.sha256, "base_model": self.base_model}
+        try:
+            part.mkdir(parents=True)
+            (part / WEIGHTS).write_bytes(self.weights.tobytes())
+            (part / "adapter_config.json").write_text(json.dumps(self.peft_config, indent=2, sort_keys=True), encoding="utf-8")
+            (part / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+            part.replace(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
         return folder
+
+
+def read_folder(folder: Path, base_model: str) -> dict[str, np.ndarray]:
+    """The tensors of an adapter that `Adapter.materialise` wrote, by PEFT's names.
+
+    Raises:
+        AdapterError: a file is missing or damaged, or the adapter is of another base model.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        data = (folder / WEIGHTS).read_bytes()
+        sha256, base = manifest["sha256"], manifest["base_model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"adapter {folder} cannot be read: {error}; it is written when its run ends: --resume it") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise AdapterError(f"adapter {folder}: {WEIGHTS} is damaged; write it again: --resume its run")
+    if base != base_model:
+        raise AdapterError(f"adapter {folder} belongs to {base!r}, not to model.path={base_model!r}")
+    return safetensors.numpy.load(data)
 
 
 class BaseWeights:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 from pathlib import Path
-
-logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 KEEP = 2
@@ -17,7 +14,7 @@ KEEP = 2
 
 
 class CheckpointError(RuntimeError):
-    """No checkpoint to continue from. The message names what was found."""
+    """A checkpoint cannot be read or written. The message names it, and says which one is whole and how to go on."""
 
 
 def write(folder: Path, step: int, files: dict[str, bytes]) -> Path:
@@ -26,19 +23,24 @@ def write(folder: Path, step: int, files: dict[str, bytes]) -> Path:
     Checkpoints of later steps go too: a run that writes this one went on from before them, because they were damaged.
 
     Raises:
-        OSError: the disk is full or read-only; earlier checkpoints are as they were.
+        CheckpointError: the disk is full or read-only; earlier checkpoints are as they were.
     """
     target = folder / f"step-{step:08d}"
     part = folder / f".{target.name}.part"
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     try:
+        part.mkdir(parents=True)
         for name, data in files.items():
             _write_durably(part / name, data)
         manifest = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         _write_durably(part / MANIFEST, json.dumps({"step": step, "sha256": manifest}, indent=2).encode())
         shutil.rmtree(target, ignore_errors=True)
         part.replace(target)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {target} cannot be written: {error.strerror or error}; make room there or make it writable, then "
+            f"resume the run: {_offer(folder)}"
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     earlier = [path for path in _steps(folder) if path < target]
@@ -48,26 +50,42 @@ def write(folder: Path, step: int, files: dict[str, bytes]) -> Path:
     return target
 
 
-def read_latest(folder: Path) -> dict[str, bytes]:
-    """The files of the newest checkpoint that is whole; a damaged one is named in the log and the one before is taken.
+def read_latest(folder: Path, step: int | None = None) -> dict[str, bytes]:
+    """The files of the newest checkpoint, or of that of `step`. The one before is offered and never taken for a damaged one.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is damaged.
     """
-    for candidate in reversed(_steps(folder)):
-        try:
-            manifest = json.loads((candidate / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-            if (found := {path.name for path in candidate.iterdir()}) != {*manifest, MANIFEST}:
-                raise ValueError(f"its files are {sorted(found)}, not those of its manifest")
-            files = {name: (candidate / name).read_bytes() for name in manifest}
-        except (OSError, ValueError, KeyError) as error:
-            logger.warning("checkpoint %s is refused: %s", candidate, error)
-            continue
-        damaged = [name for name, data in files.items() if hashlib.sha256(data).hexdigest() != manifest[name]]
-        if not damaged:
-            return files
-        logger.warning("checkpoint %s is refused: damaged %s", candidate, ", ".join(damaged))
-    raise CheckpointError(f"{folder} holds no whole checkpoint to resume from")
+    steps = _steps(folder)
+    if not steps:
+        raise CheckpointError(f"{folder} holds no checkpoint to resume from")
+    chosen = steps[-1] if step is None else folder / f"step-{step:08d}"
+    if chosen not in steps:
+        raise CheckpointError(f"{chosen} is not there: {_offer(folder)}")
+    files, wrong = _read(chosen)
+    if wrong:
+        raise CheckpointError(f"checkpoint {chosen} is refused: {wrong}; {_offer(folder)}")
+    return files
+
+
+def _read(path: Path) -> tuple[dict[str, bytes], str]:
+    """(the files of a checkpoint, what is wrong with it or nothing)."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        if (found := {file.name for file in path.iterdir()}) != {*manifest, MANIFEST}:
+            return {}, f"its files are {sorted(found)}, not those of its manifest"
+        files = {name: (path / name).read_bytes() for name in manifest}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {}, f"{type(error).__name__}: {error}"
+    damaged = [name for name, data in files.items() if hashlib.sha256(data).hexdigest() != manifest[name]]
+    return files, f"damaged: {', '.join(damaged)}" if damaged else ""
+
+
+def _offer(folder: Path) -> str:
+    whole = [path for path in _steps(folder) if not _read(path)[1]]
+    if not whole:
+        return f"{folder} holds no other whole checkpoint: start the run anew"
+    return f"{whole[-1].name} is whole; go on from there with --from-step {int(whole[-1].name.removeprefix('step-'))}"
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ config, `system.task_config` has the tasks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -81,6 +82,9 @@ class Sampler(Section):
     """Share of a GPU that the engine takes."""
     groups_in_flight: int = Field(default=2, ge=1)
     """Groups that one sampler works on at once. Two or more leave no idle tail between groups."""
+    max_reward_faults: int = Field(default=100, ge=0)
+    """Samples for which the reward raises, hangs or gives no finite number are left out of their groups and counted.
+    The run stops when there are more than this many in all."""
     canary_tolerance: float | None = Field(default=None, gt=0)
     """Largest mean difference, nats a token, between the engine's and the learner's log-probs of the canary.
     By default 0.005 if both compute in float32, else 0.15: bfloat16 alone makes about 0.05.
@@ -405,12 +409,15 @@ class Config(Section):
                 )
         return self
 
-    def check_lengths(self, context_length: int, longest_prompt: int) -> None:
-        """Raises ConfigError if the longest prompt (tokens, evidence included) and task.max_tokens do not fit the model."""
-        needed = longest_prompt + self.task.max_tokens + getattr(self.task, "tool_tokens", 0) + 1
-        if needed > context_length:
+    def check_lengths(self, context_length: int, lengths: Mapping[str, int]) -> None:
+        """Raises ConfigError if a prompt and task.max_tokens do not fit the model. `lengths` are a prompt's tokens by its id,
+        evidence included."""
+        drawn = self.task.max_tokens + getattr(self.task, "tool_tokens", 0) + 1
+        too_long = {name: length for name, length in lengths.items() if length + drawn > context_length}
+        if too_long:
+            name = max(too_long, key=too_long.__getitem__)
             raise ConfigError(
-                f"task.max_tokens={self.task.max_tokens}: with the longest prompt ({longest_prompt} tokens) and the stop token "
-                f"{needed} tokens are needed, but {self.model.path} has a context of {context_length}; "
-                "shorten task.max_tokens or the prompts"
+                f"task.max_tokens={self.task.max_tokens}: with prompt {name!r} ({too_long[name]} tokens, the longest of "
+                f"{len(too_long)} that do not fit) and the stop token {too_long[name] + drawn} tokens are needed, but "
+                f"{self.model.path} has a context of {context_length}; shorten task.max_tokens or the prompts"
             )

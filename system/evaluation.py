@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -19,6 +20,8 @@ from system.requests import Requests
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt, Trajectory
 from system.voting import preferred, tally
+
+logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """How often the samples of a prompt are asked for before a lost sampler fails the evaluation."""
@@ -135,6 +138,7 @@ def sampled(
 
     Raises:
         SamplerDied: the samplers that a prompt was given to died ATTEMPTS times.
+        RuntimeError: no prompt has two samples with a reward.
     """
     groups = _draw(requests, samplers, samples, round_)
     scores = scorer.score(groups).result()
@@ -172,14 +176,24 @@ def _draw(requests: Requests, samplers: Samplers, samples: int, round_: int) -> 
     for index, future in enumerate(futures):
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                groups.append(future.result())
+                if _bounded(group := future.result()):
+                    groups.append(group)
                 break
             # A lost sampler costs time: its successor is asked again.
             except SamplerDied:
                 if attempt == ATTEMPTS:
                     raise
                 future = ask(index)
+    if not groups:
+        raise RuntimeError("no prompt of the evaluation has two samples with a reward; the log has the reasons")
     return groups
+
+
+def _bounded(group: Group) -> bool:
+    """Enough samples for bounds. As in training, samples without a reward are tolerated; a prompt needs two with one."""
+    if group.faults:
+        logger.warning("evaluation: %d samples of %s have no reward: %s", len(group.faults), group.prompt.id, group.faults[0])
+    return len(group) >= 2
 
 
 def write(folder: Path, step: int, evaluation: Evaluation) -> None:

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from system.config import ConfigError
+from system.section import ConfigError
 
 
 @functools.cache

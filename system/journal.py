@@ -7,6 +7,7 @@ A killed process loses nothing that was logged. A machine that loses power may l
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -100,7 +101,7 @@ class Journal:
         self.waiting = 0
         """Entries that are not settled."""
         self._lock = threading.Lock()
-        self._file = path.open("a+b")
+        self._file = path.open("a+b", buffering=0)  # what could not be written must not wait for a later call
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -110,15 +111,21 @@ class Journal:
             self._file.seek(-1, os.SEEK_END)
             if self._file.read(1) != b"\n":
                 self._file.write(b"\n")  # ends the line that a kill cut short, so that it spoils no other
-                self._file.flush()
 
     def append(self, kind: str, time_ms: int | None = None, **fields: Any) -> None:
-        """Raises TypeError for what JSON cannot hold, and ValueError once closed."""
+        """Raises TypeError for what JSON cannot hold, ValueError once closed, and TrackingError where the disk is full."""
         entry = {"kind": kind, "time": int(time.time() * 1000) if time_ms is None else time_ms, **fields}
         line = json.dumps(entry).encode() + b"\n"
         with self._lock:
-            self._file.write(line)
-            self._file.flush()
+            end = self._file.seek(0, os.SEEK_END)
+            try:
+                if self._file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                self._file.truncate(end)
+                raise TrackingError(
+                    f"{self.path} cannot be written: {error.strerror}; make room there, then --resume the run"
+                ) from error
             self.waiting += 1
 
     def settle(self, entries: int) -> None:

@@ -99,6 +99,10 @@ class Counters:
     """Samplers that died."""
     learner_deaths: int = 0
     reissued: int = 0
+    reward_faults: int = 0
+    """Samples that were left out because their reward could not be had."""
+    given_up: int = 0
+    """Groups of which too few samples were left."""
     seconds: float = 0.0
     """Time in the loop, over all sessions of the run."""
     learner_busy_seconds: float = 0.0
@@ -274,8 +278,25 @@ class Orchestrator:
                 self._mourn(group_id, death)
                 continue
             self._deaths_in_a_row = 0
-            self._arrived.append(group)
-            self.replay.add(group)
+            if self._usable(group):
+                self._arrived.append(group)
+                self.replay.add(group)
+
+    def _usable(self, group: Group) -> bool:
+        """Tolerated on purpose, up to a limit: samples without a reward. A group with fewer than two others is given up."""
+        counters, limit = self.counters, self.config.sampler.max_reward_faults
+        counters.reward_faults += len(group.faults)
+        if group.faults:
+            logger.warning(
+                "group %d: %d samples have no reward; the first: %s", group.group_id, len(group.faults), group.faults[0]
+            )
+        if counters.reward_faults > limit:
+            raise RuntimeError(
+                f"{counters.reward_faults} samples had no reward, more than sampler.max_reward_faults={limit}; mend the reward "
+                f"or raise the limit, and resume; the last: {group.faults[-1]}"
+            )
+        counters.given_up += len(group) < 2
+        return len(group) >= 2
 
     def _mourn(self, group_id: int, death: SamplerDied) -> None:
         """Tolerated on purpose: a lost sampler costs time, not groups. Its request is issued again under its number."""
@@ -338,6 +359,8 @@ class Orchestrator:
             "groups/in_flight": float(len(self._in_flight)),
             "groups/waiting": float(len(self._arrived)),
             "groups/too_stale": float(counters.too_stale),
+            "groups/given_up": float(counters.given_up),
+            "reward_faults": float(counters.reward_faults),
             "samplers/deaths": float(counters.deaths),
             "learner/deaths": float(counters.learner_deaths),
             "seconds/step": step_seconds,

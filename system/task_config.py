@@ -30,6 +30,9 @@ class FunctionReward(Section):
     """Strength of the pull towards the prior, as in p(Z | X) exp(r / beta)."""
     every_prefix: bool = False
     """True: called at each prefix that can stop. False: at the end alone, and only `vargrad` or `pooled` can learn."""
+    seconds: float | None = Field(default=10.0, gt=0)
+    """Longest time of a call. The function runs in a process of its own, which is ended when a call takes longer.
+    null: in the sampler's process and without a limit, for a function that is known to end."""
 
 
 class ProductReward(Section):
@@ -69,7 +72,7 @@ class RandomNumber(Section):
     """What may be drawn before the stop. With `vocabulary`, as in the paper, what is a number has to be learned too."""
     floor: float = Field(default=-12.0, le=-10.0)
     """log R of anything that is not one of the numbers, nats. A number has log R = 0."""
-    reward: Reward = FunctionReward(path="system.tasks.random_number:log_reward", every_prefix=True)
+    reward: Reward = FunctionReward(path="system.tasks.random_number:log_reward", every_prefix=True, seconds=None)
     """`system.tasks.random_number:paper_log_reward` is the paper's."""
     longest: int | None = Field(default=None, ge=1, le=16)
     """Most tokens of a draw; by default the digits of `high`."""
@@ -146,10 +149,12 @@ class Constrained(NextSentence):
     """A regular expression that must be found in the sentence."""
     predicate: str | None = Field(default=None, pattern=FUNCTION_PATH)
     """Import path of a function `f(prompt: Prompt, text: str, tokens: list[int]) -> bool` that must be true."""
+    seconds: float = Field(default=10.0, gt=0)
+    """Longest time of a search for the pattern, and of a call of the predicate, which runs in a process of its own."""
     floor: float = Field(default=-20.0, le=-5.0)
     """log c of a sentence that does not satisfy them, nats."""
     reward: Reward = ProductReward(
-        of=(LMPosterior(), FunctionReward(path="system.tasks.constrained:log_constraint", every_prefix=True))
+        of=(LMPosterior(), FunctionReward(path="system.tasks.constrained:log_constraint", every_prefix=True, seconds=None))
     )
 
     @model_validator(mode="after")
@@ -193,7 +198,9 @@ class Verifiable(Drawn):
     max_tokens: int = Field(default=24, ge=1)
     stop: str = Field(default="\n", min_length=1)
     """The end of an answer: a text that is one token."""
-    reward: Reward = ProductReward(of=(LMPosterior(), FunctionReward(path="system.tasks.verifiable:last_number", beta=0.1)))
+    reward: Reward = ProductReward(
+        of=(LMPosterior(), FunctionReward(path="system.tasks.verifiable:last_number", beta=0.1, seconds=None))
+    )
 
     @model_validator(mode="after")
     def _a_question_to_fill_in(self) -> Verifiable:

@@ -87,6 +87,17 @@ def _refused(error: Exception) -> bool:
     return status in (400, 413) or getattr(error, "error_code", None) in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
+def _passing(error: BaseException | None) -> bool:
+    """No answer, or a busy server's: whatever was sent had no part in it."""
+    from requests import RequestException
+
+    if getattr(error, "error_code", None) in ("TEMPORARILY_UNAVAILABLE", "RESOURCE_EXHAUSTED", "REQUEST_LIMIT_EXCEEDED"):
+        return True
+    if isinstance(error, RequestException):
+        return error.response is None or error.response.status_code in (429, 502, 503, 504)
+    return error is not None and _passing(error.__cause__ or error.__context__)
+
+
 class _Run:
     """The run at MLflow: the Receiver of the journal. Every method may raise, and may be repeated."""
 
@@ -123,8 +134,8 @@ class _Run:
     def send(self, kind: str, entries: list[Entry], attempt: int) -> list[str]:
         """Hands over entries of one kind. Returns the reasons for what MLflow refuses for good.
 
-        From the third attempt on, an item that fails while others pass counts as refused, whatever the error says:
-        MLflow also answers "internal error" to what its database cannot hold.
+        From the third attempt on, an item that is answered with an error while others pass counts as refused, whatever the
+        error says: MLflow also answers "internal error" to what its database cannot hold.
         """
         self._probe = None if attempt < 3 else self._write_file if kind == "artifact" else self._write_tag
         if kind == "artifact":
@@ -146,7 +157,7 @@ class _Run:
             call(items)
         except Exception as error:
             if not _refused(error):
-                if self._probe is None:
+                if self._probe is None or _passing(error):
                     raise
                 self._probe()  # raises if it is not the items that are at fault
             if len(items) == 1:
@@ -321,7 +332,11 @@ class Tracker:
         """Ends the run at MLflow. Waits tracking.close_seconds at most; what then still waits stays in the journal."""
         if self._closing.is_set():
             return
-        self._journal.append("status", status=status)
+        try:
+            self._journal.append("status", status=status)
+        # Tolerated at the end: what stopped the run is the error to see, and a replay calls a run without an end KILLED.
+        except TrackingError as error:
+            log.warning("the run's end is not recorded: %s", error)
         self._closing.set()
         self._thread.join(self._close_seconds)
         self._courier.abandon()

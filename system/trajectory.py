@@ -101,6 +101,8 @@ class Group:
     state cannot stop (under the minimum length, inside a tool call) or has no reward of its own (terminal rewards)."""
     adapter_version: int
     group_id: int
+    faults: tuple[str, ...] = ()
+    """Why samples that were drawn are not here: a line for each whose reward could not be had."""
 
     def __post_init__(self) -> None:
         if len(self.trajectories_K) != len(self.log_reward_K):
@@ -135,6 +137,7 @@ def merge_by_prompt(groups: Sequence[Group]) -> list[Group]:
             trajectories_K=tuple(trajectory for group in same for trajectory in group.trajectories_K),
             log_reward_K=tuple(log_reward_T for group in same for log_reward_T in group.log_reward_K),
             adapter_version=min(group.adapter_version for group in same),
+            faults=tuple(fault for group in same for fault in group.faults),
         )
         for same in by_prompt.values()
     ]

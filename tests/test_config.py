@@ -180,11 +180,11 @@ def test_a_long_value_is_shortened_in_the_message() -> None:
 
 def test_lengths_are_checked_against_the_model() -> None:
     config = parse(with_field("task.max_tokens", 30, CONTINUATION))
-    config.check_lengths(context_length=128, longest_prompt=97)  # 97 + 30 + the stop
+    config.check_lengths(context_length=128, lengths={"line-1": 97})  # 97 + 30 + the stop
     with pytest.raises(ConfigError) as caught:
-        config.check_lengths(context_length=128, longest_prompt=98)
-    message = str(caught.value)
-    assert all(piece in message for piece in ("task.max_tokens=30", "98 tokens", "129", config.model.path, "128", "shorten"))
+        config.check_lengths(context_length=128, lengths={"line-1": 97, "line-2": 98, "line-3": 100})
+    expected = ("task.max_tokens=30", "'line-3' (100 tokens", "longest of 2", "131", config.model.path, "128", "shorten")
+    assert all(piece in str(caught.value) for piece in expected)
 
 
 def test_a_sharded_base_may_have_more_ranks_than_groups() -> None:

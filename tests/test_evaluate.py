@@ -90,7 +90,7 @@ def test_bounds_from_self_consistent_stories_enclose_the_exact_log_z(folder: Pat
         exact.append(log_z)
         lower.append(float((q * u).sum()))
         gaps.append(float(((p - q) * u).sum()))
-    rows = [{"log_z_lower": value} for value in lower]
+    rows = [{"prompt": prompt.id, "log_z_lower": value} for prompt, value in zip(problem.prompts, lower, strict=True)]
     local: Any = SimpleNamespace(sampler=reward, learner=learner)
     metrics = evaluate._upper_bound(problem, local, 1.0, Evaluation({}, rows))
     assert metrics["posterior/prompts_with_true_z"] == 150
@@ -131,5 +131,10 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(folder: Pa
 
     assert "one draw says nothing" in command("one", "--samples", "1").stderr
     assert "no such run" in command("two").stderr
-    (run / "adapter" / "adapter_model.safetensors").unlink()
+    weights = run / "adapter" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    assert f"adapter {run}/adapter: adapter_model.safetensors is damaged" in command("one").stderr
+    weights.unlink()
     assert "the run did not end; --resume it first" in command("one").stderr

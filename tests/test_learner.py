@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from learner.learner import Learner, lr_at
+from system.checkpoint import CheckpointError
 from system.config import Config, ConfigError
 from system.config_file import parse
 from system.constraints import Constraints
@@ -143,8 +144,20 @@ def test_a_restored_learner_continues_as_if_it_had_never_stopped(folder: Path) -
 def test_weights_of_another_rank_are_refused(folder: Path) -> None:
     other = config().model_copy(update={"lora": parse({"task": {"kind": "random_number"}, "lora": {"rank": 2}}).lora})
     saved = Learner(other, folder, CONSTRAINTS, "base", list(range(10, 40))).save()
-    with pytest.raises(ValueError, match="does not fit the policy"):
+    with pytest.raises(CheckpointError, match=r"another lora section.*does not fit the policy"):
         learner(folder).restore(saved, 1)
+
+
+def test_weights_of_another_model_are_refused_and_a_model_that_moved_is_not(folder: Path, tmp_path: Path) -> None:
+    subject = learner(folder)
+    subject.update(groups())
+    saved = subject.save()
+    moved = Learner(config(), folder, CONSTRAINTS, "elsewhere", list(range(5, 30)))
+    moved.restore(saved, 1)
+    assert moved.step == 1
+    other = tiny.save(tiny.llama(VOCAB, seed=1), tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"another model than model\.path='base'.* nats a token; set model\.path"):
+        Learner(config(), other, CONSTRAINTS, "base", list(range(10, 40))).restore(saved, 1)
 
 
 def test_the_adapter_loads_in_plain_peft_and_gives_the_same_log_q(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from system.config import Config
 from system.config_file import parse
 from system.orchestrator import LearnerDied, Orchestrator
 from system.requests import Requests
-from system.trajectory import Request
+from system.trajectory import Group, Request
 from tests.fakes import PROMPTS, FakeLearner, FakeSamplers, FakeTracker, dies
 
 
@@ -129,6 +130,48 @@ def test_a_sampler_that_refuses_ends_the_run_with_its_own_error(tmp_path: Path) 
 
     with pytest.raises(ValueError, match="reward is NaN"):
         orchestrator(tmp_path, config(), FakeSamplers(fate=fate), FakeLearner()).train()
+
+
+class Lossy(FakeSamplers):
+    """Leaves out `lost[group_id]` samples of a group, as a sampler does whose reward fails."""
+
+    def __init__(self, lost: dict[int, int]) -> None:
+        super().__init__()
+        self.lost = lost
+
+    def _work(self, request: Request, version: int) -> Group:
+        group = super()._work(request, version)
+        lost = self.lost.get(group.group_id, 0)
+        kept, rewards = group.trajectories_K[lost:], group.log_reward_K[lost:]
+        return replace(group, trajectories_K=kept, log_reward_K=rewards, faults=("log of zero",) * lost)
+
+
+def test_samples_without_a_reward_are_left_out_and_a_group_with_fewer_than_two_is_given_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    samplers, learner = Lossy({3: 1, 5: 2, 6: 3}), FakeLearner()
+    loop = orchestrator(tmp_path, config(), samplers, learner)
+    loop.train()
+    assert learner.step == 12
+    assert samplers.issued == list(range(26)), "two more in place of those given up, and none twice"
+    assert {group.group_id for batch in learner.batches for group in batch}.isdisjoint({5, 6})
+    assert (loop.counters.reward_faults, loop.counters.given_up, loop.counters.groups) == (6, 2, 24)
+    assert used(learner) == 24 * 3 - 1
+    assert loop.tracker.series("reward_faults")[-1] == 6  # type: ignore[attr-defined]
+    assert loop.tracker.series("groups/given_up")[-1] == 2  # type: ignore[attr-defined]
+    assert "group 3: 1 samples have no reward; the first: log of zero" in caplog.text
+
+
+def test_too_many_samples_without_a_reward_stop_the_run_also_over_a_resume(tmp_path: Path) -> None:
+    cfg = parse(config().model_dump() | {"sampler": {"samples_per_prompt": 3, "max_reward_faults": 3}})
+    loop = orchestrator(tmp_path, cfg, Lossy({0: 1, 15: 3}), FakeLearner())
+    with pytest.raises(RuntimeError, match=r"4 samples had no reward, more than sampler.max_reward_faults=3; .* log of zero"):
+        loop.train()
+    again = orchestrator(tmp_path, cfg, Lossy({15: 3}), FakeLearner())
+    again.restore(checkpoint.read_latest(tmp_path / "checkpoints"))
+    assert again.counters.reward_faults == 1
+    with pytest.raises(RuntimeError, match=r"4 samples had no reward"):
+        again.train()
 
 
 def test_a_learner_that_fails_ends_the_run_with_its_own_error(tmp_path: Path) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import sys
-import types
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from system.language_model import LanguageModel
 from system.prefix_tree import PrefixTree
 from system.tasks.problem import sampled
 from system.trajectory import Prompt, Trajectory
-from tests import tiny
+from tests import faulty, tiny
 
 SAMPLES = [[5, 6, 7, 8], [5, 6, 9], [5, 6], [], [5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17], [5, 6], [30]]
 PROMPT = Prompt("x", (1, 4), (1, 20, 21, 22))
@@ -238,6 +238,39 @@ def test_nan_before_the_end_is_a_state_without_a_reward() -> None:
     assert scores[1:].tolist() == [1.0, 2.0]
 
 
+def test_the_others_of_a_group_keep_their_rewards_and_each_fault_is_named() -> None:
+    """A product has the log R of the good ones from every factor; wrong numbers of values are found by what checks it."""
+    words = ["good", "raise", "nan", "list", "fine"]
+
+    def judge(prompt: Prompt, text: str, tokens: list[int]) -> Any:
+        return faulty.score(prompt, words[tokens[0]], tokens)
+
+    samples = trajectories([[k] for k in range(5)])
+    other = Given(*[[math.nan, 10.0 * k] for k in range(4)], [math.nan, math.nan])
+    checked = Checked(Product([function(judge), other]), text_of)
+    with pytest.raises(RewardError) as caught:
+        checked.score(PROMPT, samples)
+    error = pickle.loads(pickle.dumps(caught.value))  # as it crosses processes
+    assert error.log_reward_K[0][-1] == -4.0
+    assert list(error.faults) == [1, 2, 3, 4]
+    expected = ["ArithmeticError: log of zero", "returned nan", "returned [0.0, 0.0]", "finite at the end"]
+    assert all(piece in fault for piece, fault in zip(expected, error.faults.values(), strict=True))
+    assert "ArithmeticError" in str(error)
+    assert "(and 3 more of this group)" in str(error)
+
+
+def test_a_function_that_hangs_costs_its_sample_and_no_other() -> None:
+    options: dict[str, Any] = {"model": None, "stop": (), "token_budget": 64}
+    words = ["good", "sleep", "spin", "fine"]
+    reward = section(kind="function", path="tests.faulty:score", seconds=2)
+    built = rewards.build(reward, decode=lambda tokens: words[tokens[0]], **options)
+    with pytest.raises(RewardError) as caught:
+        built.score(PROMPT, trajectories([[k] for k in range(4)]))
+    assert [caught.value.log_reward_K[k][-1] for k in (0, 3)] == [-4.0, -4.0]
+    assert list(caught.value.faults) == [1, 2]
+    assert all("no answer after 2 s" in fault and "prompt 'x'" in fault for fault in caught.value.faults.values())
+
+
 def test_a_reward_for_another_number_of_samples_is_refused() -> None:
     with pytest.raises(RewardError, match="prompt 'x': 1 log-rewards for 2 trajectories"):
         Checked(Given([0.0, 0.0]), text_of).score(PROMPT, trajectories([[1], [2]]))
@@ -265,11 +298,10 @@ def section(**reward: Any) -> Any:
 
 
 @pytest.fixture
-def own_module(monkeypatch: pytest.MonkeyPatch) -> str:
-    module = types.ModuleType("own_rewards")
-    module.length = lambda prompt, text, tokens: len(tokens)  # type: ignore[attr-defined]
-    module.broken = lambda prompt, text, tokens: math.nan  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "own_rewards", module)
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    source = "def length(prompt, text, tokens):\n    return len(tokens)\n\ndef broken(*_):\n    return float('nan')\n"
+    (tmp_path / "own_rewards.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
     return "own_rewards"
 
 

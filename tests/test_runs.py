@@ -7,6 +7,7 @@ import pytest
 
 from deploy import runs
 from learner.learner import Learner
+from system.checkpoint import CheckpointError
 from system.config import ConfigError, Lora
 from system.config_file import parse
 from system.constraints import Constraints
@@ -32,7 +33,7 @@ def test_training_starts_from_the_adapter_of_a_run_or_a_peft_folder(tmp_path: Pa
     assert second.step == 0
     for name, tensor in first.policy.adapter_tensors().items():
         np.testing.assert_array_equal(second.policy.adapter_tensors()[name], tensor)
-    with pytest.raises(ValueError, match="does not fit the policy"):
+    with pytest.raises(CheckpointError, match="does not fit the policy"):
         learner(folder, rank=8).restore(runs.starting_weights(Lora(start=str(tmp_path / where))), 0)
 
 

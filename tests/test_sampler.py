@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from actors.rewards import RewardError
 from actors.sampler import EngineDied, Sampler
 from system.adapters import Adapter, AdapterError
 from system.config_file import parse
@@ -231,6 +232,29 @@ def test_running_groups_finish_before_a_newer_version_is_installed() -> None:
     assert held.engine.closed
 
 
+def test_a_version_that_arrives_twice_is_installed_once_and_a_late_one_never() -> None:
+    engine: Any = ScriptedEngine()
+    sampler = Sampler(engine, Lengths())
+    for version in (1, 1, 2, 1, 2):
+        assert sampler.sample(request_of(0), adapter_of(version)).adapter_version >= version
+    sampler.close()
+    assert [line for line in engine.log if line.startswith("install")] == ["install 1", "install 2"]
+
+
+def test_a_version_that_did_not_arrive_is_never_sampled_from_silently() -> None:
+    """An engine that says it has installed a version and runs the old one, or none at all."""
+    told = threading.Event()
+    engine: Any = ScriptedEngine()
+    sampler = Sampler(engine, Lengths(), told.set)
+    assert sampler.sample(request_of(0), adapter_of(1)).adapter_version == 1
+    engine.install = lambda adapter: {"seconds": 0.0}
+    with pytest.raises(EngineDied, match="version 2 was installed, but the engine has 1"):
+        sampler.sample(request_of(1), adapter_of(2))
+    assert told.wait(SECONDS), "the process ends: what its engine runs is not known"
+    assert "start 1 on 1" not in engine.log
+    sampler.close()
+
+
 def test_every_waiting_caller_learns_that_the_engine_died() -> None:
     told = threading.Event()
     held = Held(on_death=told.set)
@@ -301,6 +325,21 @@ def test_an_error_of_the_reward_is_its_callers_and_the_sampler_goes_on() -> None
     assert sampler.sample(request_of(1), adapter_of(1)).group_id == 1
     with pytest.raises(ValueError, match="no samples"):
         sampler.sample(Request(2, PROMPT, (), 0), adapter_of(1))
+    sampler.close()
+
+
+def test_samples_without_a_reward_are_left_out_of_their_group_with_the_reason() -> None:
+    class Picky(Lengths):
+        def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+            raise RewardError({0: "log of zero", 2: "no answer"}, super().score(prompt, trajectories_K))
+
+    engine: Any = ScriptedEngine()
+    sampler = Sampler(engine, Picky())
+    group = sampler.sample(request_of(0), adapter_of(1))
+    assert group.faults == ("log of zero", "no answer")
+    assert len(group.trajectories_K) == len(group.log_reward_K) == 1
+    with pytest.raises(RewardError, match="log of zero"):
+        sampler.score(PROMPT, group.trajectories_K)
     sampler.close()
 
 

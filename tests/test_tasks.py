@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from system import tasks
 from system.config import ConfigError
 from system.config_file import parse
 from system.evaluation import means
+from system.function_process import FunctionFault
 from system.language_model import decode, load_tokenizer
 from system.models import locate
 from system.task_config import Continuation
@@ -309,11 +311,51 @@ def test_the_packaged_stories_are_whole_and_fit_the_packaged_model(smollm2: PreT
         given.constraints.column_of(np.array(tokens))
 
 
+# ----------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty; name a file with one entry a line"),
+        (b" \r\n\t\n", "is empty"),
+        ("caf\xe9\n".encode("latin-1"), "is not UTF-8 (byte 3); convert it"),
+        ("\ufeffhi".encode("utf-16"), "is not UTF-8 (byte 0); convert it"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("kind", "field"), [("continuation", "prompts"), ("verifiable", "questions"), ("infilling", "stories")]
+)
+def test_a_file_without_anything_to_read_is_refused_by_name(
+    tmp_path: Path, kind: str, field: str, content: bytes, message: str
+) -> None:
+    path = tmp_path / "given.txt"
+    path.write_bytes(content)
+    fields: dict[str, Any] = {field: str(path)}
+    with pytest.raises(ConfigError) as caught:
+        problem(kind, **fields)
+    assert str(caught.value).startswith(f"task.{field}={str(path)!r} ")
+    assert message in str(caught.value)
+
+
+def test_repetitions_are_left_out_and_counted_and_numbers_are_those_of_the_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "given.txt"
+    path.write_bytes("one\r\n\r\ntwo\n one \nx\u2028y\x0bz\ntwo\n".encode())
+    given = problem("continuation", prompts=str(path))
+    assert [prompt.id for prompt in given.prompts] == ["line-1", "line-3", "line-5"]
+    assert given.prompts[2].meta["text"] == "x\u2028y\x0bz"
+    assert "2 entries are left out that repeat an earlier one; the first is 4, which repeats 1" in caplog.text
+    caplog.clear()
+    question = {"question": "a\u2028b", "answer": 1}
+    lines = [json.dumps(question, ensure_ascii=False), json.dumps(question | {"answer": 2}), json.dumps(question)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert [prompt.id for prompt in problem("verifiable", questions=str(path)).prompts] == ["question-1", "question-2"]
+    assert "1 entries are left out that repeat an earlier one; the first is 3, which repeats 1" in caplog.text
+
+
 # ----------------------------------------------------------------------------------------------------- constrained
-
-
-def a_long_word(prompt: Prompt, text: str, tokens: list[int]) -> bool:
-    return max(map(len, text.split()), default=0) > 7
 
 
 @pytest.mark.parametrize(
@@ -325,8 +367,8 @@ def a_long_word(prompt: Prompt, text: str, tokens: list[int]) -> bool:
         ({"keywords": ["c++"]}, "we wrote c++ there", True),
         ({"pattern": r"\bA\w+ B\w+"}, "then Anna Bell left", True),
         ({"pattern": r"^ ?A"}, "then Anna left", False),
-        ({"predicate": "tests.test_tasks:a_long_word"}, "a wonderful day", True),
-        ({"predicate": "tests.test_tasks:a_long_word", "keywords": ["day"]}, "a day", False),
+        ({"predicate": "tests.faulty:shouting"}, "A WONDERFUL DAY", True),
+        ({"predicate": "tests.faulty:shouting", "keywords": ["day"]}, "a day", False),
     ],
 )
 def test_a_constraint_costs_its_floor_where_it_is_not_satisfied(asked: dict[str, Any], text: str, satisfied: bool) -> None:
@@ -340,7 +382,7 @@ def test_a_constraint_costs_its_floor_where_it_is_not_satisfied(asked: dict[str,
         ({}, "keywords, pattern and predicate are all empty"),
         ({"pattern": "("}, "is no regular expression"),
         ({"keywords": ["a.b"]}, "'a.b' has '.', which is in task.illegal"),
-        ({"predicate": "tests.test_tasks:none"}, "task.predicate='tests.test_tasks:none' cannot be imported"),
+        ({"predicate": "tests.faulty:none"}, "task.predicate='tests.faulty:none' cannot be imported"),
     ],
 )
 def test_a_constraint_that_cannot_be_met_or_read_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -415,6 +457,24 @@ def test_an_infilled_sentence_is_compared_with_the_storys_own_without_its_stop()
     assert both["gleu_4"] == pytest.approx(0.5)
 
 
+def test_a_pattern_that_backtracks_without_end_is_given_up_after_its_time() -> None:
+    """`re` would take years for this text, and could not be stopped."""
+    (prompt,) = problem("constrained", limit=1, pattern=r"^(a|aa)+$", seconds=0.2).prompts
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        log_constraint(prompt, "a" * 60 + "?", [])
+    assert time.monotonic() - started < 10
+    assert log_constraint(prompt, "aaa", []) == 0.0
+    assert validity(prompt, ["aaa", "a" * 60 + "?"])["validity"] == 0.5
+
+
+def test_a_predicate_that_hangs_is_given_up_after_its_time() -> None:
+    (prompt,) = problem("constrained", limit=1, predicate="tests.faulty:score", seconds=2).prompts
+    with pytest.raises(FunctionFault, match="no answer after 2 s"):
+        log_constraint(prompt, "spin", [])
+    assert log_constraint(prompt, "fine", []) == 0.0
+
+
 def test_a_story_without_its_own_sentence_has_no_overlap() -> None:
     assert overlap(asked(middle="", stop="."), ["a", "b"]) == {}
 
@@ -424,7 +484,7 @@ def test_continuations_are_judged_by_the_share_of_distinct_ones() -> None:
 
 
 def test_constrained_texts_are_judged_by_whether_they_satisfy() -> None:
-    constraint = {"keywords": ["cat"], "pattern": None, "predicate": None, "floor": -20.0}
+    constraint = {"keywords": ["cat"], "pattern": None, "predicate": None, "floor": -20.0, "seconds": 1.0}
     result = validity(asked(constraint=constraint), ["a cat", "a catalogue", "a dog", "Cat!"])
     assert result == {"validity": 0.5, "distinct": 1.0}
     with_tokens = validity(asked(constraint=constraint | {"predicate": "a:b"}), ["a cat", "a dog"])

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from system.config_file import parse
@@ -30,6 +35,42 @@ def test_the_calculator_answers_two_operands_and_leaves_everything_else_alone(
 ) -> None:
     tokens = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.decode(list(Calculator(tokenizer).output(tokens))) == written
+
+
+PIECES = st.sampled_from(["=", ",", " ", "-", "+", "**", "9", "7" * 6, "1" * 7, "0", "٣", "__import__('os')", "e", "("])
+SUM = re.compile(r"(?:.*[,=])?\s*(-?[0-9]{1,6})\s*([+-])\s*(-?[0-9]{1,6})\s*=", re.DOTALL)
+
+
+@given(st.lists(PIECES, max_size=30))
+def test_no_text_makes_the_calculator_do_anything_but_a_short_sum(
+    tokenizer: PreTrainedTokenizerBase, pieces: list[str]
+) -> None:
+    """It answers with the sum, of seven digits at most, of what `SUM` reads; and with nothing else."""
+    text = "".join(pieces)
+    written = tokenizer.decode(list(Calculator(tokenizer).output(tokenizer.encode(text, add_special_tokens=False))))
+    if match := SUM.fullmatch(text):
+        left, sign, right = match.groups()
+        assert written == f" {int(left) + int(right) * (1 if sign == '+' else -1)}"
+        assert len(written) <= 9
+    else:
+        assert written == ""
+
+
+LONG = ["9" * 200_000 + "=", " " * 200_000 + "=", "1 + " * 50_000 + "=", "=" * 100_000, "-" * 200_000 + "1="]
+
+
+@pytest.mark.parametrize("text", LONG, ids=range(5))
+def test_a_long_text_does_not_hold_the_calculator_up(text: str) -> None:
+    class Letters:
+        """A token for each character."""
+
+        def decode(self, tokens: list[int], **_: object) -> str:
+            return "".join(map(chr, tokens))
+
+    letters: Any = Letters()
+    started = time.process_time()
+    assert Calculator(letters).output([ord(letter) for letter in text]) == ()
+    assert time.process_time() - started < 5
 
 
 class Doubling:

@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -257,6 +258,26 @@ def test_the_journal_of_a_killed_process_is_whole_and_is_replayed_by_the_command
     run = recorded(database, "killed")
     assert run.info.status == "KILLED"
     assert history(database, run, "loss") == [(step, float(step)) for step in range(100)]
+
+
+def test_a_full_disk_is_named_and_leaves_the_journal_whole(tmp_path, database, black_hole, caplog):
+    tracker = Tracker(tmp_path, config(black_hole, "full", tracking={"close_seconds": 0}))
+    tracker.metrics({"loss": 0.0}, 0)
+    size = (tmp_path / "journal.jsonl").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The kernel takes a part of the next line and refuses the rest, as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, before[1]))
+    try:
+        with pytest.raises(TrackingError, match=r"journal\.jsonl cannot be written: .*; make room there, then --resume"):
+            tracker.metrics({"loss": 1.0}, 1)
+        assert (tmp_path / "journal.jsonl").stat().st_size == size
+        tracker.close("FAILED")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "the run's end is not recorded" in caplog.text
+    assert replay(tmp_path, database) == 0
+    run = recorded(database, "full")
+    assert (history(database, run, "loss"), run.info.status) == ([(0, 0.0)], "KILLED")
 
 
 def test_a_run_folder_has_one_writer_and_is_not_reused_by_accident(tmp_path, database):

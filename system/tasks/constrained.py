@@ -9,10 +9,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+import regex
 from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError
-from system.functions import import_function
+from system.function_process import function_process
 from system.task_config import Constrained
 from system.tasks import continuation
 from system.tasks.problem import Problem
@@ -20,9 +21,15 @@ from system.trajectory import Prompt
 
 
 def build(section: Constrained, tokenizer: PreTrainedTokenizerBase) -> Problem:
-    """Raises ConfigError as `continuation.build`, or if the predicate cannot be imported."""
+    """Raises ConfigError as `continuation.build`, for a keyword that cannot be drawn, or a predicate that cannot be had."""
     if section.predicate:
-        import_function(section.predicate, "task.predicate")
+        predicate = function_process(section.predicate, "task.predicate", section.seconds)
+        predicate.start()
+        predicate.close()  # the driver has no call for it
+    try:
+        regex.compile(section.pattern or "")
+    except regex.error as error:  # re, which the config was read with, takes a little that regex does not
+        raise ConfigError(f"task.pattern={section.pattern!r} is no regular expression: {error}") from error
     for keyword in section.keywords:
         piece = next((piece for piece in section.illegal if piece in keyword), None)
         if piece is not None:
@@ -33,6 +40,7 @@ def build(section: Constrained, tokenizer: PreTrainedTokenizerBase) -> Problem:
         "pattern": section.pattern,
         "predicate": section.predicate,
         "floor": section.floor,
+        "seconds": section.seconds,
     }
     prompts = tuple(replace(p, meta=p.meta | {"constraint": constraint}) for p in problem.prompts)
     return replace(problem, prompts=prompts, judge=validity)
@@ -43,19 +51,33 @@ def validity(prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
     here: with one, the first is not known."""
     result = continuation.variety(prompt, texts)
     if not prompt.meta["constraint"]["predicate"]:
-        result["validity"] = sum(satisfied(prompt, text, []) for text in texts) / len(texts)
+        result["validity"] = sum(_found(prompt, text) for text in texts) / len(texts)
     return result
 
 
+def _found(prompt: Prompt, text: str) -> bool:
+    try:
+        return satisfied(prompt, text, [])
+    # The reward has refused such a sample already: here it only counts as one that does not satisfy.
+    except TimeoutError:
+        return False
+
+
 def satisfied(prompt: Prompt, text: str, tokens: list[int]) -> bool:
-    """Keywords are whole words, whatever their case."""
+    """Keywords are whole words, whatever their case.
+
+    Raises:
+        TimeoutError: the search for the pattern took longer than task.seconds.
+        FunctionFault: the predicate gave no value.
+    """
     constraint = prompt.meta["constraint"]
     if not all(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in constraint["keywords"]):
         return False
-    if constraint["pattern"] and not re.search(constraint["pattern"], text):
+    # A pattern can take exponential time on a text that it nearly matches: re could not be ended, regex can.
+    if constraint["pattern"] and not regex.search(constraint["pattern"], text, timeout=constraint["seconds"]):
         return False
     predicate = constraint["predicate"]
-    return not predicate or bool(import_function(predicate, "task.predicate")(prompt, text, tokens))
+    return not predicate or bool(function_process(predicate, "task.predicate", constraint["seconds"])(prompt, text, tokens))
 
 
 def log_constraint(prompt: Prompt, text: str, tokens: list[int]) -> float:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError
 from system.task_config import NextSentence
-from system.tasks.files import choose, read_lines, read_records
+from system.tasks.files import choose, distinct, read_lines, read_records
 from system.tasks.problem import Problem, context_tokens, single_token, support
 from system.trajectory import Prompt
 
@@ -54,10 +54,7 @@ def read_prompts(section: NextSentence) -> list[tuple[int, str]]:
     """
     path = PACKAGED_PROMPTS if section.prompts == "packaged" else Path(section.prompts)
     lines = read_lines(path, "task.prompts") if path.suffix != ".jsonl" else _records(path)
-    first: dict[str, int] = {}
-    for number, line in lines:
-        first.setdefault(line, number)
-    prompts = [(number, text) for text, number in first.items()]
+    prompts = distinct(lines, "task.prompts", section.prompts)
     return choose(prompts, section.offset, section.limit, "task.prompts", section.prompts)
 
 

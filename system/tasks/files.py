@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from system.config import ConfigError
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
 def read_lines(path: Path, field: str) -> list[tuple[int, str]]:
-    """(number from 1, text) of the lines that are not empty. Raises ConfigError if the file is missing or not UTF-8."""
+    """(number from 1, text) of the lines that are not empty. Raises ConfigError if the file is missing, empty or not UTF-8."""
     try:
-        lines = path.expanduser().read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines: that also ends a line at characters which editors show, and JSON allows, inside one.
+        lines = path.expanduser().read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{field}={str(path)!r} is not UTF-8 (byte {error.start}); convert it") from error
     except OSError as error:
         raise ConfigError(f"{field}={str(path)!r} cannot be read: {error.strerror}; name a file") from error
-    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    filled = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not filled:
+        raise ConfigError(f"{field}={str(path)!r} is empty; name a file with one entry a line")
+    return filled
+
+
+def distinct(items: Sequence[tuple[int, T]], field: str, value: str) -> list[tuple[int, T]]:
+    """The first of equal items, with its number. Tolerated on purpose, and counted in the log."""
+    first: dict[T, int] = {}
+    repeated = [(number, first[item]) for number, item in items if first.setdefault(item, number) != number]
+    if repeated:
+        message = "%s=%r: %d entries are left out that repeat an earlier one; the first is %d, which repeats %d"
+        logger.warning(message, field, value, len(repeated), *repeated[0])
+    return [(number, item) for item, number in first.items()]
 
 
 def read_records(path: Path, field: str) -> list[tuple[int, Any]]:

@@ -43,14 +43,19 @@ class Problem:
     function of a module, since it travels between processes. Evaluations log the means over prompts as task/…."""
 
     @property
-    def longest_prompt(self) -> int:
-        """Tokens of the longest context that a model has to hold besides Z."""
+    def lengths(self) -> dict[str, int]:
+        """Prompt id -> tokens of the longest context that a model has to hold besides Z."""
 
         def scored(prompt: Prompt) -> int:
             evidences = (prompt.evidence_tokens or (), *self.alternatives.get(prompt.id, ()))
             return len(prompt.reward_tokens) + len(self.reward_stop) + max(map(len, evidences))
 
-        return max(max(len(prompt.policy_tokens), scored(prompt)) for prompt in self.prompts)
+        return {prompt.id: max(len(prompt.policy_tokens), scored(prompt)) for prompt in self.prompts}
+
+    @property
+    def longest_prompt(self) -> int:
+        """The largest of `lengths`."""
+        return max(self.lengths.values())
 
 
 def support(section: Any, tokenizer: PreTrainedTokenizerBase, stop: int, allowed: Sequence[int] | np.ndarray) -> Constraints:

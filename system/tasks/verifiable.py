@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError
 from system.task_config import Verifiable
-from system.tasks.files import choose, read_records
+from system.tasks.files import choose, distinct, read_records
 from system.tasks.problem import Problem, context_tokens, ordinary_tokens, single_token, support
 from system.trajectory import Prompt
 from system.voting import wins
@@ -49,14 +49,15 @@ def read_questions(section: Verifiable) -> list[tuple[int, str, str]]:
         everything = [(n, f"What is {a} + {b}?", str(a + b)) for n, (a, b) in enumerate(pairs, 1)]
     else:
         records = read_records(Path(section.questions), "task.questions")
-        everything = [_question(record, number, section) for number, record in records]
+        asked = [(number, _question(record, number, section)) for number, record in records]
+        everything = [(number, *pair) for number, pair in distinct(asked, "task.questions", section.questions)]
     return choose(everything, section.offset, section.limit, "task.questions", section.questions)
 
 
-def _question(record: Any, number: int, section: Verifiable) -> tuple[int, str, str]:
+def _question(record: Any, number: int, section: Verifiable) -> tuple[str, str]:
     match record:
         case {"question": str(question), "answer": str() | int() | float() as answer} if question.strip():
-            return number, question.strip(), str(answer)
+            return question.strip(), str(answer)
     where = f"task.questions={section.questions!r}, line {number}"
     raise ConfigError(f'{where}: needs {{"question": text, "answer": text or number}}')
 

@@ -1,0 +1,56 @@
+"""Functions that a user might name in a config, each with a fault of its own on some texts. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+import time
+from typing import Any
+
+
+def score(prompt: Any, text: str, tokens: list[int]) -> Any:
+    """log R = -len(text), but for texts that hold the name of a fault."""
+    if "raise" in text:
+        raise ArithmeticError("log of zero")
+    if "sleep" in text:
+        time.sleep(600)
+    if "spin" in text:  # native code that holds the interpreter's lock for ever
+        re.fullmatch(r"(a+)+b", "a" * 64)
+    if "exit" in text:
+        sys.exit(3)
+    if "crash" in text:
+        os._exit(7)
+    if "nan" in text:
+        return math.nan
+    if "list" in text:
+        return [0.0, 0.0]
+    return -float(len(text))
+
+
+def digits(prompt: Any, text: str, tokens: list[int]) -> float:
+    """Of the tiny models' texts: 0, but texts that begin with 1 raise, with 2 hang, with 3 have NaN."""
+    if text[:1] == "1":
+        raise ArithmeticError("log of zero")
+    if text[:1] == "2":
+        time.sleep(600)
+    return math.nan if text[:1] == "3" else 0.0
+
+
+def shouting(prompt: Any, text: str, tokens: list[int]) -> bool:
+    return text.isupper()
+
+
+def process_id(prompt: Any, text: str, tokens: list[int]) -> int:
+    return os.getpid()
+
+
+def slow(prompt: Any, text: str, tokens: list[int]) -> float:
+    """Takes its time, so that there is a run to interrupt."""
+    time.sleep(0.01)
+    return -0.5 * abs(len(text) - 3)
+
+
+def always(prompt: Any, text: str, tokens: list[int]) -> float:
+    raise ArithmeticError("log of zero")

@@ -1,0 +1,206 @@
+"""What a real job leaves when it is killed, interrupted or failing: the same weights after a resume, no process, no secret."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = ["ab", "cd", "ef", "gh", "ij"]
+STEPS, GROUPS = 24, 2
+SECRETS = {
+    "MLFLOW_TRACKING_USERNAME": "hw-user-1f0e", "MLFLOW_TRACKING_PASSWORD": "hw-secret-9c1d",
+    "MLFLOW_TRACKING_TOKEN": "hw-secret-77aa",
+    "HF_TOKEN": "hw-secret-4b2e", "AWS_SECRET_ACCESS_KEY": "hw-secret-e8f3", "WANDB_API_KEY": "hw-secret-0d5b",
+}  # fmt: skip
+SECONDS = 240
+
+
+class Runner:
+    """Starts jobs in a folder, with an environment by which every process of theirs can be found, and with fake secrets."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.marker = uuid.uuid4().hex
+        self.ray = Path(tempfile.mkdtemp(prefix="hw", dir="/tmp"))  # short: Ray puts sockets there
+        (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+        config = {
+            "name": "tiny",
+            "model": {"path": str(tiny.folder(folder))},
+            "lora": {"rank": 4},
+            "task": {
+                "kind": "continuation", "prompts": "prompts.txt", "max_tokens": 6,
+                "reward": {"kind": "product", "of": [
+                    {"kind": "lm_posterior"}, {"kind": "function", "path": "tests.faulty:slow", "every_prefix": True},
+                ]},
+            },
+            "sampler": {"samples_per_prompt": 4, "kv_cache_mb": 16},
+            "replay": {"fresh": 0.5, "prioritised": 0.25, "uniform": 0.25},
+            "learner": {
+                "steps": STEPS, "groups_per_update": GROUPS, "max_staleness": 0, "checkpoint_every": 5, "evaluation_prompts": 2,
+                "evaluation_samples": 4,
+            },
+            "tracking": {"sample_table_every": 1, "system_metrics_seconds": 1},
+        }  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config))
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        environment = os.environ | SECRETS | {
+            "HEADWATER_TEST": self.marker, "RAY_TMPDIR": str(self.ray), "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0",
+        }  # fmt: skip
+        with (self.folder / f"log-{time.monotonic_ns()}.txt").open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, str(ROOT / "deploy/job.py"), *arguments],
+                cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
+            )  # fmt: skip
+
+    def logs(self) -> str:
+        return "\n".join(path.read_text() for path in self.folder.glob("log-*.txt"))
+
+    def processes(self) -> list[psutil.Process]:
+        """All that live and were started by a job of this runner's, wherever they hang in the tree of processes."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("HEADWATER_TEST") == self.marker and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def assert_nothing_runs(self) -> None:
+        deadline = time.monotonic() + 60
+        while left := self.processes():
+            assert time.monotonic() < deadline, [process.cmdline() for process in left]
+            time.sleep(0.2)
+
+    def close(self) -> None:
+        for process in self.processes():
+            process.kill()
+        shutil.rmtree(self.ray, ignore_errors=True)
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Iterator[Runner]:
+    runner = Runner(tmp_path)
+    yield runner
+    runner.close()
+
+
+def wait_until(condition: Callable[[], Any], job: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def drawn(run_dir: Path) -> list[list[tuple[str, str]]]:
+    """By update: (prompt, text) of each fresh sample."""
+    tables = [json.loads(path.read_text()) for path in sorted((run_dir / "tables/samples").glob("*.json"))]
+    return [[(row[0], row[1]) for row in table["data"]] for table in tables]
+
+
+def weights(run_dir: Path) -> bytes:
+    return (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.timeout(900)  # four jobs
+def test_a_killed_and_an_interrupted_run_end_with_the_weights_of_one_that_was_not(runner: Runner) -> None:
+    whole = runner.start("config.json", "output_dir=whole")
+    whole.communicate(timeout=SECONDS)
+    assert whole.returncode == 0, runner.logs()[-3000:]
+    runner.assert_nothing_runs()
+    (reference,) = (runner.folder / "whole").iterdir()
+    assert_no_secret(runner)
+
+    job = runner.start("config.json", "output_dir=cut")
+    wait_until(lambda: list(runner.folder.glob("cut/*/checkpoints/step-00000010")), job)
+    assert len(runner.processes()) > 4, "driver, learner, sampler, its function, and Ray's own"
+    job.kill()
+    job.communicate()
+    runner.assert_nothing_runs()
+    (run_dir,) = (runner.folder / "cut").iterdir()
+    assert not (run_dir / "adapter").exists()
+
+    job = runner.start("--resume", str(run_dir))
+    wait_until(lambda: list(run_dir.glob("checkpoints/step-00000015")), job)
+    job.send_signal(signal.SIGINT)
+    job.communicate(timeout=SECONDS)
+    assert job.returncode == 130, runner.logs()[-3000:]
+    runner.assert_nothing_runs()
+
+    job = runner.start("--resume", str(run_dir))
+    job.communicate(timeout=SECONDS)
+    assert job.returncode == 0, runner.logs()[-3000:]
+    assert drawn(run_dir) == drawn(reference)
+    assert weights(run_dir) == weights(reference)
+    groups = [prompt for rows in drawn(run_dir) for prompt, _ in rows[:: len(rows) // GROUPS]]
+    assert len(groups) == STEPS * GROUPS
+    epochs = [groups[at : at + len(PROMPTS)] for at in range(0, len(groups) - len(PROMPTS) + 1, len(PROMPTS))]
+    assert all(sorted(epoch) == [f"line-{number}" for number in range(1, 6)] for epoch in epochs)
+
+
+def assert_no_secret(runner: Runner) -> None:
+    """In no file that a job wrote: run folder, MLflow's database and artifacts, logs, and what Ray left."""
+    files = [path for folder in (runner.folder, runner.ray) for path in folder.rglob("*") if path.is_file()]
+    assert {"mlflow.db", "journal.jsonl", "config.yaml", "summary.json"} <= {path.name for path in files}
+    found = [(str(path), name) for path in files for name, value in SECRETS.items() if value.encode() in path.read_bytes()]
+    assert found == []
+
+
+def test_a_reward_that_keeps_failing_ends_the_job_with_its_cause_and_no_process(runner: Runner) -> None:
+    reward = "task.reward={kind: function, path: 'tests.faulty:none_at_all', every_prefix: true}"
+    job = runner.start("config.json", reward)
+    job.communicate(timeout=SECONDS)
+    assert job.returncode == 2
+    assert "task.reward.path='tests.faulty:none_at_all' cannot be imported" in runner.logs()
+    runner.assert_nothing_runs()
+
+    reward = "task.reward={kind: function, path: 'tests.faulty:always', seconds: 2}"
+    job = runner.start("config.json", reward, "sampler.max_reward_faults=5")
+    job.communicate(timeout=SECONDS)
+    assert job.returncode == 1
+    assert "samples had no reward, more than sampler.max_reward_faults=5" in runner.logs()
+    assert "ArithmeticError: log of zero" in runner.logs()
+    runner.assert_nothing_runs()
+
+
+def test_a_password_in_the_tracking_uri_is_refused_before_anything_is_written(runner: Runner) -> None:
+    before = sorted(path.name for path in runner.folder.iterdir())
+    job = runner.start("config.json", "tracking.uri=http://me:hw-secret-5e5e@127.0.0.1:9")
+    output, _ = job.communicate(timeout=SECONDS)
+    assert job.returncode == 2
+    assert "hw-secret-5e5e" not in output + runner.logs()
+    assert "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in runner.logs()
+    assert sorted(path.name for path in runner.folder.iterdir() if not path.name.startswith("log-")) == before
+
+
+def test_a_resume_from_a_damaged_checkpoint_is_refused_with_the_one_before(runner: Runner) -> None:
+    from system import checkpoint, config_file
+
+    run_dir = runner.folder / "run"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(config_file.dump(config_file.load(runner.folder / "config.json")))
+    checkpoint.write(run_dir / "checkpoints", 5, {"state.json": b"{}"})
+    (checkpoint.write(run_dir / "checkpoints", 10, {"state.json": b"{}"}) / "state.json").write_bytes(b"[]")
+    job = runner.start("--resume", str(run_dir))
+    job.communicate(timeout=SECONDS)
+    assert job.returncode == 1
+    expected = f"error: checkpoint {run_dir}/checkpoints/step-00000010 is refused: damaged: state.json; step-00000005 is whole"
+    assert expected in runner.logs()
+    assert "--from-step 5" in runner.logs()
