@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLORS = ("#1f6f8b", "#d1495b", "#edae49", "#6a7b8b", "#5b8c5a", "#8e6c8a", "#c08552", "#3d5a80")
@@ -58,7 +59,7 @@ def draw(chart: Chart) -> str:
     return data_uri(buffer.getvalue(), "svg+xml")
 
 
-def _line(axis: matplotlib.axes.Axes, label: str, series: Series, color: str, *, marked: bool) -> None:
+def _line(axis: Axes, label: str, series: Series, color: str, *, marked: bool) -> None:
     steps, values = np.array(list(series)), np.array(list(series.values()), float)
     steps, values = thinned(steps, MOST_POINTS), thinned(values, MOST_POINTS)
     if marked or len(values) < SMOOTHED_FROM:

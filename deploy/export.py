@@ -48,7 +48,7 @@ def merge(config: Config, adapter: Path, folder: Path) -> Path:
         updates = Adapter.publish(0, 0, safetensors.numpy.load_file(adapter), peft_config, config.model.path).updates()
         with torch.no_grad():
             for module, update in updates.items():
-                weight = model.get_submodule(module).weight
+                weight = model.get_parameter(f"{module}.weight")
                 delta_OI = torch.from_numpy(update.b_OR) @ torch.from_numpy(update.a_RI)
                 weight.add_(delta_OI.T if update.transposed else delta_OI, alpha=update.scale)
     except (AdapterError, AttributeError, RuntimeError) as error:

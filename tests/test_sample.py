@@ -162,6 +162,7 @@ def test_a_missing_run_or_adapter_is_named_before_anything_is_loaded(tmp_path: P
 def test_questions_from_a_file_have_the_runs_own_examples_in_front(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"question": "Question: 1 + 2 - 3 = ? Answer:", "answer": 0}\n')
     config = config_of(kind="arithmetic")
-    [(_, asked)], shown = read_questions(sample.with_prompts(config, tmp_path / "in.jsonl").task)
+    task: Any = sample.with_prompts(config, tmp_path / "in.jsonl").task
+    [(_, asked)], shown = read_questions(task)
     assert asked.expression == "1 + 2 - 3"
     assert shown == read_questions(config.task)[1] != []

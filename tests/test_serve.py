@@ -49,6 +49,7 @@ def test_the_server_offers_the_base_and_the_adapter_with_the_learners_log_probs(
     process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         assert process.stdout is not None
+        said = ""
         for said in process.stdout:
             if said.startswith(f"http://127.0.0.1:{port}/v1 serves "):
                 break
