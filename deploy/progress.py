@@ -48,7 +48,7 @@ class Progress(Protocol):
 
 def show(out: IO[str] | None = None) -> Progress:
     """On `out`, by default stdout: live if it is a terminal that can be drawn on."""
-    stream: IO[str] = out or sys.stdout
+    stream: IO[str] = sys.stdout if out is None else out
     console = Console(file=stream, highlight=False)
     return Screen(console) if console.is_terminal and not console.is_dumb_terminal else Lines(stream)
 

@@ -118,7 +118,7 @@ def _record(local: Local, group: Group) -> dict[str, Any]:
         "prompt": group.prompt.id,
         "context": decode(local.tokenizer, group.prompt.policy_tokens),
         "log_z": log_mean_exp(log_weight_K),
-        "ess": effective_share(weights_K),
+        "ess": effective_share(log_weight_K),
         "samples": rows,
     }
 

@@ -22,9 +22,10 @@ def self_normalised(log_weight_K: np.ndarray) -> np.ndarray:
     return weights_K / weights_K.sum()
 
 
-def effective_share(weights_K: np.ndarray) -> float:
-    """Effective sample size of self-normalised weights, as a share of K: 1 iff all are the same."""
-    return float(1.0 / (len(weights_K) * np.square(weights_K).sum()))
+def effective_share(log_weight_K: np.ndarray) -> float:
+    """Effective sample size under these log-weights, nats, as a share of K: 1 iff all are the same."""
+    weights_K = np.exp(log_weight_K - np.max(log_weight_K))
+    return float(weights_K.sum() ** 2 / (len(weights_K) * np.square(weights_K).sum()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ class Bounds:
             log_z_lower=float(np.mean(u_K)),
             log_z_weighted=log_mean_exp(u_K),
             spread=float(np.var(u_K, ddof=1)),
-            ess=effective_share(self_normalised(u_K)),
+            ess=effective_share(u_K),
         )
 
 

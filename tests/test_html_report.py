@@ -17,7 +17,7 @@ from deploy.html_report import Metrics
 from system import config_file, evaluation
 from system.config import ConfigError
 from system.evaluation import Evaluation
-from system.tracking import Tracker
+from system.journal import Journal
 
 EVIL = '<script>alert("x")</script><img src="https://example.com/x.png" onerror=alert(1)>{{ 7 * 7 }}'
 
@@ -37,29 +37,30 @@ def run_dir(tmp_path: Path) -> Path:
         {
             "task": {"kind": "continuation"},
             "learner": {"reward_temperature": {"start": 0.5, "end": 0.5}},
-            "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db", "close_seconds": 1},
         }
     )
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(config_file.dump(config))
-    tracker = Tracker(folder, config)
-    tracker.dataset("continuation", [{"id": "line-1", "text": f"context {EVIL}"}, {"id": "line-2", "text": "b"}])
+    journal = Journal(folder / "journal.jsonl")
     for step in [*range(1, 61), *range(51, 91)]:
-        tracker.metrics(
-            {"loss": 1 / step, "log_z": -5.0, "spread": 3.0, "ess": 0.5, "length/mean": 4.0, "idle/learner": 0.1}, step
-        )
-        tracker.system("sampler-0", {"busy": 0.75}, step)
-    tracker.table("samples", [sample(EVIL)], 90)
-    tracker.metrics({"posterior/spread": 4.0}, 90)
-    tracker._closing.set()
-    tracker._thread.join()
-    tracker._journal.close()
+        values = {"loss": 1 / step, "log_z": -5.0, "spread": 3.0, "length/mean": 4.0, "system/sampler-0/busy": 0.75}
+        journal.append("metrics", step=step, values=values)
+    journal.append("metrics", step=90, values={"posterior/spread": 4.0})
+    journal.append("status", status="RUNNING")
+    table(folder / "datasets" / "continuation.json", [{"id": "line-1", "text": f"context {EVIL}"}])
+    table(folder / "tables" / "samples" / "000090.json", [sample(EVIL)])
     evaluation.write(folder / "evaluations", 0, evaluated(100.0, "before " + EVIL))
     evaluation.write(folder / "evaluations", 90, evaluated(4.0, "after " + EVIL))
     (folder / "plots").mkdir()
     (folder / "plots" / "posterior.png").write_bytes(b"\x89PNG plot")
     (folder / "environment.json").write_text(json.dumps({"torch": "9.9.9", "commit": "abc123"}))
     return folder
+
+
+def table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """As `Tracker` writes it."""
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}))
 
 
 def sample(text: str) -> dict[str, Any]:
@@ -84,7 +85,7 @@ class Page(HTMLParser):
         self.handlers += [name for name, _ in attrs if name.startswith("on")]
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        self.text += data + "\n"
 
 
 def page(run_dir: Path) -> Page:

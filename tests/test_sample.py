@@ -19,7 +19,6 @@ from system import config_file, tasks
 from system.config import ConfigError
 from system.language_model import load_tokenizer
 from system.posterior import log_mean_exp
-from system.task_config import Arithmetic
 from system.tasks.arithmetic import read_questions
 from system.tasks.problem import sampled
 from tests import fakes, finished, lora, tiny
@@ -163,8 +162,7 @@ def test_a_missing_run_or_adapter_is_named_before_anything_is_loaded(tmp_path: P
 def test_questions_from_a_file_have_the_runs_own_examples_in_front(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"question": "Question: 1 + 2 - 3 = ? Answer:", "answer": 0}\n')
     config = config_of(kind="arithmetic")
-    task = sample.with_prompts(config, tmp_path / "in.jsonl").task
-    assert isinstance(task, Arithmetic) and isinstance(config.task, Arithmetic)
+    task: Any = sample.with_prompts(config, tmp_path / "in.jsonl").task
     [(_, asked)], shown = read_questions(task)
     assert asked.expression == "1 + 2 - 3"
     assert shown == read_questions(config.task)[1] != []
