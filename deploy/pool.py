@@ -90,7 +90,7 @@ class RaySamplers:
         self._failed_starts, self._start_after = 0, 0.0
         self._most_asked = 0
         self._paused = self._closed = False
-        self._failure: BaseException | None = None
+        self._ended: BaseException | None = None
         self._fill()
         self._thread = threading.Thread(target=self._run, name="samplers", daemon=True)
         self._thread.start()
@@ -133,13 +133,13 @@ class RaySamplers:
     @contextmanager
     def room(self, need: Resources) -> Iterator[None]:
         """Some node has `need` free if the samplers can make it so, and no sampler is started meanwhile."""
-        if not _within(ROOM_SECONDS, lambda: ray_cluster.has_room(need)):
-            self._paused = True
-            while self._members and not ray_cluster.has_room(need):
+        self._paused = True
+        try:
+            found = _within(ROOM_SECONDS, lambda: ray_cluster.has_room(need))
+            while self._members and not found:
                 left = len(self._members)
                 self._inbox.put(self._give_way)
-                _within(ROOM_SECONDS, lambda left=left: len(self._members) < left and ray_cluster.has_room(need))
-        try:
+                found = _within(ROOM_SECONDS, lambda left=left: len(self._members) < left and ray_cluster.has_room(need))
             yield
         finally:
             self._paused = False
@@ -156,10 +156,15 @@ class RaySamplers:
         return [member for member in list(self._members.values()) if member.is_built]
 
     def _submit(self, call: _Call) -> Future[Any]:
-        if self._failure:
-            raise RuntimeError("the pool of samplers has failed") from self._failure
-        self._inbox.put(lambda: self._waiting.append(call))
+        self._waiting.append(call)
+        if self._ended:
+            self._fail_waiting(self._ended)
+        self._inbox.put(lambda: None)
         return call.future
+
+    def _fail_waiting(self, error: BaseException) -> None:
+        while self._waiting:
+            self._waiting.popleft().future.set_exception(error)
 
     # ---------------------------------------------------------------------------------------- in the pool's thread
 
@@ -171,15 +176,14 @@ class RaySamplers:
                 self._watch()
                 self._fill()
                 self._dispatch()
+            self._ended = RuntimeError("the pool of samplers was closed")
         # A border: whatever ends this thread must reach those who wait for it.
         except BaseException as error:
             logger.exception("the pool of samplers fails")
-            self._failure = error
-        self._failure = self._failure or RuntimeError("the pool of samplers was closed")
-        while not self._inbox.empty():
-            self._inbox.get()()
-        for call in [*self._waiting, *(call for member in self._members.values() for call in member.calls)]:
-            call.future.set_exception(self._failure)
+            self._ended = error
+        self._fail_waiting(self._ended)
+        for call in [call for member in self._members.values() for call in member.calls]:
+            call.future.set_exception(self._ended)
 
     def _hear(self) -> None:
         try:
@@ -240,8 +244,7 @@ class RaySamplers:
                 f"{self._failed_starts} samplers in a row could not be started (actors.max_deaths="
                 f"{self.config.actors.max_deaths}) and none is left; the last cause: {first_line(error)}"
             )
-            while self._waiting:
-                self._waiting.popleft().future.set_exception(RuntimeError(message))
+            self._fail_waiting(RuntimeError(message))
 
     def _lose(self, member: _Member, cause: str) -> None:
         """Ends a sampler, which may be dead already. Its calls fail now; what it might still answer is dropped."""

@@ -57,8 +57,11 @@ class Crew:
         self.learner, self.samplers = RayLearner(config, problem), RaySamplers(config, problem)
         self.learner.room = self.samplers.room
         wait_until_ready(self.learner, self.samplers)
-        self.names = set(self.samplers.stats())
+        self.names = self._built()
         self.learner_pid: int = ray.get(self.learner.ready()[0])
+
+    def _built(self) -> set[str]:
+        return {member.name for member in self.samplers._built()}
 
     def kill_sampler(self, number: int) -> None:
         references = self.samplers.ready()
@@ -69,14 +72,14 @@ class Crew:
 
     def samplers_are_back(self) -> bool:
         """All are built, and one of them is new."""
-        names = set(self.samplers.stats())
+        names = self._built()
         if len(names) < self.samplers.config.actors.fewest or names == self.names:
             return False
         self.names = names
         return True
 
     def learner_is_back(self) -> bool:
-        done, _ = ray.wait(self.learner.ready(), timeout=0)
+        done, _ = ray.wait(self.learner.ready(), timeout=0.5)
         try:
             pid = ray.get(done[0]) if done else self.learner_pid
         # The one that was killed answers with its death.
@@ -126,7 +129,7 @@ def run(name: str, injections: int, folder: Path) -> dict[str, Any]:
             "task": {"kind": "random_number", "high": 20},
             "sampler": {"samples_per_prompt": 8, "kv_cache_mb": 16},
             "actors": {"count": 2, "answer_seconds": 10},
-            "learner": {"steps": steps, "warmup_steps": 0, "max_staleness": 3, "checkpoint_every": 20},
+            "learner": {"steps": steps, "warmup_steps": 0, "max_staleness": 3, "checkpoint_every": 5},
             "output_dir": str(folder),
         }
     )

@@ -76,7 +76,7 @@ class TestOneNode:
         ray_cluster.disconnect()
 
     def test_a_sampler_that_hangs_over_a_request_is_replaced_and_the_group_counts_once(self, tmp_path: Path) -> None:
-        cfg = config(tmp_path, {"count": 2, "answer_seconds": 1.5})
+        cfg = config(tmp_path, {"count": 2, "answer_seconds": 5})
         used: list[int] = []
         samplers = pool(cfg, Faults(hangs=frozenset({4})))
         wait_until_ready(samplers)
@@ -85,7 +85,7 @@ class TestOneNode:
         assert loop.counters.deaths == 1
 
     def test_a_sampler_whose_process_is_stopped_is_killed_and_replaced(self, tmp_path: Path) -> None:
-        cfg = config(tmp_path, {"count": 2, "cpus": 2, "answer_seconds": 1.5}, steps=20)
+        cfg = config(tmp_path, {"count": 2, "cpus": 2, "answer_seconds": 5}, steps=20)
         used: list[int] = []
         samplers = pool(cfg, Faults())
         wait_until_ready(samplers)
@@ -106,10 +106,10 @@ class TestOneNode:
             os.kill(victim, 0)
 
     def test_work_that_takes_long_is_no_hang_while_answers_come(self, tmp_path: Path) -> None:
-        cfg = config(tmp_path, {"count": 1, "answer_seconds": 1.5})
-        samplers = pool(cfg, Faults(seconds=0.7))
+        cfg = config(tmp_path, {"count": 1, "answer_seconds": 4})
+        samplers = pool(cfg, Faults(seconds=2))
         wait_until_ready(samplers)
-        futures = [samplers.sample(request(number, cfg)) for number in range(30)]  # ten at a time: the last after 2.1 s
+        futures = [samplers.sample(request(number, cfg)) for number in range(30)]  # ten at a time: the last after 6 s
         assert [future.result(60).group_id for future in futures] == list(range(30))
         samplers.close()
 
@@ -185,7 +185,7 @@ class TestNodes:
         return [ray.get(member.actor.node.remote(), timeout=60) for member in samplers._members.values()]
 
     def test_samplers_come_and_go_with_the_nodes(self, cluster: Cluster, tmp_path: Path) -> None:
-        cfg = config(tmp_path, {"min": 1, "max": 3}, steps=150, address=cluster.address)
+        cfg = config(tmp_path, {"min": 1, "max": 3}, steps=400, address=cluster.address)
         ray_cluster.connect(cfg)
         (head,) = ray_cluster.nodes()
         # The learner is not a real one here: one CPU of the two is left for it.
@@ -204,6 +204,9 @@ class TestNodes:
             sizes.append(len(samplers._built()))
             if loop.counters.step == 20:
                 joined.append(cluster.add_node(num_cpus=2))
+            # The run lasts until samplers have started there, however slow this machine is.
+            if len(joined) == 1:
+                time.sleep(0.3)
             if loop.counters.step > 20 and len(samplers._built()) == 3 and len(joined) == 1:
                 other = next(node for node in ray_cluster.nodes() if node != head)
                 assert sorted(self.nodes_of(samplers)) == sorted([head, other, other])
@@ -214,7 +217,7 @@ class TestNodes:
         assert set(sizes[:20]) == {1}
         assert len(joined) == 2
         assert 1 <= loop.counters.deaths <= 2
-        assert sorted(used) == list(range(150))
+        assert sorted(used) == list(range(400))
 
     def test_a_learner_whose_node_is_gone_takes_the_place_of_a_sampler(self, cluster: Cluster, tmp_path: Path) -> None:
         cfg = config(tmp_path, {"cpus": 2}, address=cluster.address, wait_seconds=60)
@@ -229,7 +232,8 @@ class TestNodes:
         assert ray.get(learner.actors[0].node.remote()) != head
         cluster.remove_node(joined, allow_graceful=False)
         with pytest.raises(RayError):
-            ray.get(learner.actors[0].node.remote(), timeout=60)
+            while True:
+                ray.get(learner.actors[0].node.remote(), timeout=60)
         future = samplers.sample(request(0, cfg))
         assert future.result(60).group_id == 0
         learner.restart()
