@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from system.adapters import AdapterError, read_folder
 from system.config import ConfigError, Lora
 
 if TYPE_CHECKING:
@@ -33,6 +32,8 @@ def adapter_file(run_dir: Path) -> Path:
 
 def load_adapter(policy: Policy, path: Path, model: str, rank: int) -> None:
     """Raises ConfigError if the adapter is damaged, or not of `model` and `rank`, the policy's own."""
+    from system.adapters import AdapterError, read_folder
+
     try:
         policy.load_adapter(read_folder(path.parent, model))
     except AdapterError as error:

@@ -230,14 +230,8 @@ class Orchestrator:
         with self.timeline.span("revive the learner", "loop", step=self.counters.step):
             self.learner.restart()
             if self._saved_step is not None:
-                files = checkpoint.read_latest(self.checkpoints)
-                step = json.loads(files["state.json"])["counters"]["step"]
-                if step != self._saved_step:
-                    raise RuntimeError(
-                        f"the learner died, and its last checkpoint, of step {self._saved_step}, is damaged; "
-                        f"--resume goes on from the one of step {step}"
-                    )
-                self.learner.restore(_learner_state(files), step)
+                files = checkpoint.read_latest(self.checkpoints, self._saved_step)
+                self.learner.restore(_learner_state(files), self._saved_step)
             for batch in self._since_saved:
                 self.learner.update(batch).result()
             # The adapter published last may have been on a node that is gone.
