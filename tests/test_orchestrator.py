@@ -286,7 +286,7 @@ def test_a_learner_whose_checkpoint_is_damaged_is_not_restarted_from_an_older_on
             (tmp_path / "checkpoints" / "step-00000006" / "learner.safetensors").write_bytes(b"")
 
     loop.on_step = damage
-    with pytest.raises(CheckpointError, match="step-00000006 is refused: damaged.* step-00000003 is whole; .*--from-step 3"):
+    with pytest.raises(CheckpointError, match=r"step-00000006 is refused: damaged.* step-00000003 is whole; .*--from-step 3"):
         loop.train()
 
 
