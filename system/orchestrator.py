@@ -153,7 +153,10 @@ class Orchestrator:
                 collected = self._collect(settings.groups_per_update)
             if not collected:
                 break
+            # In the order of their numbers, not of their arrival: a synchronous run repeats itself to the bit.
             self._taken.sort(key=lambda group: group.group_id)
+            for group in self._taken:
+                self.replay.add(group)
             rng = np.random.default_rng((self.config.seed, 4, self.counters.step))
             batch = [self.replay.mix(group, rng) for group in merge_by_prompt(self._taken)]
             started = time.perf_counter()
@@ -263,8 +266,7 @@ class Orchestrator:
         """Takes in the groups that have come back, waiting a little if there is none."""
         awaited: list[Future[Any]] = [*self._in_flight, *([update] if update else [])]
         done, _ = wait(awaited, POLL_SECONDS, FIRST_COMPLETED)
-        # By number, since a set has no order and a synchronous run must not depend on chance.
-        for future in sorted(done & self._in_flight.keys(), key=self._in_flight.__getitem__):
+        for future in done & self._in_flight.keys():
             group_id = self._in_flight.pop(future)
             try:
                 group = future.result()
@@ -274,7 +276,6 @@ class Orchestrator:
             self._deaths_in_a_row = 0
             if self._usable(group):
                 self._arrived.append(group)
-                self.replay.add(group)
 
     def _usable(self, group: Group) -> bool:
         """Tolerated on purpose, up to a limit: samples without a reward. A group with fewer than two others is given up."""
@@ -321,6 +322,7 @@ class Orchestrator:
             group = self._arrived.popleft()
             if self._staleness(group) > self.config.learner.max_staleness:
                 self.counters.too_stale += 1
+                self.replay.add(group)
             else:
                 self._taken.append(group)
         return True

@@ -46,6 +46,17 @@ def test_a_synchronous_run_uses_only_samples_of_the_newest_adapter(tmp_path: Pat
     assert samplers.named_versions == [version for version in range(12) for _ in range(2)]
 
 
+def test_a_synchronous_run_is_the_same_in_whatever_order_its_groups_arrive(tmp_path: Path) -> None:
+    records = []
+    for name, turn in (("a", 0), ("b", 1)):
+        samplers = FakeSamplers(fate=lambda request, turn=turn: time.sleep(0.02 * ((request.group_id + turn) % 2)))
+        loop = orchestrator(tmp_path / name, config(), samplers, FakeLearner())
+        loop.train()
+        arrays, of_prompt = loop.replay.save()
+        records.append(({key: array.tolist() for key, array in arrays.items()}, of_prompt))
+    assert records[0] == records[1]
+
+
 @pytest.mark.parametrize(("max_staleness", "publish_every"), [(1, 1), (3, 1), (3, 2), (4, 5)])
 def test_staleness_stays_in_bounds_and_every_group_counts_once(tmp_path: Path, max_staleness: int, publish_every: int) -> None:
     samplers = FakeSamplers(fate=lambda request: time.sleep(0.001 * (request.group_id % 3)))
