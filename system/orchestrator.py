@@ -278,7 +278,7 @@ class Orchestrator:
                 self._arrived.append(group)
 
     def _usable(self, group: Group) -> bool:
-        """Tolerated on purpose, up to a limit: samples without a reward. A group with fewer than two others is given up."""
+        """Tolerated on purpose, up to a limit: samples without a reward. A group that they leave fewer than two is given up."""
         counters, limit = self.counters, self.config.sampler.max_reward_faults
         counters.reward_faults += len(group.faults)
         if group.faults:
@@ -290,8 +290,10 @@ class Orchestrator:
                 f"{counters.reward_faults} samples had no reward, more than sampler.max_reward_faults={limit}; mend the reward "
                 f"or raise the limit, and resume; the last: {group.faults[-1]}"
             )
-        counters.given_up += len(group) < 2
-        return len(group) >= 2
+        # A demonstration is alone by its nature.
+        given_up = bool(group.faults) and len(group) < 2
+        counters.given_up += given_up
+        return not given_up
 
     def _mourn(self, group_id: int, death: SamplerDied) -> None:
         """Tolerated on purpose: a lost sampler costs time, not groups. Its request is issued again under its number."""

@@ -174,6 +174,17 @@ def test_samples_without_a_reward_are_left_out_and_a_group_with_fewer_than_two_i
     assert "group 3: 1 samples have no reward; the first: log of zero" in caplog.text
 
 
+def test_a_group_of_one_that_lost_none_is_used(tmp_path: Path) -> None:
+    class Alone(FakeSamplers):
+        def _work(self, request: Request, version: int) -> Group:
+            group = super()._work(request, version)
+            return replace(group, trajectories_K=group.trajectories_K[:1], log_reward_K=group.log_reward_K[:1])
+
+    loop = orchestrator(tmp_path, config(steps=3), Alone(), FakeLearner())
+    loop.train()
+    assert (loop.counters.groups, loop.counters.given_up) == (6, 0)
+
+
 def test_too_many_samples_without_a_reward_stop_the_run_also_over_a_resume(tmp_path: Path) -> None:
     cfg = parse(config().model_dump() | {"sampler": {"samples_per_prompt": 3, "max_reward_faults": 3}})
     loop = orchestrator(tmp_path, cfg, Lossy({0: 1, 15: 3}), FakeLearner())
