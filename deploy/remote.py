@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import ray
@@ -24,9 +24,11 @@ from deploy.placement import Resources
 from system.adapters import Adapter
 from system.config import Config, ConfigError
 from system.orchestrator import LearnerDied
-from system.tasks.problem import Problem
 from system.timeline import Span
 from system.trajectory import Group, Prompt, Request, Trajectory
+
+if TYPE_CHECKING:
+    from system.tasks.problem import Problem
 
 logger = logging.getLogger(__name__)
 
