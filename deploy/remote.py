@@ -255,7 +255,9 @@ def is_loss(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """What went wrong, without the traceback that Ray puts in front of an error from an actor."""
+    cause = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
+    return next(iter(str(cause).splitlines()), type(cause).__name__)
 
 
 def _future(reference: Any) -> Future[Any]:
