@@ -145,7 +145,7 @@ class RaySamplers:
             self._paused = False
 
     def close(self) -> None:
-        """No sampler is started, replaced or asked any more. May be called twice."""
+        """Ends the samplers; what was asked of them fails. May be called twice."""
         self._inbox.put(self._close)
         self._thread.join()
 
@@ -182,8 +182,11 @@ class RaySamplers:
             logger.exception("the pool of samplers fails")
             self._ended = error
         self._fail_waiting(self._ended)
-        for call in [call for member in self._members.values() for call in member.calls]:
-            call.future.set_exception(self._ended)
+        for member in self._members.values():
+            if ray.is_initialized():
+                ray.kill(member.actor)
+            for call in member.calls:
+                call.future.set_exception(self._ended)
 
     def _hear(self) -> None:
         try:

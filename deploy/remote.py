@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import ray
@@ -25,9 +25,11 @@ from deploy.placement import Resources
 from system.adapters import Adapter
 from system.config import Config, ConfigError
 from system.orchestrator import LearnerDied
-from system.tasks.problem import Problem
 from system.timeline import Span
 from system.trajectory import Group, Prompt, Request, Trajectory
+
+if TYPE_CHECKING:
+    from system.tasks.problem import Problem
 
 logger = logging.getLogger(__name__)
 
@@ -303,7 +305,9 @@ def is_loss(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """What went wrong, without the traceback that Ray puts in front of an error from an actor."""
+    cause = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
+    return next(iter(str(cause).splitlines()), type(cause).__name__)
 
 
 def _future(reference: Any) -> Future[Any]:

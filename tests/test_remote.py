@@ -115,10 +115,10 @@ def test_a_killed_learner_is_replaced_by_one_that_knows_as_much(
     requests = Requests(problem.prompts, cfg.sampler.samples_per_prompt, cfg.sampler.exploration, cfg.seed)
     # The learner of the module has done updates before: a run begins with a new one.
     learner.restart()
-    samplers.publish(learner.adapter(1000))
+    samplers.publish(learner.adapter(100))
     ray.get(samplers.install())
     loop = Orchestrator(cfg, requests, samplers, learner, Replay(cfg.replay), FakeTracker(), tmp_path, on_step=on_step)
-    loop.counters.version = 1000
+    loop.counters.version = 100
     loop.train()
     assert loop.counters.learner_deaths == len(saved) == 2
     assert sorted(used) == sorted(set(used)) == list(range(9))
