@@ -44,8 +44,9 @@ lint: setup
 bench: setup
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
-# Processes killed and stopped at random times in real runs: a line of JSON for each fault. ARGS="--injections 5" for a short one.
+# The tests that take minutes, then processes killed and stopped at random times in real runs: a line of JSON for each fault. ARGS="--injections 5" for a short one.
 chaos: setup
+	$(BIN)/python -m pytest -m chaos
 	$(BIN)/python -m tests.chaos $(ARGS)
 
 # Pins for a set-up that is the same everywhere; without hosts or folders, so it can be committed.

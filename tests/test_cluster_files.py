@@ -148,6 +148,7 @@ def test_every_image_is_the_one_that_is_built_or_has_a_version() -> None:
     assert all(re.search(r":\w*\d", image) for image in images)
 
 
+@pytest.mark.chaos
 def test_the_mlflow_server_takes_its_arguments_and_answers_to_its_own_names_alone(tmp_path: Path) -> None:
     (server,) = [container for pod in pods(one("mlflow.yaml", "Deployment")) for container in pod["spec"]["containers"]]
     with socket.socket() as free:

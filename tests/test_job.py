@@ -173,7 +173,13 @@ def test_a_submitted_job_runs_on_the_nodes_of_a_cluster_and_can_be_followed_and_
             "actors.count=2", "cluster.wait_seconds=60", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
         ]  # fmt: skip
         submit = ["--working-dir", ".", "--runtime-env-json", json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})]
-        result = cluster.job("submit", *submit, "--", *entry, "learner.steps=4", f"output_dir={tmp_path}/runs")
+        deadline = time.monotonic() + 90
+        while True:
+            result = cluster.job("submit", *submit, "--", *entry, "learner.steps=4", f"output_dir={tmp_path}/runs")
+            # The dashboard answers before the nodes' agents have joined it.
+            if "No available agent" not in result.stdout or time.monotonic() > deadline:
+                break
+            time.sleep(2)
         assert result.returncode == 0, result.stdout[-3000:]
         (run_dir,) = (tmp_path / "runs").iterdir()
         assert json.loads((run_dir / "summary.json").read_text())["steps"] == 4

@@ -119,6 +119,7 @@ def weights(run_dir: Path) -> bytes:
     return (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(900)  # four jobs
 def test_a_killed_and_an_interrupted_run_end_with_the_weights_of_one_that_was_not(runner: Runner) -> None:
     whole = runner.start("config.json", "output_dir=whole")
@@ -163,6 +164,7 @@ def assert_no_secret(runner: Runner) -> None:
     assert found == []
 
 
+@pytest.mark.chaos
 def test_a_reward_that_keeps_failing_ends_the_job_with_its_cause_and_no_process(runner: Runner) -> None:
     reward = "task.reward={kind: function, path: 'tests.faulty:none_at_all', every_prefix: true}"
     job = runner.start("config.json", reward)

@@ -7,8 +7,10 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
+import safetensors.numpy
 
 from deploy import ray_cluster
 from deploy.pool import RaySamplers
@@ -99,18 +101,21 @@ def test_a_killed_learner_is_replaced_by_one_that_knows_as_much(
     cfg = config(folder, learner={"steps": 9, "warmup_steps": 0, "checkpoint_every": 4})
     used: list[int] = []
     versions: list[int] = []
-    saved: list[bytes] = []
+    saved: list[dict[str, np.ndarray]] = []
+
+    def state(content: np.ndarray) -> dict[str, np.ndarray]:
+        return safetensors.numpy.load(content.tobytes())
 
     def on_step(loop: Orchestrator, metrics: dict[str, float], fresh: list[Group]) -> None:
         used.extend(group.group_id for group in fresh)
         versions.append(loop.counters.version)
         if loop.counters.step in (2, 6):  # before the first checkpoint, and after it
-            before = learner.save().result().tobytes()
-            victim: int = ray.get(learner.ready()[0])
+            before = state(learner.save().result())
+            victim: int = ray.get(learner.actors[0].ready.remote())
             os.kill(victim, signal.SIGKILL)
-            saved.append(loop.with_learner(lambda: learner.save().result()).tobytes())
-            assert saved[-1] == before
-            assert ray.get(learner.ready()[0]) != victim
+            saved.append(state(loop.with_learner(lambda: learner.save().result())))
+            np.testing.assert_equal(saved[-1], before)
+            assert ray.get(learner.actors[0].ready.remote()) != victim
 
     requests = Requests(problem.prompts, cfg.sampler.samples_per_prompt, cfg.sampler.exploration, cfg.seed)
     # The learner of the module has done updates before: a run begins with a new one.
