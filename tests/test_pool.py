@@ -111,7 +111,9 @@ class TestOneNode:
                     os.kill(victim, 0)
 
         loop = train(cfg, samplers, on_step)
-        assert sorted(used) == list(range(20))
+        # A group that the stopped sampler held back may come too late to be used fresh.
+        assert len(used) == len(set(used)) == 20
+        assert len(set(range(max(used) + 1)) - set(used)) == loop.counters.too_stale
         assert loop.counters.deaths == 1
 
     def test_work_that_takes_long_is_no_hang_while_answers_come(self, tmp_path: Path) -> None:

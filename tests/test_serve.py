@@ -91,11 +91,13 @@ def test_a_server_that_does_not_end_is_killed_with_what_it_started(monkeypatch: 
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(99)"
     parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {deaf!r}]); {deaf}"
     server = serve.Server([sys.executable, "-c", parent], {}, "http://127.0.0.1:1")
-    while len(started := psutil.Process().children(recursive=True)) < 2:
+    main = psutil.Process(server._process.pid)
+    while not (children := main.children()):
         time.sleep(0.1)
     server.ask(signal.SIGINT)
     assert server.wait() == 0
-    assert alive(started) == []
+    psutil.wait_procs(children, timeout=10)
+    assert alive([main, *children]) == []
 
 
 def test_a_port_in_use_is_named() -> None:
