@@ -17,16 +17,16 @@ setup: .venv/.ready
 	@$(FOUND) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "Python 3.11 is needed, but $(FOUND) is another version; set PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(FOUND) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv==0.13.9
-	$(BIN)/uv pip install --python $(BIN)/python $(CPU_WHEELS) --no-deps --requirements requirements/cpu.txt
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(CPU_WHEELS) --no-deps --requirements requirements/cpu.txt
 	touch $@
 
 setup-bench: setup
-	$(BIN)/uv pip install --python $(BIN)/python $(CPU_WHEELS) --requirements pyproject.toml --extra bench
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(CPU_WHEELS) --requirements pyproject.toml --extra bench
 
 setup-gpu:
 	test -x $(BIN)/python || $(FOUND) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv==0.13.9
-	$(BIN)/uv pip install --python $(BIN)/python --requirements pyproject.toml --extra gpu --extra dev
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --requirements pyproject.toml --extra gpu --extra dev
 	touch .venv/.ready
 
 demo: setup
