@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def connect(config: Config) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     common = {"log_to_driver": True, "logging_level": logging.WARNING}
+    on_terminate = signal.getsignal(signal.SIGTERM)
     if address:
         ray.init(address=address, **common)
     else:
@@ -43,6 +45,8 @@ def connect(config: Config) -> None:
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), os.getcwd()])}},
             **common,
         )
+    # Ray puts in a handler that ends the process at once; the stop of a submitted job is to leave a checkpoint.
+    signal.signal(signal.SIGTERM, on_terminate)
     check(config, waited=0.0)
 
 

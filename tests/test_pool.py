@@ -85,7 +85,9 @@ def assert_each_counts_once(used: list[int], updates: int, loop: Orchestrator) -
 class TestOneNode:
     @pytest.fixture(scope="class", autouse=True)
     def connected(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+        before = signal.getsignal(signal.SIGTERM)
         ray_cluster.connect(config(tmp_path_factory.mktemp("ray"), {"count": 2}))
+        assert signal.getsignal(signal.SIGTERM) is before
         yield
         ray_cluster.disconnect()
 
