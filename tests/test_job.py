@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -160,10 +161,13 @@ class TwoNodes:
         # `ray start --block` leaves its daemons to themselves when it is killed: end all that it started.
         started = [psutil.Process(node.pid) for node in self.nodes]
         processes = [*started, *(child for process in started for child in process.children(recursive=True))]
+        # Ray ends workers by itself meanwhile.
         for process in processes:
-            process.terminate()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
         for process in psutil.wait_procs(processes, timeout=20)[1]:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self._temporary.cleanup()
 
 
