@@ -4,8 +4,8 @@
     python -m tests.benchmarks.ablation continuation  [--seeds 0,1,2] [--steps 60] [--only loss]
 
 Seconds of training until the target is reached; where it is not, all there were, so that the time is a lower bound.
-`random_number`: exact KL at most 0.05. `continuation` (six prompts): the variance of log R / T - log q, mean over prompts,
-at most a tenth of the base model's.
+`random_number`: exact KL at most 0.05. `continuation` (six prompts, up to 12 tokens): the variance of log R / T - log q,
+mean over prompts, at most a tenth of the base model's.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ SETTINGS: dict[str, list[str]] = {
     "exploration by temperature alone": ["sampler.exploration.epsilon=0"],
     "exploration none, no replay": ON_POLICY + NO_REPLAY,
     "no replay": NO_REPLAY,
-    "staleness 0": ["learner.max_staleness=0", "learner.publish_every=1"],
-    "staleness 8": ["learner.max_staleness=8"],
+    "staleness 0": ["learner.publish_every=1", "learner.max_staleness=0"],
+    "staleness 2, a version every 2 updates": ["learner.publish_every=2", "learner.max_staleness=2"],
+    "staleness 4, a version every 4 updates": ["learner.publish_every=4", "learner.max_staleness=4"],
+    "staleness 8, a version every 8 updates": ["learner.publish_every=8", "learner.max_staleness=8"],
 }
 
 
@@ -55,7 +57,7 @@ TASKS = {
         "posterior/spread",
         every=10,
         steps=60,
-        overrides=("task.limit=6", "learner.evaluation_samples=16", "learner.warmup_steps=5"),
+        overrides=("task.limit=6", "task.max_tokens=12", "learner.evaluation_samples=16", "learner.warmup_steps=5"),
     ),
 }
 
