@@ -1,7 +1,7 @@
 """The learner as a Ray actor behind the handle that the orchestrator takes, and what it shares with the samplers' actors.
 
 Each actor is a plain class built inside its own process; Ray is applied here and in `deploy.pool`. A future of Ray
-becomes one of `concurrent.futures`, and a lost learner becomes LearnerDied.
+becomes one of `concurrent.futures`, and a learner that is lost, or says nothing for too long, becomes LearnerDied.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -168,6 +168,7 @@ class Handle(Protocol):
 class RayLearner:
     """The learner actors, one for each rank: their calls run one at a time, in order, and one death ends all.
 
+    So does a call without an answer after learner.answer_seconds: a process may be stopped, a kernel hang, a network be parted.
     Every rank updates and restores; the rest is rank 0's, unless the base is in shards: then all forward together.
     """
 
@@ -222,16 +223,16 @@ class RayLearner:
 
     def adapter(self, version: int) -> Any:
         """Waits for the weights, and returns a reference to them that outlives the learner and its node."""
-        return ray.put(_future(_on(self._forwarding, "adapter", version)[0]).result())
+        return ray.put(self._future(_on(self._forwarding, "adapter", version)[0]).result())
 
     def score(self, groups: Sequence[Group]) -> Future[list[Any]]:
         return self._answer(_on(self._forwarding, "score", ray.put(groups)))
 
     def save(self) -> Future[np.ndarray]:
-        return _future(self.actors[0].save.remote())
+        return self._future(self.actors[0].save.remote())
 
     def restore(self, saved: np.ndarray, step: int) -> None:
-        for answer in [_future(reference) for reference in _on(self.actors, "restore", ray.put(saved), step)]:
+        for answer in [self._future(reference) for reference in _on(self.actors, "restore", ray.put(saved), step)]:
             answer.result()
 
     def stats(self) -> dict[str, Any]:
@@ -247,12 +248,52 @@ class RayLearner:
 
     def _answer(self, references: Sequence[Any]) -> Future[Any]:
         """Rank 0's, once every rank has one. Errors as in `first_of_all`: a loss that is not finite is so on all ranks."""
-        answers = [_future(reference) for reference in references]
+        answers = [self._future(reference) for reference in references]
         return first_of_all(answers, FloatingPointError, LearnerDied, self._end) if len(answers) > 1 else answers[0]
 
+    def _future(self, reference: Any) -> Future[Any]:
+        """Ray's reference to what the learner answers as a future of `concurrent.futures`, which fails at the deadline."""
+        future: Future[Any] = Future()
+        seconds, actors = self.config.learner.answer_seconds, self.actors
+
+        def give_up() -> None:
+            if _settle(future, error=LearnerDied(f"no answer within learner.answer_seconds={seconds:g}")):
+                _kill(actors)
+
+        def finish(source: Future[Any]) -> None:
+            deadline.cancel()
+            error = source.exception()
+            if error is None:
+                _settle(future, source.result())
+            else:
+                _settle(future, error=LearnerDied(first_line(error)) if is_loss(error) else plain(error))
+
+        deadline = threading.Timer(seconds, give_up)
+        deadline.daemon = True
+        deadline.start()
+        reference.future().add_done_callback(finish)
+        return future
+
     def _end(self) -> None:
-        for actor in self.actors:
-            ray.kill(actor)
+        _kill(self.actors)
+
+
+def _kill(actors: Sequence[Any]) -> None:
+    """Not a request to end: a process that is stopped gets SIGKILL."""
+    for actor in actors:
+        ray.kill(actor)
+
+
+def _settle(future: Future[Any], result: Any = None, error: BaseException | None = None) -> bool:
+    """False if it was settled before: an answer and its deadline may meet."""
+    try:
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+    except InvalidStateError:
+        return False
+    return True
 
 
 def _on(actors: Sequence[Any], method: str, *arguments: Any) -> list[Any]:
@@ -308,20 +349,3 @@ def first_line(error: BaseException) -> str:
     """What went wrong, without the traceback that Ray puts in front of an error from an actor."""
     cause = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
     return next(iter(str(cause).splitlines()), type(cause).__name__)
-
-
-def _future(reference: Any) -> Future[Any]:
-    """Ray's reference to what the learner answers as a future of `concurrent.futures`."""
-    future: Future[Any] = Future()
-
-    def finish(source: Future[Any]) -> None:
-        error = source.exception()
-        if error is None:
-            future.set_result(source.result())
-        elif is_loss(error):
-            future.set_exception(LearnerDied(first_line(error)))
-        else:
-            future.set_exception(plain(error))
-
-    reference.future().add_done_callback(finish)
-    return future

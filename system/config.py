@@ -282,6 +282,9 @@ class Learner(Section):
     max_staleness: int = Field(default=1, ge=0)
     """Largest number of updates between the adapter that drew a group and the update that uses it fresh. 0: synchronous."""
     checkpoint_every: int = Field(default=50, ge=1)
+    answer_seconds: float = Field(default=1800.0, gt=0)
+    """A learner that answers a call with nothing for this long is killed, and made again from the last checkpoint and the
+    batches since. It has to allow for the slowest update, the scores of an evaluation, and the first kernels to compile."""
     evaluate_every: int | None = Field(default=None, ge=1)
     """Updates between two evaluations; by default before the first and after the last alone."""
     evaluation_prompts: int = Field(default=64, ge=1)

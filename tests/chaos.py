@@ -96,6 +96,7 @@ FAULTS: dict[str, Fault] = {
     "sampler SIGKILL": (lambda crew: crew.kill_sampler(signal.SIGKILL), Crew.samplers_are_back),
     "sampler SIGSTOP": (lambda crew: crew.kill_sampler(signal.SIGSTOP), Crew.samplers_are_back),
     "learner SIGKILL": (lambda crew: crew.kill_learner(signal.SIGKILL), Crew.learner_is_back),
+    "learner SIGSTOP": (lambda crew: crew.kill_learner(signal.SIGSTOP), Crew.learner_is_back),
 }
 
 
@@ -129,7 +130,7 @@ def run(name: str, injections: int, folder: Path) -> dict[str, Any]:
             "task": {"kind": "random_number", "high": 20},
             "sampler": {"samples_per_prompt": 8, "kv_cache_mb": 16},
             "actors": {"count": 2, "answer_seconds": 10},
-            "learner": {"steps": steps, "warmup_steps": 0, "max_staleness": 3, "checkpoint_every": 5},
+            "learner": {"steps": steps, "warmup_steps": 0, "max_staleness": 3, "checkpoint_every": 5, "answer_seconds": 10},
             "output_dir": str(folder),
         }
     )

@@ -83,6 +83,13 @@ class IdleLearner(BuiltActor):
         return ray.get_runtime_context().get_node_id()
 
 
+class HangingLearner(IdleLearner):
+    """No answer to an update for an hour."""
+
+    def update(self, groups: list[Group]) -> None:
+        time.sleep(3600)
+
+
 class OutOfMemoryOnce(SamplerActor):
     """A real sampler whose engine finds no memory over its third step, once."""
 

@@ -73,6 +73,7 @@ def refusal(tree: Any) -> str:
         ("actors.count", 0, "greater than or equal to 1"),
         ("actors.cpus", -1, "greater than or equal to 0"),
         ("actors.answer_seconds", 0, "greater than 0"),
+        ("learner.answer_seconds", 0, "greater than 0"),
         ("cluster.wait_seconds", -1, "greater than or equal to 0"),
         ("replay.capacity", 0, "greater than or equal to 1"),
         ("learner.lr", 0, "greater than 0"),

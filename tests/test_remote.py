@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import ray
 import safetensors.numpy
+from ray.exceptions import RayActorError
 
 from deploy import ray_cluster
 from deploy.pool import RaySamplers
@@ -21,7 +22,7 @@ from system.config import Config, ConfigError
 from system.config_file import parse
 from system.language_model import load_tokenizer
 from system.models import locate
-from system.orchestrator import Orchestrator
+from system.orchestrator import LearnerDied, Orchestrator
 from system.requests import Requests
 from system.tasks.problem import Problem
 from system.trajectory import Group
@@ -128,6 +129,16 @@ def test_a_killed_learner_is_replaced_by_one_that_knows_as_much(
     assert loop.counters.learner_deaths == len(saved) == 2
     assert sorted(used) == sorted(set(used)) == list(range(9))
     assert versions == sorted(set(versions))
+
+
+def test_a_learner_that_hangs_is_found_by_its_deadline_and_killed(folder: Path, problem: Problem, running: Config) -> None:
+    cfg = config(folder, learner={"answer_seconds": 1, "cpus": 0})
+    learner = RayLearner(cfg, problem, actor=faults.HangingLearner)
+    wait_until_ready(learner, samplers=0)
+    with pytest.raises(LearnerDied, match=r"learner\.answer_seconds=1"):
+        learner.update([]).result(timeout=30)
+    with pytest.raises(RayActorError):
+        ray.get(learner.actors[0].ready.remote(), timeout=30)
 
 
 def test_an_engine_that_runs_out_of_memory_dies_and_is_replaced(
