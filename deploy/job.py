@@ -194,7 +194,7 @@ class Job:
         self.standing.seconds_left = (self.config.learner.steps - step) * counters.seconds / max(1, step)
         self.progress.update(self.standing)
         self.ray_metrics.update(step, metrics, trajectories=counters.trajectories, deaths=counters.deaths)
-        self.samplers.grow(metrics["idle/learner"])
+        self.samplers.fit(metrics["idle/learner"])
         self._node_statistics(step, now)
 
     def _sample_rows(self, groups: list[Group]) -> list[dict[str, Any]]:
@@ -296,6 +296,8 @@ class Job:
             adapter: Any = ray.get(loop.with_learner(lambda: self.learner.adapter(loop.counters.version)))
             report.replace_folder(folder, adapter)
             self.tracker.artifact(folder)
+            if name := self.config.tracking.model:
+                self.tracker.model_version(name, folder.name)
         idle = self._finish_timeline(loop)
         summary = report.summary(
             self.config, loop.counters, self.evaluations, seconds, finished=not self.stop.is_set(), sampler_idle=idle

@@ -1,4 +1,4 @@
-"""The samplers as Ray actors, behind the handle that the orchestrator takes: a pool that replaces what is lost, and grows.
+"""The samplers as Ray actors, behind the handle that the orchestrator takes: a pool that replaces the lost and fits its size.
 
 One thread owns the pool. Whatever happens (a request, an answer, an actor that is built, a death) is a message to it, so
 that an answer either comes in time and counts, or comes late and is dropped: a request is never answered twice.
@@ -37,6 +37,8 @@ TICK_SECONDS = 0.5
 """Longest time between two looks at the deadlines."""
 IDLE_LEARNER = 0.1
 """A learner that waits for more than this share of a step could use another sampler."""
+SPARE_STEPS = 20
+"""Steps without work for all, after which a sampler goes: starting one again takes as long as many steps."""
 ROOM_SECONDS = 8.0
 """Until what a killed process held is free; a stopped one takes 5 s to go."""
 LONGEST_PAUSE = 60.0
@@ -67,8 +69,8 @@ class _Member:
 class RaySamplers:
     """A pool of sampler actors; each request goes to the least loaded one, under the adapter published last.
 
-    It starts with actors.min and `grow` takes it to actors.max. A request waits while no sampler is there to take it, and
-    a sampler that no node has room for waits for one.
+    It starts with actors.min, and `fit` moves it between that and actors.max. A request waits while no sampler is there to
+    take it, and a sampler that no node has room for waits for one.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class RaySamplers:
         self._adapter: Any = None
         self._target = config.actors.fewest
         self._failed_starts, self._start_after = 0, 0.0
-        self._most_asked = 0
+        self._most_asked = self._spare_steps = 0
         self._paused = self._closed = False
         self._ended: BaseException | None = None
         self._fill()
@@ -110,8 +112,9 @@ class RaySamplers:
         """log R at every prefix of trajectories that may come from anywhere."""
         return self._submit(_Call("score", (prompt, trajectories_K)))
 
-    def grow(self, learner_idle: float) -> None:
-        """Another sampler, if there may be more, the learner waits for `learner_idle` of its time, and it would have work."""
+    def fit(self, learner_idle: float) -> None:
+        """After a step: another sampler, if there may be more, the learner waited for `learner_idle` of the step and there is
+        work for it; one less, if there was not work for all for long."""
         self._inbox.put(lambda: self._consider(learner_idle))
 
     def ready(self) -> list[Any]:
@@ -293,15 +296,27 @@ class RaySamplers:
             call.future.set_result(source.result())
 
     def _consider(self, learner_idle: float) -> None:
-        actors, most_asked = self.config.actors, self._most_asked
-        self._most_asked = 0
+        most_asked, self._most_asked = self._most_asked, 0
+        self._spare_steps = self._spare_steps + 1 if most_asked < self._target else 0
         settled = len(self._built()) == self._target
-        if learner_idle < IDLE_LEARNER or not settled or self._target >= actors.most or most_asked <= self._target:
-            return
+        if settled and learner_idle >= IDLE_LEARNER and most_asked > self._target:
+            self._grow(learner_idle)
+        elif settled and self._spare_steps >= SPARE_STEPS:
+            self._shrink()
+
+    def _grow(self, learner_idle: float) -> None:
+        actors = self.config.actors
         # A cluster that adds nodes does so for actors that wait for one.
-        if self.config.cluster.wait_seconds or ray_cluster.has_room(Resources(actors.cpus, actors.gpus)):
+        room = self.config.cluster.wait_seconds or ray_cluster.has_room(Resources(actors.cpus, actors.gpus))
+        if self._target < actors.most and room:
             self._target += 1
             logger.info("the learner waits %.0f%% of its time: sampler %d is started", 100 * learner_idle, self._target)
+
+    def _shrink(self) -> None:
+        resting = [member for member in self._members.values() if not member.calls]
+        if self._target > self.config.actors.fewest and resting:
+            self._target, self._spare_steps = self._target - 1, 0
+            self._lose(resting[-1], "the others do all the work that there is")
 
 
 def _within(seconds: float, true: Callable[[], bool]) -> bool:

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from system.section import ConfigError, Section
 from system.task_config import Task
 
+NAME = r"^[A-Za-z0-9][\w.-]*$"
 NEEDS_PREFIX_REWARDS = ("db", "subtb", "tb")
 """Losses whose pairs include states inside a trajectory, so that each needs a reward of its own."""
 
@@ -97,7 +98,8 @@ class Actors(Section):
     min: int | None = Field(default=None, ge=1)
     """Samplers that the run starts with, and that a cluster must have room for; by default count."""
     max: int | None = Field(default=None, ge=1)
-    """Samplers that the pool grows to while the learner waits for groups and the cluster has room; by default count."""
+    """Samplers that the pool grows to while the learner waits for groups and the cluster has room, and from which it goes back
+    to min while there is no work for all; by default count."""
     cpus: float = Field(default=1, ge=0)
     """CPUs reserved for each, and its number of threads (rounded down, at least one)."""
     gpus: float = Field(default=0, ge=0)
@@ -343,6 +345,10 @@ class Tracking(Section):
     uri: str = "sqlite:///mlflow.db"
     """MLflow tracking URI: a SQLite file, or a server."""
     experiment: str = Field(default="headwater", min_length=1)
+    sweep: str | None = Field(default=None, pattern=NAME)
+    """Runs of one sweep are children of one parent run of this name; `deploy/sweep.py` sets it."""
+    model: str | None = Field(default=None, pattern=NAME)
+    """The adapter of a run that ends becomes the next version of this registered model."""
     sample_table_every: int = Field(default=50, ge=1)
     """Updates between two tables of samples."""
     system_metrics_seconds: float = Field(default=10.0, gt=0)
@@ -365,7 +371,7 @@ class Cluster(Section):
 
 
 class Config(Section):
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][\w.-]*$")
+    name: str = Field(default="run", pattern=NAME)
     """Names the run in MLflow and its folder."""
     seed: int = Field(default=0, ge=0)
     output_dir: str = "runs"

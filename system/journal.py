@@ -27,7 +27,7 @@ Entry = dict[str, Any]
 BATCH = 1000
 """Most values in a batch of entries."""
 # Files have a cursor of their own: an artifact store that fails does not hold up the metrics.
-_LANE = dict.fromkeys(("params", "tags", "metrics", "dataset", "status"), "records") | {"artifact": "files"}
+_LANE = dict.fromkeys(("params", "tags", "metrics", "dataset", "status"), "records") | {"artifact": "files", "model": "files"}
 
 
 class TrackingError(RuntimeError):
@@ -46,6 +46,8 @@ class State:
     run_id: str | None = None
     cursors: dict[str, int] = field(default_factory=lambda: {"records": 0, "files": 0})
     """Bytes of the journal that are settled: acknowledged, or refused for good."""
+    sweep: str | None = None
+    """Name of the parent run."""
     tables: list[str] = field(default_factory=list)
     """Artifacts that the MLflow UI shows as tables."""
     resumed: dict[str, str] = field(default_factory=dict)

@@ -5,7 +5,7 @@ take stays in the journal, for the same run when it is resumed, or for `python -
 
 Something whose acknowledgement was lost is sent again, which is harmless: MLflow keeps one point for equal (name, step,
 time, value), and the time is the journal's. A param repeats its value, a tag and an artifact overwrite themselves, a
-dataset is found by its digest, and the run itself by a tag that holds the journal's key.
+dataset is found by its digest, a model version by its run, and the run itself by a tag that holds the journal's key.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
 _KEY_TAG = "headwater.journal"
+_SWEEP_TAG, _PARENT_TAG = "headwater.sweep", "mlflow.parentRunId"  # of a parent run, and of its children
 _TABLES_TAG = "mlflow.loggedArtifacts"  # the MLflow UI shows the files listed here as tables
 _BATCH_LIMIT = {"metrics": BATCH, "params": 100, "tags": 100}
 _NAME_LIMIT, _PARAM_LIMIT, _TAG_LIMIT = 250, 6000, 8000
@@ -117,6 +118,8 @@ class _Run:
             where = experiment.experiment_id if experiment else self._create_experiment()
             found = self._client.search_runs([where], f"tags.`{_KEY_TAG}` = '{state.key}'", max_results=1)
             tags = {_KEY_TAG: state.key}
+            if state.sweep and not found:
+                tags[_PARENT_TAG] = self._parent(where, state.sweep)
             run = found[0] if found else self._client.create_run(where, state.started, tags, state.name)
             state.run_id = run.info.run_id
         run = self._client.get_run(state.run_id)
@@ -131,17 +134,34 @@ class _Run:
             location = (folder / quote(self._state.experiment, safe="")).as_uri()
         return self._client.create_experiment(self._state.experiment, location)
 
+    def _parent(self, experiment_id: str, sweep: str) -> str:
+        """The parent run's id. Of parents that several children created at the same time the first one stays."""
+
+        def parents() -> list[str]:
+            found = self._client.search_runs([experiment_id], f"tags.`{_SWEEP_TAG}` = '{sweep}'", max_results=100)
+            return [run.info.run_id for run in sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))]
+
+        if known := parents():
+            return known[0]
+        own = self._client.create_run(experiment_id, tags={_SWEEP_TAG: sweep}, run_name=sweep).info.run_id
+        # It has nothing of its own to wait for.
+        self._client.set_terminated(own, "FINISHED")
+        first, *_ = parents()
+        if first != own:
+            self._client.delete_run(own)
+        return first
+
     def send(self, kind: str, entries: list[Entry], attempt: int) -> list[str]:
         """Hands over entries of one kind. Returns the reasons for what MLflow refuses for good.
 
         From the third attempt on, an item that is answered with an error while others pass counts as refused, whatever the
         error says: MLflow also answers "internal error" to what its database cannot hold.
         """
-        self._probe = None if attempt < 3 else self._write_file if kind == "artifact" else self._write_tag
+        self._probe = None if attempt < 3 else self._write_file if kind in ("artifact", "model") else self._write_tag
         if kind == "artifact":
             return [reason for entry in entries for reason in self._artifact(entry)]
         if kind not in _BATCH_LIMIT:
-            call = self._dataset if kind == "dataset" else self._status
+            call = {"dataset": self._dataset, "status": self._status, "model": self._model_version}[kind]
             return self._offer(entries, lambda part: [call(entry) for entry in part])
         items, limit = list(self._items(kind, entries)), _BATCH_LIMIT[kind]
         chunks = [items[start : start + limit] for start in range(0, len(items), limit)]
@@ -205,6 +225,19 @@ class _Run:
         )
         self._client.log_inputs(self.id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
+    def _model_version(self, entry: Entry) -> None:
+        from mlflow.exceptions import MlflowException
+
+        name = entry["name"]
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        # Versions of other models may be of this run too.
+        if not any(version.name == name for version in self._client.search_model_versions(f"run_id = '{self.id}'")):
+            self._client.create_model_version(name, f"{self._artifacts}/{entry['folder']}", self.id)
+
     def _artifact(self, entry: Entry) -> list[str]:
         path = self._run_dir / entry["path"]
         if not path.exists():
@@ -247,7 +280,11 @@ class Tracker:
             raise TrackingError(f"{run_dir} already holds a run; resume it, or choose another folder")
         self._dir = run_dir.resolve()
         self._journal = Journal(run_dir / "journal.jsonl")
-        state = State.load(run_dir / "tracking.json") if known else State(uri, settings.experiment, config.name)
+        state = (
+            State.load(run_dir / "tracking.json")
+            if known
+            else State(uri, settings.experiment, config.name, sweep=settings.sweep)
+        )
         state.move(uri, settings.experiment)
         self._courier = _courier(self._dir, self._journal, state)
         self._flush_seconds, self._close_seconds = settings.flush_seconds, settings.close_seconds
@@ -318,6 +355,10 @@ class Tracker:
             raise ValueError(f"artifact {path}: must be in the run folder {self._dir}, from which it is sent")
         default = whole.name if whole.is_dir() else ""
         self._journal.append("artifact", path=whole.relative_to(self._dir).as_posix(), folder=folder or default)
+
+    def model_version(self, name: str, folder: str) -> None:
+        """What `artifact` put into `folder` at MLflow as the next version of a registered model: one a run."""
+        self._journal.append("model", name=name, folder=folder)
 
     def lag(self) -> int:
         """Entries that MLflow has not acknowledged."""

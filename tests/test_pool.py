@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 from ray.exceptions import RayError
 
 from deploy import ray_cluster
-from deploy.pool import RaySamplers
+from deploy.pool import SPARE_STEPS, RaySamplers
 from deploy.remote import RayLearner, wait_until_ready
 from learner.replay import Replay
 from system.config import Config, ConfigError
@@ -178,7 +178,7 @@ class TestOneNode:
         for idle, requests in ((0.05, 3), (0.9, 1)):
             for future in [samplers.sample(request(number, cfg)) for number in range(requests)]:
                 future.result(30)
-            samplers.grow(idle)
+            samplers.fit(idle)
             time.sleep(0.1)
             assert len(samplers.ready()) == 1
         samplers.close()
@@ -191,7 +191,7 @@ class TestOneNode:
         enough = threading.Event()
 
         def on_step(loop: Orchestrator, metrics: dict[str, float], fresh: list[Group]) -> None:
-            samplers.grow(metrics["idle/learner"])
+            samplers.fit(metrics["idle/learner"])
             sizes.append(len(samplers._built()))
             if sizes[-1] == 2:
                 enough.set()
@@ -199,6 +199,22 @@ class TestOneNode:
         loop = train(cfg, samplers, on_step, should_stop=enough.is_set)
         assert (sizes[0], sizes[-1]) == (1, 2)
         assert loop.counters.deaths == 0
+
+    def test_a_sampler_that_has_had_no_work_for_long_goes_and_the_fewest_stay(self, tmp_path: Path) -> None:
+        cfg = config(tmp_path, {"min": 1, "max": 2})
+        samplers = pool(cfg, Faults())
+        wait_until_ready(samplers)
+        samplers._target = 2
+        while len(samplers._built()) < 2:
+            time.sleep(0.1)
+        sizes = []
+        for number in range(2 * SPARE_STEPS + 5):
+            assert samplers.sample(request(number, cfg)).result(30).group_id == number
+            samplers.fit(learner_idle=0.9)
+            sizes.append(len(samplers._members))
+        assert sizes[SPARE_STEPS - 2] == 2
+        assert sizes[-1] == 1
+        samplers.close()
 
 
 class TestNodes:
@@ -235,7 +251,7 @@ class TestNodes:
 
         def on_step(loop: Orchestrator, metrics: dict[str, float], fresh: list[Group]) -> None:
             used.extend(group.group_id for group in fresh)
-            samplers.grow(metrics["idle/learner"])
+            samplers.fit(metrics["idle/learner"])
             sizes.append(len(samplers._built()))
             if loop.counters.step == 20:
                 joined.append(cluster.add_node(num_cpus=2))

@@ -37,10 +37,19 @@ def config(uri: str, experiment: str, **sections: Any) -> Config:
 
 def recorded(uri: str, experiment: str) -> Run:
     """The one run of the experiment."""
+    (run,) = runs_of(uri, experiment)
+    return run
+
+
+def runs_of(uri: str, experiment: str) -> list[Run]:
     client = MlflowClient(uri)
     found = client.get_experiment_by_name(experiment)
     assert found is not None
-    (run,) = client.search_runs([found.experiment_id])
+    return list(client.search_runs([found.experiment_id]))
+
+
+def recorded_as(uri: str, experiment: str, name: str) -> Run:
+    (run,) = [run for run in runs_of(uri, experiment) if run.info.run_name == name]
     return run
 
 
@@ -114,6 +123,38 @@ def test_a_resumed_run_goes_on_without_gaps_or_duplicates(tmp_path, database):
     assert history(database, run, "loss") == [(step, float(step)) for step in range(10)]
     assert run.data.params["learner.steps"] == "10" and run.data.tags["resumed.learner.steps"] == "20"
     assert len(datasets(run)) == 1
+
+
+def test_runs_of_a_sweep_share_a_parent_however_often_it_was_created(tmp_path, database):
+    client, states = MlflowClient(database), []
+    for name in ("one", "two"):
+        tracker = Tracker(tmp_path / name, config(database, "sweep", name=name, tracking={"sweep": "lr"}))
+        tracker.close("FINISHED")
+        states.append(recorded_as(database, "sweep", name))
+    (parent,) = [run for run in runs_of(database, "sweep") if run.info.run_name == "lr"]
+    assert parent.info.status == "FINISHED"
+    assert {run.data.tags["mlflow.parentRunId"] for run in states} == {parent.info.run_id}
+    # As when another child created one at the same time: the first stays for all.
+    client.create_run(parent.info.experiment_id, tags={"headwater.sweep": "lr"}, run_name="lr")
+    Tracker(tmp_path / "three", config(database, "sweep", name="three", tracking={"sweep": "lr"})).close("FINISHED")
+    assert recorded_as(database, "sweep", "three").data.tags["mlflow.parentRunId"] == parent.info.run_id
+
+
+def test_an_adapter_becomes_one_version_of_its_model_however_often_it_is_sent(tmp_path, database):
+    for name in ("one", "two"):
+        run_dir = tmp_path / name
+        tracker = Tracker(run_dir, config(database, "versions", name=name))
+        (run_dir / "adapter").mkdir()
+        (run_dir / "adapter" / "adapter_config.json").write_text("{}")
+        tracker.artifact(run_dir / "adapter")
+        tracker.model_version("policy", "adapter")
+        tracker.close("FINISHED")
+        state = json.loads((run_dir / "tracking.json").read_text())
+        (run_dir / "tracking.json").write_text(json.dumps(state | {"cursors": {"records": 0, "files": 0}}))
+        assert replay(run_dir) == 0
+    client = MlflowClient(database)
+    versions = {int(version.version): version.run_id for version in client.search_model_versions("name = 'policy'")}
+    assert versions == {n: recorded_as(database, "versions", name).info.run_id for n, name in ((1, "one"), (2, "two"))}
 
 
 def test_what_is_sent_twice_counts_once(tmp_path, database):

@@ -1,0 +1,72 @@
+"""A sweep of real jobs of a tiny model, and the command's mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from deploy import sweep
+from system.config import ConfigError
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_combination_is_a_run() -> None:
+    assert list(sweep.combinations(["seed=0,1", "learner.lr=1e-3,3e-4"])) == [
+        ["seed=0", "learner.lr=1e-3"],
+        ["seed=0", "learner.lr=3e-4"],
+        ["seed=1", "learner.lr=1e-3"],
+        ["seed=1", "learner.lr=3e-4"],
+    ]
+
+
+def test_commas_inside_brackets_are_part_of_a_value() -> None:
+    values = ["loss={kind: subtb, decay: 0.9}", "loss={kind: pooled}"]
+    assert list(sweep.combinations(["loss={kind: subtb, decay: 0.9},{kind: pooled}"])) == [[value] for value in values]
+
+
+@pytest.mark.parametrize("text", ["seed", "=1,2", "seed="])
+def test_what_is_no_axis_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ConfigError, match="such as --over seed=0,1,2"):
+        list(sweep.combinations([text]))
+
+
+def test_a_wrong_value_is_refused_before_the_first_run_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main([str(ROOT / "deploy/configs/random_number.yaml"), "--over", "learner.steps=10,-1"]) == 2
+    assert "learner.steps=-1" in capsys.readouterr().err
+
+
+def test_runs_of_a_sweep_are_children_of_one_parent_and_one_that_fails_does_not_end_it(tmp_path: Path) -> None:
+    settings = {
+        "name": "swept",
+        "model": {"path": str(tiny.folder(tmp_path))},
+        "lora": {"rank": 4},
+        "task": {"kind": "random_number", "high": 20},
+        "sampler": {"samples_per_prompt": 8, "kv_cache_mb": 16},
+        "learner": {"steps": 2, "warmup_steps": 0},
+        "tracking": {"model": "tiny-policy"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    command = [sys.executable, str(ROOT / "deploy/sweep.py"), "config.json", "--over", "lora.start=no-such-run,null"]
+    done = subprocess.run([*command, "--over", "seed=3"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "failed: lora.start=no-such-run seed=3" in done.stderr
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("headwater")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in runs if "headwater.sweep" in run.data.tags]
+    (whole,) = [run for run in runs if run is not parent]
+    assert whole.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert whole.data.params["seed"] == "3"
+    (version,) = client.search_model_versions("name = 'tiny-policy'")
+    assert version.run_id == whole.info.run_id
+    files = {file.path for file in client.list_artifacts(whole.info.run_id, "adapter")}
+    assert "adapter/adapter_model.safetensors" in files
+    assert str(version.source).endswith("/adapter")
