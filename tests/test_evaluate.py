@@ -99,7 +99,9 @@ def test_bounds_from_self_consistent_stories_enclose_the_exact_log_z(folder: Pat
     assert metrics["posterior/symmetrised_kl"] == pytest.approx(np.mean(gaps), rel=0.35)
 
 
-def test_the_command_compares_the_base_with_the_adapter_on_other_data(folder: Path) -> None:
+def test_the_command_compares_the_base_with_the_adapter_on_other_data(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = folder / "runs" / "one"
     run.mkdir(parents=True)
     cfg = config_file.parse(settings(folder))
@@ -129,12 +131,19 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(folder: Pa
     for which in ("heldout", "heldout/base"):
         assert metrics[f"{which}/posterior/log_z_lower"] < metrics[f"{which}/posterior/log_z_weighted"]
 
-    assert "one draw says nothing" in command("one", "--samples", "1").stderr
-    assert "no such run" in command("two").stderr
     weights = run / "adapter" / "adapter_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
     assert f"adapter {run}/adapter: adapter_model.safetensors is damaged" in command("one").stderr
+
     weights.unlink()
-    assert "the run did not end; --resume it first" in command("one").stderr
+    monkeypatch.chdir(folder)
+    mistakes = {
+        ("one", "--samples", "1"): "one draw says nothing",
+        ("two",): "no such run",
+        ("one",): "the run did not end; --resume it first",
+    }
+    for arguments, message in mistakes.items():
+        assert evaluate.main(list(arguments)) == 2
+        assert message in capsys.readouterr().err

@@ -141,6 +141,7 @@ def test_a_learner_that_hangs_is_found_by_its_deadline_and_killed(folder: Path, 
         ray.get(learner.actors[0].ready.remote(), timeout=30)
 
 
+@pytest.mark.chaos
 def test_an_engine_that_runs_out_of_memory_dies_and_is_replaced(
     folder: Path, problem: Problem, handles: tuple[RayLearner, RaySamplers], tmp_path: Path
 ) -> None:

@@ -1,7 +1,7 @@
 """The whole loop against the recipe of the paper's code, written from its description, on the same machine.
 
     python -m tests.benchmarks.original_recipe random_number [--settings ours|paper] [--seeds 0,1,2,3,4] [--limit 1800]
-    python -m tests.benchmarks.original_recipe continuation [--repeats 5]
+    python -m tests.benchmarks.original_recipe continuation [--repeats 5] [key=value of ours …]
 
 The recipe: one process; K rows with the whole prompt each; tokens drawn one at a time with a KV cache, gradients kept
 through all steps; logits over the whole vocabulary; for a language-model reward a frozen pass over the padded rows;
@@ -189,7 +189,7 @@ def random_number(settings: str, seeds: list[int], limit: float) -> None:
     report(ratio(name, theirs, ours, 50.0, limit=limit, recipe=json.dumps(details), ours=json.dumps(ours)))
 
 
-def continuation(repeats: int) -> None:
+def continuation(repeats: int, overrides: list[str]) -> None:
     recipe = Recipe(
         config_file.load("deploy/configs/continuation.yaml", ["sampler.samples_per_prompt=20", "learner.threads=2"])
     )
@@ -201,10 +201,11 @@ def continuation(repeats: int) -> None:
         used = sum(recipe.update() for _ in range(3))
         theirs.append(used / (time.perf_counter() - started))
         settings = ["sampler.samples_per_prompt=20", "learner.steps=24", "task.limit=24", "learner.evaluation_samples=2"]
-        summary = job(path, f"seed={repeat}", *settings).summary
+        summary = job(path, f"seed={repeat}", *settings, *overrides).summary
         ours.append(summary["trajectories_per_second"])
         print(f"repeat {repeat}: {ours[-1]:.2f} against {theirs[-1]:.2f} trajectories/s", file=sys.stderr, flush=True)
-    report(ratio("trajectories/s of the loop on continuation, K = 20, ours over the original recipe", ours, theirs, 8.0))
+    name = " ".join(["trajectories/s of the loop on continuation, K = 20, ours over the original recipe", *overrides])
+    report(ratio(name, ours, theirs, 8.0))
 
 
 if __name__ == "__main__":
@@ -214,8 +215,9 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2, 3, 4])
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds that the recipe may train")
     parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of our run of continuation")
+    arguments = parser.parse_intermixed_args()
     if arguments.task == "random_number":
         random_number(arguments.settings, arguments.seeds, arguments.limit)
     else:
-        continuation(arguments.repeats)
+        continuation(arguments.repeats, arguments.overrides)
