@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,15 +36,9 @@ if TYPE_CHECKING:
     from system.evaluation import Evaluation
     from system.orchestrator import Orchestrator, Samplers
     from system.requests import Requests
-    from system.timeline import Span
     from system.trajectory import Group
 
 logger = logging.getLogger("headwater")
-
-SPANS = 200_000
-"""Spans of one process that a timeline holds; of a longer run it has the end."""
-SPANS_SECONDS = 5.0
-"""Longest wait for an actor's last spans."""
 
 
 def parse_arguments(argv: list[str]) -> tuple[Config, Path, argparse.Namespace]:
@@ -77,12 +70,10 @@ class Job:
         self.config, self.run_dir, self.resume, self.from_step = config, run_dir, resume, from_step
         self.stop = threading.Event()
         self.evaluations: list[tuple[int, Evaluation]] = []
-        self._pending: dict[tuple[str, str], Any] = {}
-        self._spans: dict[str, deque[Span]] = {}
-        self._last_stats = 0.0
 
     def run(self) -> dict[str, Any]:
         from deploy import ray_cluster
+        from deploy.observer import Observer
         from deploy.pool import RaySamplers
         from deploy.prepare import prepare
         from deploy.progress import Standing, show
@@ -113,6 +104,7 @@ class Job:
             self.learner = RayLearner(config, self.problem)
             self.samplers = RaySamplers(config, self.problem, lambda: self.learner.node)
             self.learner.room = self.samplers.room
+            self.observer = Observer((self.learner, self.samplers), self.tracker, config.tracking.system_metrics_seconds)
             ending.callback(self.samplers.close)
             self._describe_run()
             wait_until_ready(self.learner, self.samplers)
@@ -186,16 +178,18 @@ class Job:
             self.tracker.artifact(self.run_dir / name)
 
     def _on_step(self, loop: Orchestrator, metrics: dict[str, float], fresh: list[Group]) -> None:
-        step, now = loop.counters.step, time.perf_counter()
+        step = loop.counters.step
         if step % self.config.tracking.sample_table_every == 0:
             self.tracker.table("samples", self._sample_rows(fresh), step)
         counters = loop.counters
-        self.standing.step, self.standing.metrics = step, metrics
+        self.observer.look(step)
+        self.standing.step, self.standing.metrics, self.standing.sampler_idle = step, metrics, self.observer.sampler_idle
         self.standing.seconds_left = (self.config.learner.steps - step) * counters.seconds / max(1, step)
         self.progress.update(self.standing)
         self.ray_metrics.update(step, metrics, trajectories=counters.trajectories, deaths=counters.deaths)
+        for name, idle in self.observer.sampler_idle.items():
+            self.ray_metrics.sampler_idle(name, idle)
         self.samplers.fit(metrics["idle/learner"])
-        self._node_statistics(step, now)
 
     def _sample_rows(self, groups: list[Group]) -> list[dict[str, Any]]:
         from system.language_model import decode
@@ -213,46 +207,6 @@ class Job:
             for group in groups
             for trajectory, log_reward_T in zip(group.trajectories_K, group.log_reward_K, strict=True)
         ]
-
-    def _node_statistics(self, step: int, now: float) -> None:
-        """Asks every actor for its statistics now and then, and logs those that have answered; never waits."""
-        import ray
-        from ray.exceptions import RayError
-
-        from system.tracking import system_metrics
-
-        if now - self._last_stats > self.config.tracking.system_metrics_seconds:
-            self._last_stats = now
-            self.tracker.system("driver", system_metrics(), step)
-            stats = {**self.learner.stats(), **self.samplers.stats()}
-            # A sampler that died has a successor of another name.
-            self.standing.sampler_idle = {name: idle for name, idle in self.standing.sampler_idle.items() if name in stats}
-            asked = {("stats", name): reference for name, reference in stats.items()} | self._span_references()
-            # What has not answered since the last time is not asked twice.
-            self._pending = asked | self._pending
-        for (kind, name), reference in list(self._pending.items()):
-            if not ray.wait([reference], timeout=0)[0]:
-                continue
-            del self._pending[kind, name]
-            try:
-                values: Any = ray.get(reference)
-            # A dead actor has no statistics; its death is counted where its groups are.
-            except RayError:
-                continue
-            if kind == "stats":
-                self.tracker.system(name, values, step)
-                if "busy" in values:
-                    self.standing.sampler_idle[name] = 1.0 - values["busy"]
-                    self.ray_metrics.sampler_idle(name, 1.0 - values["busy"])
-            else:
-                self._keep_spans(name, values)
-
-    def _span_references(self) -> dict[tuple[str, str], Any]:
-        spans = {**self.learner.spans(), **self.samplers.spans()}
-        return {("spans", name): reference for name, reference in spans.items()}
-
-    def _keep_spans(self, name: str, spans: list[Span]) -> None:
-        self._spans.setdefault(name, deque(maxlen=SPANS)).extend(spans)
 
     def _evaluate(self, loop: Orchestrator) -> None:
         from system import evaluation
@@ -312,22 +266,12 @@ class Job:
         return summary
 
     def _finish_timeline(self, loop: Orchestrator) -> float:
-        """Collects the last spans and writes timeline.json. Returns the idle fraction of the samplers."""
-        import ray
-        from ray.exceptions import RayError
-
+        """Writes timeline.json. Returns the idle fraction of the samplers."""
         from deploy import report
 
-        for (kind, name), reference in (self._pending | self._span_references()).items():
-            try:
-                if kind == "spans":
-                    self._keep_spans(name, ray.get(reference, timeout=SPANS_SECONDS))
-            # A dead or hanging actor leaves what it had sent before.
-            except RayError as error:
-                logger.warning("the timeline lacks the last spans of %s: %s", name, error)
-        self._keep_spans("driver", loop.timeline.drain())
+        self.observer.keep("driver", loop.timeline.drain())
         path = self.run_dir / "timeline.json"
-        idle = report.timeline(path, self._spans)
+        idle = report.timeline(path, self.observer.all_spans())
         self.tracker.artifact(path)
         self.tracker.metrics({"idle/samplers": idle}, loop.counters.step)
         return idle

@@ -25,7 +25,8 @@ from actors.sampler import EngineDied
 from actors.settings import engine_environment
 from deploy import ray_cluster
 from deploy.placement import Resources
-from deploy.remote import BuiltActor, SamplerActor, first_line, is_loss, plain
+from deploy.ray_actors import BuiltActor, SamplerActor
+from deploy.remote import first_line, is_loss, plain
 from system.config import Config
 from system.orchestrator import SamplerDied
 from system.tasks.problem import Problem

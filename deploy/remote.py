@@ -1,13 +1,11 @@
-"""The learner as a Ray actor behind the handle that the orchestrator takes, and what it shares with the samplers' actors.
+"""The learner's actors behind the handle that the orchestrator takes, and what it shares with the pool of samplers.
 
-Each actor is a plain class built inside its own process; Ray is applied here and in `deploy.pool`. A future of Ray
-becomes one of `concurrent.futures`, and a learner that is lost, or says nothing for too long, becomes LearnerDied.
+A future of Ray becomes one of `concurrent.futures`, and a learner that is lost, or says nothing for too long, LearnerDied.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,137 +20,18 @@ from ray.exceptions import RayError, RayTaskError
 from deploy import ray_cluster
 from deploy.answers import first_of_all
 from deploy.placement import Resources
-from system.adapters import Adapter
+from deploy.ray_actors import BuiltActor, LearnerActor
 from system.config import Config, ConfigError
 from system.orchestrator import LearnerDied
-from system.timeline import Span
-from system.trajectory import Group, Prompt, Request, Trajectory
+from system.trajectory import Group
 
 if TYPE_CHECKING:
     from system.tasks.problem import Problem
 
 logger = logging.getLogger(__name__)
 
-GOODBYE_SECONDS = 2.0
 LOOK_SECONDS = 1.0
 """Between two looks at the cluster while actors are not placed."""
-
-
-class BuiltActor:
-    """Builds its part when Ray builds the actor, and says by its first call what went wrong.
-
-    An error in an actor's constructor reaches the caller as the actor's death, without its type and its message.
-    """
-
-    def __init__(self, build: Callable[..., Any], *arguments: Any) -> None:
-        self._error: Exception | None = None
-        try:
-            self._built = build(*arguments)
-        # A border: every error is kept for the first call, which raises it.
-        except Exception as error:
-            self._error = error
-
-    @property
-    def part(self) -> Any:
-        if self._error is not None:
-            raise self._error
-        return self._built
-
-    def ready(self) -> int:
-        """The process id, once this actor is built."""
-        assert self.part is not None
-        return os.getpid()
-
-    def stats(self) -> dict[str, float]:
-        """Memory and load of this process and its node."""
-        from system.tracking import system_metrics
-
-        return system_metrics()
-
-    def spans(self) -> list[Span]:
-        """What this process did since the last time."""
-        return self.part.timeline.drain()
-
-
-class SamplerActor(BuiltActor):
-    """A Sampler in this process. If its engine dies, so does the process: a dead engine must not look alive."""
-
-    def __init__(self, config: Config, problem: Problem) -> None:
-        super().__init__(_build_sampler, config, problem)
-
-    def install(self, adapter: Adapter) -> dict[str, float]:
-        return self.part.install(adapter)
-
-    def sample(self, request: Request, adapter: Adapter) -> Group:
-        return self.part.sample(request, adapter)
-
-    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
-        return self.part.score(prompt, trajectories_K)
-
-    def stats(self) -> dict[str, float]:
-        return self.part.stats() | super().stats()
-
-
-class LearnerActor(BuiltActor):
-    """A Learner in this process, one of `size` ranks: built once it knows where the ranks meet."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
-        self._store: Any = None
-
-    def open_meeting(self) -> tuple[str, int]:
-        """Of rank 0: the address at which the others find it."""
-        from learner.ranks import open_store
-
-        self._store = open_store(ray.util.get_node_ip_address(), self._size)
-        return self._store.host, self._store.port
-
-    def build(self, config: Config, problem: Problem, meeting: tuple[str, int] | None) -> None:
-        super().__init__(_build_learner, config, problem, self._rank, self._store, meeting)
-
-    def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        with self.part.timeline.span("update", "learner", step=self.part.step):
-            return self.part.update(groups)
-
-    def adapter(self, version: int) -> Adapter:
-        with self.part.timeline.span("adapter", "learner", version=version):
-            return self.part.adapter(version)
-
-    def score(self, groups: Sequence[Group]) -> list[Any]:
-        with self.part.timeline.span("score", "learner"):
-            return self.part.score(groups)
-
-    def save(self) -> np.ndarray:
-        with self.part.timeline.span("save", "learner", step=self.part.step):
-            return self.part.save()
-
-    def restore(self, saved: np.ndarray, step: int) -> None:
-        self.part.restore(saved, step)
-
-
-def _build_sampler(config: Config, problem: Problem) -> Any:
-    from actors.build import build_sampler
-
-    return build_sampler(config, problem, on_death=_exit_soon)
-
-
-def _build_learner(config: Config, problem: Problem, rank: int, store: Any, meeting: tuple[str, int] | None) -> Any:
-    from learner.learner import Learner
-    from learner.ranks import Ranks, reach_store
-    from system.language_model import resolve_device
-
-    if meeting is None:
-        return Learner.build(config, problem)
-    learner = config.learner
-    store = store or reach_store(*meeting, learner.ranks)
-    device = resolve_device(learner.device)
-    ranks = Ranks.join(rank, learner.ranks, store, device, in_lockstep=learner.shard_base)
-    return Learner.build(config, problem, ranks)
-
-
-def _exit_soon() -> None:
-    """Ends this process once the callers have had time to be told why."""
-    threading.Timer(GOODBYE_SECONDS, os._exit, args=(1,)).start()
 
 
 class Handle(Protocol):

@@ -1,6 +1,6 @@
 """A local journal and its courier: what a run logs is on disk first, and reaches a receiver when that can be had.
 
-The receiver (`system/tracking.py` has the one for MLflow) may be down, slow or lose acknowledgements. The courier moves
+The receiver (`system/mlflow_run.py` is the one for MLflow) may be down, slow or lose acknowledgements. The courier moves
 a cursor on disk only once an entry is settled, so delivery is at least once, and receivers make repetitions harmless.
 A killed process loses nothing that was logged. A machine that loses power may lose the last seconds: there is no fsync.
 """

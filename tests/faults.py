@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deploy.remote import BuiltActor, SamplerActor
+from deploy.ray_actors import BuiltActor, SamplerActor
 from system.config import Config
 from system.timeline import Timeline
 from system.trajectory import Group, Request

@@ -1,0 +1,88 @@
+"""What the actors say of themselves: memory, load, and what they did when. Asked now and then; the loop waits for no answer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import RayError
+
+from system.timeline import Span
+from system.tracking import Tracker, system_metrics
+
+logger = logging.getLogger(__name__)
+
+SPANS = 200_000
+"""Spans of one process that a timeline holds; of a longer run it has the end."""
+LAST_SECONDS = 5.0
+"""Longest wait for an actor's last spans."""
+
+
+class Observed(Protocol):
+    """Actors by name, which answer through references."""
+
+    def stats(self) -> dict[str, Any]: ...
+    def spans(self) -> dict[str, Any]: ...
+
+
+class Observer:
+    def __init__(self, actors: Sequence[Observed], tracker: Tracker, seconds: float) -> None:
+        """Asks `actors` every so many seconds, and gives `tracker` the statistics."""
+        self._actors, self._tracker, self._seconds = actors, tracker, seconds
+        self._pending: dict[tuple[str, str], Any] = {}
+        self._asked = 0.0
+        self._spans: dict[str, deque[Span]] = {}
+        self.sampler_idle: dict[str, float] = {}
+        """Sampler -> share of the time since its start in which it neither drew nor installed."""
+
+    def look(self, step: int) -> None:
+        """Asks if it is time, and takes what has come back."""
+        if time.perf_counter() - self._asked > self._seconds:
+            self._asked = time.perf_counter()
+            self._tracker.system("driver", system_metrics(), step)
+            self._ask()
+        for (kind, name), reference in list(self._pending.items()):
+            if not ray.wait([reference], timeout=0)[0]:
+                continue
+            del self._pending[kind, name]
+            try:
+                values: Any = ray.get(reference)
+            # A dead actor has no statistics; its death is counted where its groups are.
+            except RayError:
+                continue
+            if kind == "spans":
+                self.keep(name, values)
+                continue
+            self._tracker.system(name, values, step)
+            if "busy" in values:
+                self.sampler_idle[name] = 1.0 - values["busy"]
+
+    def _ask(self) -> None:
+        stats = {name: reference for actors in self._actors for name, reference in actors.stats().items()}
+        # A sampler that died has a successor of another name.
+        self.sampler_idle = {name: idle for name, idle in self.sampler_idle.items() if name in stats}
+        asked = {("stats", name): reference for name, reference in stats.items()} | self._ask_spans()
+        # What has not answered since the last time is not asked twice.
+        self._pending = asked | self._pending
+
+    def _ask_spans(self) -> dict[tuple[str, str], Any]:
+        return {("spans", name): reference for actors in self._actors for name, reference in actors.spans().items()}
+
+    def keep(self, name: str, spans: Sequence[Span]) -> None:
+        self._spans.setdefault(name, deque(maxlen=SPANS)).extend(spans)
+
+    def all_spans(self) -> Mapping[str, Sequence[Span]]:
+        """Process -> what it did, the last that it did included."""
+        for (kind, name), reference in (self._pending | self._ask_spans()).items():
+            try:
+                if kind == "spans":
+                    self.keep(name, ray.get(reference, timeout=LAST_SECONDS))
+            # A dead or hanging actor leaves what it had sent before.
+            except RayError as error:
+                logger.warning("the timeline lacks the last spans of %s: %s", name, error)
+        self._pending = {}
+        return self._spans
