@@ -3,7 +3,7 @@
     python -m tests.benchmarks [NAME …]
 
 Each benchmark runs in a process of its own, on a machine that should be doing nothing else. Without names all run but
-those that train for many minutes, which are marked in `LONG`.
+those that take many minutes, which are in `LONG`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from tests.benchmarks.figures import Figure, table
 
 QUICK = [
     "sampler_rate --threads 1",
-    "generate_rate",
     "update_rate",
-    "reward_rate",
     "update_memory",
     "rank_rate",
     "publish",
@@ -32,9 +30,10 @@ QUICK = [
 ]
 LONG = [
     "grpo_rate",
+    "generate_rate",
+    "reward_rate",
     "publish_share",
     "install_modes",
-    "rank_rate",
     "original_recipe random_number",
     "original_recipe continuation",
     "plan_check",
