@@ -229,6 +229,7 @@ class RaySamplers:
         member = _Member(name, actor, actor.ready.remote(), time.monotonic())
         self._members[name] = member
         self._when_done(member.built, lambda source: self._was_built(member, source))
+        self._when_done(actor.until_death.remote(), lambda source: self._died(member, source))
 
     def _when_done(self, reference: Any, message: Callable[[Future[Any]], None]) -> None:
         reference.future().add_done_callback(lambda source: self._inbox.put(lambda: message(source)))
@@ -240,6 +241,11 @@ class RaySamplers:
             self._failed(member, plain(error))
         else:
             member.is_built, member.heard, self._failed_starts = True, time.monotonic(), 0
+
+    def _died(self, member: _Member, source: Future[Any]) -> None:
+        """Also of a sampler that has no work; one that was not built yet is `_was_built`'s."""
+        if member.name in self._members and member.is_built:
+            self._lose(member, first_line(source.exception() or RuntimeError("its process ended")))
 
     def _failed(self, member: _Member, error: BaseException) -> None:
         """A start that failed. Those who wait are told if there have been too many and no sampler is left."""
@@ -273,7 +279,8 @@ class RaySamplers:
         self._most_asked = max(self._most_asked, in_flight + len(self._waiting))
         built = self._built()
         while self._waiting and built:
-            member, call = min(built, key=lambda member: len(member.calls)), self._waiting.popleft()
+            # Of those with the least work, the one that has rested longest: one that hangs is found when it has work.
+            member, call = min(built, key=lambda member: (len(member.calls), member.heard)), self._waiting.popleft()
             if not member.calls:
                 member.heard = time.monotonic()
             member.calls.append(call)

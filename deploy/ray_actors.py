@@ -49,6 +49,10 @@ class BuiltActor:
         assert self.part is not None
         return os.getpid()
 
+    def until_death(self) -> None:
+        """Never returns: its reference fails when this process is gone, also if nothing else is asked of it."""
+        threading.Event().wait()
+
     def stats(self) -> dict[str, float]:
         """Memory and load of this process and its node."""
         from system.tracking import system_metrics

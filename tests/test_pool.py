@@ -122,6 +122,29 @@ class TestOneNode:
         assert_each_counts_once(used, 20, loop)
         assert loop.counters.deaths == 1
 
+    def test_a_sampler_that_dies_without_work_is_replaced_at_once(self, tmp_path: Path) -> None:
+        cfg = config(tmp_path, {"count": 2})
+        samplers = pool(cfg, Faults())
+        wait_until_ready(samplers)
+        for victim in ray.get(samplers.ready()):
+            before = set(samplers._members)
+            os.kill(victim, signal.SIGKILL)
+            deadline = time.monotonic() + 60
+            while not (set(samplers._members) != before and len(samplers._built()) == 2):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        samplers.close()
+
+    def test_requests_one_at_a_time_go_to_all_samplers_in_turn(self, tmp_path: Path) -> None:
+        cfg = config(tmp_path, {"count": 2})
+        samplers = pool(cfg, Faults())
+        wait_until_ready(samplers)
+        heard = {name: member.heard for name, member in samplers._members.items()}
+        for number in range(2):
+            samplers.sample(request(number, cfg)).result(30)
+        assert all(member.heard > heard[name] for name, member in samplers._members.items())
+        samplers.close()
+
     def test_work_that_takes_long_is_no_hang_while_answers_come(self, tmp_path: Path) -> None:
         cfg = config(tmp_path, {"count": 1, "answer_seconds": 4})
         samplers = pool(cfg, Faults(seconds=2))
