@@ -208,7 +208,10 @@ class RaySamplers:
             if not member.is_built and silent > actors.start_seconds:
                 self._failed(member, TimeoutError(f"it was not built within actors.start_seconds={actors.start_seconds:g}"))
             elif member.calls and silent > actors.answer_seconds:
-                self._lose(member, f"it had work and answered nothing for actors.answer_seconds={actors.answer_seconds:g}")
+                self._lose(member, f"it was asked and answered nothing for actors.answer_seconds={actors.answer_seconds:g}")
+            elif member.is_built and silent > actors.answer_seconds:
+                # One that rests is asked for a sign of life: it may be needed soon.
+                self._give(member, _Call("ready", ()))
 
     def _fill(self) -> None:
         while not self._paused and len(self._members) < self._target and time.monotonic() >= self._start_after:
@@ -281,12 +284,15 @@ class RaySamplers:
         while self._waiting and built:
             # Of those with the least work, the one that has rested longest: one that hangs is found when it has work.
             member, call = min(built, key=lambda member: (len(member.calls), member.heard)), self._waiting.popleft()
-            if not member.calls:
-                member.heard = time.monotonic()
-            member.calls.append(call)
-            arguments = (*call.arguments, self._adapter) if call.method == "sample" else call.arguments
-            answer = getattr(member.actor, call.method).remote(*arguments)
-            self._when_done(answer, lambda source, member=member, call=call: self._answered(member, call, source))
+            self._give(member, call)
+
+    def _give(self, member: _Member, call: _Call) -> None:
+        if not member.calls:
+            member.heard = time.monotonic()
+        member.calls.append(call)
+        arguments = (*call.arguments, self._adapter) if call.method == "sample" else call.arguments
+        answer = getattr(member.actor, call.method).remote(*arguments)
+        self._when_done(answer, lambda source: self._answered(member, call, source))
 
     def _answered(self, member: _Member, call: _Call, source: Future[Any]) -> None:
         if call not in member.calls:

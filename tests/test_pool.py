@@ -135,6 +135,19 @@ class TestOneNode:
                 time.sleep(0.1)
         samplers.close()
 
+    def test_a_sampler_that_is_stopped_while_it_rests_is_found_and_replaced(self, tmp_path: Path) -> None:
+        samplers = pool(config(tmp_path, {"count": 1, "answer_seconds": 2}), Faults())
+        wait_until_ready(samplers)
+        victim: int = ray.get(samplers.ready()[0])
+        time.sleep(3)
+        assert ray.get(samplers.ready()) == [victim]  # it rested, and gave a sign of life
+        os.kill(victim, signal.SIGSTOP)
+        deadline = time.monotonic() + 60
+        while victim in ray.get(samplers.ready()) if samplers._built() else True:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        samplers.close()
+
     def test_requests_one_at_a_time_go_to_all_samplers_in_turn(self, tmp_path: Path) -> None:
         cfg = config(tmp_path, {"count": 2})
         samplers = pool(cfg, Faults())
