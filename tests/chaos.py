@@ -58,10 +58,14 @@ class Crew:
         self.learner.room = self.samplers.room
         wait_until_ready(self.learner, self.samplers)
         self.names = self._built()
-        self.learner_pid: int = ray.get(self.learner.ready()[0])
+        self.learner_pid: int = ray.get(self._ask_learner())
 
     def _built(self) -> set[str]:
         return {member.name for member in self.samplers._built()}
+
+    def _ask_learner(self) -> Any:
+        """Reference to its process id."""
+        return self.learner.actors[0].ready.remote()
 
     def kill_sampler(self, number: int) -> None:
         references = self.samplers.ready()
@@ -79,7 +83,7 @@ class Crew:
         return True
 
     def learner_is_back(self) -> bool:
-        done, _ = ray.wait(self.learner.ready(), timeout=0.5)
+        done, _ = ray.wait([self._ask_learner()], timeout=0.5)
         try:
             pid = ray.get(done[0]) if done else self.learner_pid
         # The one that was killed answers with its death.
