@@ -23,10 +23,9 @@ LAST_SECONDS = 5.0
 
 
 class Observed(Protocol):
-    """Actors by name, which answer through references."""
-
-    def stats(self) -> dict[str, Any]: ...
-    def spans(self) -> dict[str, Any]: ...
+    def named(self) -> dict[str, Any]:
+        """Name -> Ray's handle of each actor that can answer (`deploy.ray_actors.BuiltActor`)."""
+        ...
 
 
 class Observer:
@@ -62,25 +61,29 @@ class Observer:
                 self.sampler_idle[name] = 1.0 - values["busy"]
 
     def _ask(self) -> None:
-        stats = {name: reference for actors in self._actors for name, reference in actors.stats().items()}
+        named = self._named()
         # A sampler that died has a successor of another name.
-        self.sampler_idle = {name: idle for name, idle in self.sampler_idle.items() if name in stats}
-        asked = {("stats", name): reference for name, reference in stats.items()} | self._ask_spans()
-        # What has not answered since the last time is not asked twice.
-        self._pending = asked | self._pending
+        self.sampler_idle = {name: idle for name, idle in self.sampler_idle.items() if name in named}
+        for name, actor in named.items():
+            # What has not answered since the last time is not asked again. An actor hands out each span once.
+            if ("stats", name) not in self._pending:
+                self._pending["stats", name] = actor.stats.remote()
+            if ("spans", name) not in self._pending:
+                self._pending["spans", name] = actor.spans.remote()
 
-    def _ask_spans(self) -> dict[tuple[str, str], Any]:
-        return {("spans", name): reference for actors in self._actors for name, reference in actors.spans().items()}
+    def _named(self) -> dict[str, Any]:
+        return {name: actor for actors in self._actors for name, actor in actors.named().items()}
 
     def keep(self, name: str, spans: Sequence[Span]) -> None:
         self._spans.setdefault(name, deque(maxlen=SPANS)).extend(spans)
 
     def all_spans(self) -> Mapping[str, Sequence[Span]]:
         """Process -> what it did, the last that it did included."""
-        for (kind, name), reference in (self._pending | self._ask_spans()).items():
+        handed_out = [(name, reference) for (kind, name), reference in self._pending.items() if kind == "spans"]
+        left = [(name, actor.spans.remote()) for name, actor in self._named().items()]
+        for name, reference in (*handed_out, *left):
             try:
-                if kind == "spans":
-                    self.keep(name, ray.get(reference, timeout=LAST_SECONDS))
+                self.keep(name, ray.get(reference, timeout=LAST_SECONDS))
             # A dead or hanging actor leaves what it had sent before.
             except RayError as error:
                 logger.warning("the timeline lacks the last spans of %s: %s", name, error)

@@ -126,13 +126,9 @@ class RaySamplers:
         """Asks every sampler to install the published adapter now; references to what each measured."""
         return [member.actor.install.remote(self._adapter) for member in self._built()]
 
-    def stats(self) -> dict[str, Any]:
-        """Name -> reference to that sampler's statistics."""
-        return {member.name: member.actor.stats.remote() for member in self._built()}
-
-    def spans(self) -> dict[str, Any]:
-        """Name -> reference to what that sampler did since the last time."""
-        return {member.name: member.actor.spans.remote() for member in self._built()}
+    def named(self) -> dict[str, Any]:
+        """The actors that are built, by name."""
+        return {member.name: member.actor for member in self._built()}
 
     @contextmanager
     def room(self, need: Resources) -> Iterator[None]:

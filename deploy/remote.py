@@ -114,16 +114,10 @@ class RayLearner:
         for answer in [self._future(reference) for reference in _on(self.actors, "restore", ray.put(saved), step)]:
             answer.result()
 
-    def stats(self) -> dict[str, Any]:
-        """Name of each rank's actor -> reference to its statistics."""
-        return dict(zip(self._names(), _on(self.actors, "stats"), strict=True))
-
-    def spans(self) -> dict[str, Any]:
-        """Name of each rank's actor -> reference to what it did since the last time."""
-        return dict(zip(self._names(), _on(self.actors, "spans"), strict=True))
-
-    def _names(self) -> list[str]:
-        return ["learner", *(f"learner-{rank}" for rank in range(1, len(self.actors)))]
+    def named(self) -> dict[str, Any]:
+        """The ranks' actors by name."""
+        names = ["learner", *(f"learner-{rank}" for rank in range(1, len(self.actors)))]
+        return dict(zip(names, self.actors, strict=True))
 
     def _answer(self, references: Sequence[Any]) -> Future[Any]:
         """Rank 0's, once every rank has one. Errors as in `first_of_all`: a loss that is not finite is so on all ranks."""

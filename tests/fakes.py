@@ -102,6 +102,9 @@ class FakeTracker:
     def metrics(self, values: dict[str, float], step: int) -> None:
         self.logged.append((step, dict(values)))
 
+    def system(self, node: str, values: dict[str, float], step: int) -> None:
+        self.metrics({f"system/{node}/{name}": value for name, value in values.items()}, step)
+
     def series(self, name: str) -> list[float]:
         return [values[name] for _, values in self.logged if name in values]
 

@@ -131,9 +131,9 @@ def test_a_killed_learner_is_replaced_by_one_that_knows_as_much(
     assert versions == sorted(set(versions))
 
 
-def test_a_learner_that_hangs_is_found_by_its_deadline_and_killed(folder: Path, problem: Problem, running: Config) -> None:
+def test_a_learner_that_hangs_is_found_by_its_deadline_and_killed(folder: Path, running: Config) -> None:
     cfg = config(folder, learner={"answer_seconds": 1, "cpus": 0})
-    learner = RayLearner(cfg, problem, actor=faults.HangingLearner)
+    learner = RayLearner(cfg, faults.Faults(), actor=faults.HangingLearner)  # type: ignore[arg-type]
     wait_until_ready(learner, samplers=0)
     with pytest.raises(LearnerDied, match=r"learner\.answer_seconds=1"):
         learner.update([]).result(timeout=30)

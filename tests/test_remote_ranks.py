@@ -91,7 +91,7 @@ def test_two_ranks_behind_one_handle_learn_publish_score_and_resume_like_one(
     scores = ranks.score(groups(problem, 3)).result(timeout=60)
     for score, expected in zip(scores, alone.score(groups(problem, 3)), strict=True):
         assert score.log_q_K == pytest.approx(expected.log_q_K, abs=1e-4)
-    assert set(ranks.stats()) == set(ranks.spans()) == {"learner", "learner-1"}
+    assert set(ranks.named()) == {"learner", "learner-1"}
 
     broken = [Group(g.prompt, g.trajectories_K, tuple(r * 1e30 for r in g.log_reward_K), 0, 0) for g in groups(problem, 0)]
     with pytest.raises(FloatingPointError):

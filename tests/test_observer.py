@@ -1,0 +1,65 @@
+"""What actors say of themselves is kept, also what they were asked for shortly before the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from deploy import ray_cluster
+from deploy.observer import Observer
+from system.config_file import parse
+from system.timeline import Span
+from tests.fakes import FakeTracker
+
+
+@pytest.fixture(autouse=True)
+def connected(tmp_path: Path) -> Iterator[None]:
+    ray_cluster.connect(parse({"task": {"kind": "random_number"}, "output_dir": str(tmp_path)}))
+    yield
+    ray_cluster.disconnect()
+
+
+class Slow:
+    """An actor that hands out one span a call, a while later."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def stats(self) -> dict[str, float]:
+        return {"busy": 0.25}
+
+    def spans(self) -> list[Span]:
+        time.sleep(0.3)
+        self.asked += 1
+        return [Span("generate", "engine", self.asked, self.asked + 1)]
+
+
+class Pool:
+    def __init__(self) -> None:
+        self.actor: Any = ray.remote(num_cpus=0)(Slow).remote()
+
+    def named(self) -> dict[str, Any]:
+        return {"sampler-0": self.actor}
+
+
+def test_no_span_is_lost_between_two_looks_or_before_the_end() -> None:
+    tracker = FakeTracker()
+    observer = Observer((Pool(),), tracker, seconds=0.0)  # type: ignore[arg-type]
+    deadline = time.monotonic() + 60
+    for step in range(10):
+        observer.look(step)
+        time.sleep(0.1)
+    while not observer.sampler_idle:
+        assert time.monotonic() < deadline
+        observer.look(10)
+    assert observer.sampler_idle == {"sampler-0": 0.75}
+    assert set(tracker.series("system/sampler-0/busy")) == {0.25}
+    observer.look(11)
+    starts = [span.start for span in observer.all_spans()["sampler-0"]]
+    assert len(starts) > 2
+    assert starts == list(range(1, len(starts) + 1))
