@@ -51,15 +51,12 @@ def test_no_span_is_lost_between_two_looks_or_before_the_end() -> None:
     tracker = FakeTracker()
     observer = Observer((Pool(),), tracker, seconds=0.0)  # type: ignore[arg-type]
     deadline = time.monotonic() + 60
-    for step in range(10):
-        observer.look(step)
-        time.sleep(0.1)
-    while not observer.sampler_idle:
+    while len(tracker.series("system/sampler-0/busy")) < 3:
         assert time.monotonic() < deadline
-        observer.look(10)
+        observer.look(1)
+        time.sleep(0.1)
     assert observer.sampler_idle == {"sampler-0": 0.75}
-    assert set(tracker.series("system/sampler-0/busy")) == {0.25}
-    observer.look(11)
+    observer.look(2)
     starts = [span.start for span in observer.all_spans()["sampler-0"]]
     assert len(starts) > 2
     assert starts == list(range(1, len(starts) + 1))

@@ -100,6 +100,7 @@ def test_two_ranks_behind_one_handle_learn_publish_score_and_resume_like_one(
     assert again["loss"] == pytest.approx(own["loss"], rel=1e-5)
 
 
+@pytest.mark.chaos
 def test_the_death_of_one_rank_is_an_error_at_once_and_ends_all(folder: Path, problem: Problem) -> None:
     ranks = RayLearner(config(folder), problem)
     wait_until_ready(ranks)

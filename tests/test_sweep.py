@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -42,6 +43,33 @@ def test_a_wrong_value_is_refused_before_the_first_run_starts(capsys: pytest.Cap
     assert "learner.steps=-1" in capsys.readouterr().err
 
 
+def test_each_run_is_a_job_under_one_sweep_and_a_failure_is_named_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[list[str]] = []
+
+    def job(command: list[str]) -> subprocess.CompletedProcess[str]:
+        commands.append(command[2:])
+        return subprocess.CompletedProcess(command, returncode=int("seed=1" in command))
+
+    monkeypatch.setattr(subprocess, "run", job)
+    config = str(ROOT / "deploy/configs/random_number.yaml")
+    assert sweep.main([config, "learner.steps=10", "--over", "seed=0,1,2"]) == 1
+    assert [command[:3] for command in commands] == [[config, "learner.steps=10", f"seed={seed}"] for seed in range(3)]
+    (name,) = {command[3] for command in commands}
+    assert name.startswith("tracking.sweep=random_number-sweep-")
+    assert capsys.readouterr().err.splitlines()[-1].endswith("failed: seed=1")
+
+
+def test_a_stopped_run_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = subprocess.CompletedProcess([], returncode=sweep.STOPPED)
+    calls: list[Any] = []
+    monkeypatch.setattr(subprocess, "run", lambda command: calls.append(command) or stopped)
+    assert sweep.main([str(ROOT / "deploy/configs/random_number.yaml"), "--over", "seed=0,1"]) == sweep.STOPPED
+    assert len(calls) == 1
+
+
+@pytest.mark.chaos
 def test_runs_of_a_sweep_are_children_of_one_parent_and_one_that_fails_does_not_end_it(tmp_path: Path) -> None:
     settings = {
         "name": "swept",
