@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("headwater")
 
+STOPPED = 130
+"""Exit status of a run that was asked to stop and left a checkpoint."""
+
 
 def parse_arguments(argv: list[str]) -> tuple[Config, Path, argparse.Namespace]:
     """(config, run folder, all arguments). Raises ConfigError."""
@@ -297,7 +300,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
         return 1
     print(json.dumps(summary))
-    return 0 if summary["finished"] else 130
+    return 0 if summary["finished"] else STOPPED
 
 
 if __name__ == "__main__":

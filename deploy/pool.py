@@ -316,9 +316,10 @@ class RaySamplers:
 
     def _grow(self, learner_idle: float) -> None:
         actors = self.config.actors
+        if self._target >= actors.most:
+            return
         # A cluster that adds nodes does so for actors that wait for one.
-        room = self.config.cluster.wait_seconds or ray_cluster.has_room(Resources(actors.cpus, actors.gpus))
-        if self._target < actors.most and room:
+        if self.config.cluster.wait_seconds or ray_cluster.has_room(Resources(actors.cpus, actors.gpus)):
             self._target += 1
             logger.info("the learner waits %.0f%% of its time: sampler %d is started", 100 * learner_idle, self._target)
 

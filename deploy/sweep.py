@@ -1,14 +1,15 @@
 """A config over several values: `python deploy/sweep.py CONFIG [key=value …] --over seed=0,1,2 [--over learner.lr=1e-3,3e-4]`.
 
 One run of `deploy/job.py` for each combination, one after the other; in MLflow they are the children of one parent run. All
-configs are checked before the first run starts. A run that fails is named at the end, and the others go on. Ctrl-C stops
-the run that is going on, with a checkpoint, and the sweep.
+configs are checked before the first run starts. A run that fails is named at the end, and the others go on. Ctrl-C and
+SIGTERM stop the run that is going on, with a checkpoint, and the sweep.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import signal
 import subprocess
 import sys
 import time
@@ -19,11 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from deploy.job import STOPPED  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import ConfigError  # noqa: E402
 
-STOPPED = 130
-"""Exit status of a job that was stopped and left a checkpoint."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def combinations(over: Sequence[str]) -> Iterator[list[str]]:
@@ -53,6 +54,14 @@ def split(values: str) -> list[str]:
     return parts
 
 
+def run_job(arguments: list[str]) -> int:
+    """The exit status of one job. A signal is the job's to act on: killed from here, it would leave no checkpoint."""
+    with subprocess.Popen([sys.executable, str(ROOT / "deploy/job.py"), *arguments]) as job:
+        for number in SIGNALS:
+            signal.signal(number, lambda number, _frame: job.send_signal(number))
+        return job.wait()
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python deploy/sweep.py", description=__doc__)
     parser.add_argument("config", help="a YAML file, such as deploy/configs/random_number.yaml")
@@ -70,11 +79,8 @@ def main(argv: list[str]) -> int:
     for number, run in enumerate(runs, start=1):
         print(f"sweep {sweep}: run {number} of {len(runs)}: {' '.join(run)}", file=sys.stderr, flush=True)
         overrides = [*arguments.overrides, *run, f"tracking.sweep={sweep}"]
-        try:
-            code = subprocess.run([sys.executable, str(ROOT / "deploy/job.py"), arguments.config, *overrides]).returncode
-        except KeyboardInterrupt:
-            return STOPPED
-        if code == STOPPED:
+        code = run_job([arguments.config, *overrides])
+        if code == STOPPED or -code in SIGNALS:
             return STOPPED
         if code:
             failed.append(" ".join(run))

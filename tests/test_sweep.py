@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,11 +49,11 @@ def test_each_run_is_a_job_under_one_sweep_and_a_failure_is_named_at_the_end(
 ) -> None:
     commands: list[list[str]] = []
 
-    def job(command: list[str]) -> subprocess.CompletedProcess[str]:
-        commands.append(command[2:])
-        return subprocess.CompletedProcess(command, returncode=int("seed=1" in command))
+    def job(arguments: list[str]) -> int:
+        commands.append(arguments)
+        return int("seed=1" in arguments)
 
-    monkeypatch.setattr(subprocess, "run", job)
+    monkeypatch.setattr(sweep, "run_job", job)
     config = str(ROOT / "deploy/configs/random_number.yaml")
     assert sweep.main([config, "learner.steps=10", "--over", "seed=0,1,2"]) == 1
     assert [command[:3] for command in commands] == [[config, "learner.steps=10", f"seed={seed}"] for seed in range(3)]
@@ -61,10 +62,10 @@ def test_each_run_is_a_job_under_one_sweep_and_a_failure_is_named_at_the_end(
     assert capsys.readouterr().err.splitlines()[-1].endswith("failed: seed=1")
 
 
-def test_a_stopped_run_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    stopped = subprocess.CompletedProcess([], returncode=sweep.STOPPED)
+@pytest.mark.parametrize("status", [sweep.STOPPED, -signal.SIGTERM])
+def test_a_stopped_run_ends_the_sweep(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(subprocess, "run", lambda command: calls.append(command) or stopped)
+    monkeypatch.setattr(sweep, "run_job", lambda arguments: calls.append(arguments) or status)
     assert sweep.main([str(ROOT / "deploy/configs/random_number.yaml"), "--over", "seed=0,1"]) == sweep.STOPPED
     assert len(calls) == 1
 
