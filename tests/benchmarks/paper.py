@@ -1,0 +1,248 @@
+"""The experiments of the paper with their baselines: training, supervised fine-tuning and held-out evaluation, over seeds.
+
+    python -m tests.benchmarks.paper TASK --data FOLDER [--seeds 0,1,2] [--output FOLDER] [key=value …]
+
+TASK is one of EXPERIMENTS. FOLDER has the paper's data: `arithmetic/`, `prompts/openwebtext_1000.txt`, `stories/`, `subj/`.
+`key=value` goes to the GFlowNet's training. Every step is a command of `deploy/`, run in OUTPUT (paper-TASK) and printed;
+a step that has its result there already is not run again, so that an interrupted experiment goes on and further seeds add
+to it. Ends with a table of means over seeds, and writes it with the values of each seed to OUTPUT/results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploy.compare import cell
+from tests.benchmarks.runs import ROOT
+
+Metrics = dict[str, float]
+Rows = dict[str, Metrics]
+"""Method -> its metrics, means over held-out prompts."""
+
+ON_POLICY = ("sampler.exploration.on_policy=1", "replay={fresh: 1, prioritised: 0, uniform: 0}")
+IMITATION = ("loss.kind=mle", "replay={fresh: 1, prioritised: 0, uniform: 0}", "learner.lr=5e-4")
+FEW = ("learner.evaluation_prompts=8", "learner.evaluation_samples=8")
+"""What the job's own evaluations before and after need: the held-out ones say more."""
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Runs commands of `deploy/` for one seed and keeps what they find."""
+
+    data: Path
+    output: Path
+    seed: int
+    overrides: tuple[str, ...]
+
+    def train(self, name: str, config: str, *overrides: str) -> Path:
+        """The folder of a finished run."""
+        folder = self.output / f"{name}-{self.seed}"
+        if not (done := list(folder.glob("*/adapter"))):
+            settings = [*FEW, *overrides, f"seed={self.seed}", f"name={name}", f"output_dir={folder}"]
+            self._run("job", str(ROOT / f"deploy/configs/{config}.yaml"), *settings)
+            done = list(folder.glob("*/adapter"))
+        return done[-1].parent
+
+    def evaluate(self, name: str, run: Path, *overrides: str, samples: int) -> tuple[Metrics, Metrics]:
+        """(of the base model, of the run's adapter)."""
+        result = self.output / f"{name}-{self.seed}.json"
+        if not result.exists():
+            lines = self._run(
+                "evaluate", str(run), *overrides, "--samples", str(samples), "--samples-file", str(self.samples(name))
+            )
+            result.write_text(lines.splitlines()[-1], encoding="utf-8")
+        metrics = json.loads(result.read_text(encoding="utf-8"))
+        base = {key.removeprefix("heldout/base/"): value for key, value in metrics.items() if "/base/" in key}
+        return base, {key.removeprefix("heldout/"): value for key, value in metrics.items() if "/base/" not in key}
+
+    def samples(self, name: str) -> Path:
+        """The samples of the evaluation of that name."""
+        return self.output / f"{name}-{self.seed}.jsonl"
+
+    def baselines(self, config: str, run: Path, *overrides: str, methods: str, samples: int) -> Rows:
+        folder = self.output / f"baselines-{self.seed}"
+        if not list(folder.glob("*/gflownet")):
+            settings = [*overrides, f"seed={self.seed}", f"output_dir={folder}", "--methods", methods]
+            config = str(ROOT / f"deploy/configs/{config}.yaml")
+            self._run("baselines", config, *settings, "--samples", str(samples), "--run", str(run))
+        (found,) = folder.glob("*/baselines.json")
+        return json.loads(found.read_text(encoding="utf-8"))["methods"]
+
+    def self_consistent(self, name: str, stories: Path, per_story: int) -> Path:
+        """Stories that the model told itself, for the beginnings in a file; the same for every seed."""
+        result = self.output / f"{name}.jsonl"
+        if not result.exists():
+            config = str(ROOT / "deploy/configs/infilling.yaml")
+            self._run("self_consistent", config, str(result), f"task.stories={stories}", "--per-story", str(per_story))
+        return result
+
+    def _run(self, script: str, *arguments: str) -> str:
+        """Its standard output. Raises CalledProcessError if it fails."""
+        command = [sys.executable, str(ROOT / f"deploy/{script}.py"), *arguments]
+        print("$", shlex.join(["python", *command[1:]]), file=sys.stderr, flush=True)
+        return subprocess.run(command, cwd=self.output, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def continuation(lab: Lab) -> Rows:
+    """The first 950 prompts are for training, and 25 of the last 50 for evaluation."""
+    prompts = f"task.prompts={lab.data / 'prompts/openwebtext_1000.txt'}"
+    run = lab.train("gflownet", "continuation", prompts, "task.limit=950", *lab.overrides)
+    methods = "ancestral,tempered,nucleus,beam,diverse_beam,best_of_n,sir,smc"
+    return lab.baselines("continuation", run, prompts, "task.offset=950", "task.limit=25", methods=methods, samples=8)
+
+
+def constrained(lab: Lab) -> Rows:
+    """As `continuation`, with a keyword that must be in the sentence."""
+    prompts = f"task.prompts={lab.data / 'prompts/openwebtext_1000.txt'}"
+    run = lab.train("gflownet", "constrained", prompts, "task.limit=950", *lab.overrides)
+    held_out = (prompts, "task.offset=950", "task.limit=25")
+    return lab.baselines("constrained", run, *held_out, methods="ancestral,best_of_n,sir,smc", samples=8)
+
+
+def infilling(lab: Lab) -> Rows:
+    """BLEU and GLEU on written stories; the symmetrised KL on those that the model told itself, for other beginnings than in
+    training. The GFlowNet sees both kinds without their missing sentence, supervised fine-tuning the written ones with it."""
+    written, told = lab.data / "stories/train.jsonl", lab.self_consistent("told-train", lab.data / "stories/train.jsonl", 2)
+    both = lab.output / "both.jsonl"
+    both.write_text(written.read_text(encoding="utf-8") + told.read_text(encoding="utf-8"), encoding="utf-8")
+    imitation = (*IMITATION, "learner.groups_per_update=8", "learner.steps=33")
+    runs = {
+        "gflownet": lab.train("gflownet", "infilling", f"task.stories={both}", *lab.overrides),
+        "supervised": lab.train("supervised", "infilling", f"task.stories={written}", *imitation),
+    }
+    held_out = {
+        "": (lab.data / "stories/test.jsonl", ("task/bleu_4", "task/gleu_4")),
+        "-told": (lab.self_consistent("told-test", lab.data / "stories/test.jsonl", 2), ("posterior/",)),
+    }
+    rows: Rows = {"prompting": {}, **{name: {} for name in runs}}
+    for kind, (stories, wanted) in held_out.items():
+        for name, run in runs.items():
+            base, tuned = lab.evaluate(f"{name}{kind}", run, f"task.stories={stories}", samples=16)
+            rows["prompting"] |= {key: value for key, value in base.items() if key.startswith(wanted)}
+            rows[name] |= {key: value for key, value in tuned.items() if key.startswith(wanted)}
+    return rows
+
+
+def verifiable(lab: Lab) -> Rows:
+    """Sums of two numbers below 20: 320 for training, 80 for evaluation. GRPO's reward is the verdict, with a KL penalty."""
+    pairs = [(a, b) for a in range(20) for b in range(20)]
+    random.Random(0).shuffle(pairs)
+    for name, chosen in (("train", pairs[:320]), ("test", pairs[320:])):
+        lines = [json.dumps({"question": f"What is {a} + {b}?", "answer": a + b}) for a, b in chosen]
+        (lab.output / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    questions = f"task.questions={lab.output / 'train.jsonl'}"
+    verdict = "task.reward={kind: function, path: 'system.tasks.verifiable:last_number', seconds: null}"
+    runs = {
+        "gflownet": lab.train("gflownet", "verifiable", questions, *lab.overrides),
+        "grpo": lab.train("grpo", "verifiable", questions, *ON_POLICY, verdict, "loss={kind: grpo, kl: 0.05}"),
+    }
+    return _evaluated(lab, runs, f"task.questions={lab.output / 'test.jsonl'}", samples=8)
+
+
+def subjectivity(lab: Lab, labelled: int = 10) -> Rows:
+    """400 test sentences. `+ supervised` is the M-step: labels learnt from the E-step's reasons, which vote."""
+    train, test = lab.data / f"subj/train.{labelled}.jsonl", lab.data / "subj/test.jsonl"
+    known, unknown = f"task.records={train}", (f"task.records={test}", "task.limit=400")
+    imitation = (*IMITATION, "learner.groups_per_update=10", "learner.steps=40")
+    label = lab.train("supervised", "subjectivity", known, *imitation, "task.stage=label")
+    rows: Rows = {}
+    rows["zero-shot"], rows["supervised"] = lab.evaluate("supervised", label, *unknown, samples=2)
+    shown = (f"task.examples={labelled}", f"task.examples_from={train}")
+    rows["few-shot"], _ = lab.evaluate("few-shot", label, *unknown, *shown, samples=2)
+    reason = lab.train("gflownet", "subjectivity", known, *lab.overrides)
+    _, rows["gflownet"] = lab.evaluate("gflownet", reason, *unknown, samples=10)
+    lab.evaluate("reasons", reason, known, samples=20)
+    predict = lab.train(
+        "predict", "subjectivity", known, *imitation, "task.stage=predict", f"task.rationales={lab.samples('reasons')}"
+    )
+    reasons = f"task.rationales={lab.samples('gflownet')}"
+    _, rows["gflownet + supervised"] = lab.evaluate("predict", predict, *unknown, reasons, samples=2)
+    return rows
+
+
+def arithmetic(lab: Lab) -> Rows:
+    """The paper's 50 worked and 1,000 other questions for training; 60 questions of each length that are in no training file.
+    The GFlowNet and PPO start from the supervised adapter."""
+    folder = lab.data / "arithmetic"
+    rationales = f"task.rationales={folder / 'train_rationales_50.json'}"
+    train = (f"task.questions={folder / 'train_questions_1000.json'}", rationales)
+    supervised = lab.train("supervised", "arithmetic_mle", *train, "learner.groups_per_update=4", "learner.steps=40")
+    start = (f"lora.start={supervised}", "learner.lr=3e-4")
+    ppo = (*ON_POLICY, "replay.demonstrations=false", "loss={kind: ppo, kl: 0.05}")
+    runs = {
+        "supervised": supervised,
+        "gflownet": lab.train("gflownet", "arithmetic", *train, *start, *lab.overrides),
+        "ppo": lab.train("ppo", "arithmetic", *train, *start, *ppo, *lab.overrides),
+    }
+    rows: Rows = {}
+    for operands in (3, 4, 5, 6):
+        questions = (
+            f"task.questions={folder / f'test_{operands}_operands.json'}",
+            rationales,
+            "task.split=test",
+            "task.limit=60",
+        )
+        longer = ("task.max_tokens=60", "task.tool_tokens=40")
+        for name, metrics in _evaluated(lab, runs, *questions, *longer, samples=8, kind=f"-{operands}").items():
+            found = {key: value for key, value in metrics.items() if key.startswith("task/")}
+            rows.setdefault(name, {}).update({f"{key}/{operands}": value for key, value in found.items()})
+    return rows
+
+
+def _evaluated(lab: Lab, runs: Mapping[str, Path], *overrides: str, samples: int, kind: str = "") -> Rows:
+    """The base model as `prompting`, and each run."""
+    rows: Rows = {}
+    for name, run in runs.items():
+        base, rows[name] = lab.evaluate(f"{name}{kind}", run, *overrides, samples=samples)
+        rows = {"prompting": base, **rows}
+    return rows
+
+
+EXPERIMENTS: dict[str, Callable[[Lab], Rows]] = {
+    experiment.__name__: experiment
+    for experiment in (continuation, constrained, infilling, verifiable, subjectivity, arithmetic)
+}
+
+
+def table(results: Mapping[int, Rows]) -> str:
+    """Markdown: a row a method, a column a metric; of several seeds the mean, with the least and the largest."""
+    methods = dict.fromkeys(method for rows in results.values() for method in rows)
+    names = dict.fromkeys(name for rows in results.values() for metrics in rows.values() for name in metrics)
+    lines = ["| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for method in methods:
+        of_method = [rows[method] for rows in results.values() if method in rows]
+        cells = [cell([metrics[name] for metrics in of_method if name in metrics]) for name in names]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=tuple(EXPERIMENTS))
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the GFlowNet's training")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--seeds", default="0,1,2")
+    arguments = parser.parse_intermixed_args(argv)
+    output = (arguments.output or Path(f"paper-{arguments.task}")).resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    results: dict[int, Rows] = {}
+    for seed in map(int, arguments.seeds.split(",")):
+        lab = Lab(arguments.data.resolve(), output, seed, tuple(arguments.overrides))
+        results[seed] = EXPERIMENTS[arguments.task](lab)
+        content: dict[str, Any] = {"task": arguments.task, "overrides": arguments.overrides, "by_seed": results}
+        (output / "results.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
