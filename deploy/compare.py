@@ -1,8 +1,9 @@
-"""Runs side by side: `python deploy/compare.py RUN … [--metric NAME …] [--plots FOLDER]`, a Markdown table on stdout.
+"""Runs side by side: `python deploy/compare.py RUN … [--metric NAME …] [--plots FOLDER] [--mlflow]`, a table on stdout.
 
 Reads the folders of runs (summary.json, heldout.json) and of `deploy/baselines.py` (baselines.json); no server is needed. A
 row is a run or a method: at the end of training, and on held-out prompts where `deploy/evaluate.py` was run, the base model
-beside it. Runs that differ in nothing but the seed are one row: their mean, with the least and the largest.
+beside it. Runs that differ in nothing but the seed are one row: their mean, with the least and the largest. `--mlflow` asks
+the tracking server and prints the address of its compare view with all of them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -24,6 +26,7 @@ import numpy as np  # noqa: E402
 from deploy.runs import find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import ConfigError  # noqa: E402
+from system.journal import State, TrackingError  # noqa: E402
 
 SHOWN = ("task/", "posterior/", "exact/", "model_tokens", "seconds")
 INCIDENTAL = {"seed", "output_dir", "tracking", "cluster", "actors"}
@@ -180,21 +183,63 @@ def plots(folder: Path, table: Sequence[Row], metrics: Sequence[str]) -> list[Pa
     return written
 
 
+LOCAL_UI = "http://127.0.0.1:5000"
+"""Where `mlflow ui` serves a database file."""
+
+
+def compare_views(folders: Sequence[Path]) -> dict[str, str]:
+    """Tracking URI -> address of MLflow's compare view of the runs that are there, those of baselines included.
+
+    Raises:
+        ConfigError: a folder has no run at MLflow, or its server does not know it or cannot be reached.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    runs: dict[str, list[str]] = {}
+    for folder in folders:
+        if not (found := [*folder.glob("tracking.json"), *sorted(folder.glob("*/tracking.json"))]):
+            raise ConfigError(f"{folder} has no tracking.json: it was not recorded for MLflow")
+        for path in found:
+            state = State.load(path)
+            if state.run_id is None:
+                raise ConfigError(
+                    f"{path.parent} has not reached {state.uri}; python -m system.tracking {path.parent} sends it"
+                )
+            runs.setdefault(state.uri, []).append(state.run_id)
+    views = {}
+    for uri, run_ids in runs.items():
+        client = MlflowClient(tracking_uri=uri)
+        try:
+            experiments = list(dict.fromkeys(client.get_run(run_id).info.experiment_id for run_id in run_ids))
+        except MlflowException as error:
+            raise ConfigError(f"--mlflow: {uri}: {error}") from error
+        query = urlencode({"runs": json.dumps(run_ids), "experiments": json.dumps(experiments)}, quote_via=quote)
+        views[uri] = f"{LOCAL_UI if uri.startswith('sqlite:') else uri}/#/compare-runs?{query}"
+    return views
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python deploy/compare.py", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or of baselines, or its name under runs/")
     parser.add_argument("--metric", action="append", default=[], help="a column; may be given several times")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="writes PNG files there")
+    parser.add_argument("--mlflow", action="store_true", help="prints the address of MLflow's compare view")
     arguments = parser.parse_args(argv)
     try:
-        table = rows([entry for name in arguments.runs for entry in read(find_run(name))])
+        folders = [find_run(name) for name in arguments.runs]
+        table = rows([entry for folder in folders for entry in read(folder)])
         metrics = metrics_of(table, arguments.metric)
-    except ConfigError as error:
+        views = compare_views(folders) if arguments.mlflow else {}
+    except (ConfigError, TrackingError) as error:
         print(f"config error: {error}", file=sys.stderr)
         return 2
     print(markdown(table, metrics))
     for path in plots(arguments.plots, table, metrics) if arguments.plots else []:
         print(path, file=sys.stderr)
+    for uri, address in views.items():
+        start = f" (mlflow ui --backend-store-uri {uri} --host 127.0.0.1)" if uri.startswith("sqlite:") else ""
+        print(f"in MLflow{start}: {address}", file=sys.stderr)
     return 0
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
+from mlflow import MlflowClient
 
 from deploy import baselines, compare
 from learner.learner import Learner
 from system import config_file, tasks
 from system.config import Config, ConfigError
+from system.journal import State
 from system.language_model import load_tokenizer
 from system.models import locate
 from tests import tiny
@@ -139,6 +142,20 @@ def test_each_method_is_measured_and_the_adapter_beside_it(tiny_config: Config, 
     content = json.loads(samples.read_text())
     assert len(content["data"]) == 2 * 8
     assert {"prompt", "text", "log_reward", "log_weight"} <= set(content["columns"])
+    [(uri, address)] = compare.compare_views([folder]).items()
+    assert uri.startswith("sqlite:") and address.startswith("http://127.0.0.1:5000/#/compare-runs?runs=")
+    client = MlflowClient(uri)
+    run_ids = json.loads(parse_qs(address.partition("?")[2])["runs"][0])
+    assert {client.get_run(run_id).info.run_name for run_id in run_ids} == {f"told-{name}" for name in [*methods, "gflownet"]}
+
+
+def test_a_run_that_never_reached_mlflow_is_named_with_what_sends_it(tmp_path: Path) -> None:
+    folder = run(tmp_path, "one", 0, -10.0)
+    with pytest.raises(ConfigError, match=r"no tracking\.json"):
+        compare.compare_views([folder])
+    State("http://127.0.0.1:1", "headwater", "one").save(folder / "tracking.json")
+    with pytest.raises(ConfigError, match=r"has not reached http://127\.0\.0\.1:1; python -m system\.tracking"):
+        compare.compare_views([folder])
 
 
 def test_a_method_that_is_not_there_is_named(tiny_config: Config) -> None:
