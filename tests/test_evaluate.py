@@ -131,6 +131,10 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
     for which in ("heldout", "heldout/base"):
         assert metrics[f"{which}/posterior/log_z_lower"] < metrics[f"{which}/posterior/log_z_weighted"]
 
+    alone = command("one", f"task.stories={folder / 'other.jsonl'}", "--samples", "64", "--no-base")
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    assert json.loads(alone.stdout.splitlines()[-1]) == {k: v for k, v in metrics.items() if "/base/" not in k}
+
     weights = run / "adapter" / "adapter_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
