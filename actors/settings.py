@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
+
+from system.config import Config
 
 BLOCK = 32
 """Tokens of one block of the KV cache: the smallest that vLLM has on CPU. Shorter prefixes are not shared."""
@@ -23,6 +26,19 @@ def engine_environment(threads: int, gpu: bool) -> dict[str, str]:
             "TORCH_COMPILE_DISABLE": "1",
         }
     return environment
+
+
+def alone(config: Config, samples: int) -> Config:
+    """For one process that draws `samples` of each prompt and shares the machine with nobody: engine and learner take turns,
+    each on all cores, and the engine is given as many groups at once as it decodes together."""
+    cores = len(os.sched_getaffinity(0))
+    groups = max(config.sampler.groups_in_flight, config.sampler.max_num_seqs // samples)
+    update = {
+        "actors": config.actors.model_copy(update={"cpus": max(cores, config.actors.threads)}),
+        "learner": config.learner.model_copy(update={"threads": max(cores, config.learner.threads)}),
+        "sampler": config.sampler.model_copy(update={"groups_in_flight": groups}),
+    }
+    return config.model_copy(update=update)
 
 
 @dataclass(frozen=True)

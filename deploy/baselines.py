@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from actors.settings import engine_environment  # noqa: E402
+from actors.settings import alone, engine_environment  # noqa: E402
 from deploy.runs import adapter_file, find_run, load_adapter  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
@@ -214,7 +214,7 @@ def main(argv: list[str]) -> int:
         if arguments.samples < 2:
             raise ConfigError(f"--samples={arguments.samples}: one draw says nothing about the spread; take 2 at least")
         config = config_file.load(arguments.config, arguments.overrides)
-        os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
+        os.environ.update(engine_environment(alone(config, arguments.samples).actors.threads, bool(config.actors.gpus)))
         run_dir = find_run(arguments.run) if arguments.run else None
         folder = run(config, arguments.methods.split(","), arguments.samples, settings, run_dir)
     except ConfigError as error:

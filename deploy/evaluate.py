@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from actors.settings import engine_environment  # noqa: E402
+from actors.settings import alone, engine_environment  # noqa: E402
 from deploy.runs import adapter_file, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
         if arguments.samples < 2:
             raise ConfigError(f"--samples={arguments.samples}: one draw says nothing about the spread; take 2 at least")
         run_dir = find_run(arguments.run)
-        config = config_file.load(run_dir / "config.yaml", arguments.overrides)
+        config = alone(config_file.load(run_dir / "config.yaml", arguments.overrides), arguments.samples)
         os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
         results = evaluate(config, run_dir, arguments.samples, base=not arguments.no_base)
     except ConfigError as error:

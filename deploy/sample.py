@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from actors.settings import engine_environment  # noqa: E402
+from actors.settings import alone, engine_environment  # noqa: E402
 from deploy.runs import adapter_file, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
@@ -179,7 +179,7 @@ def main(argv: list[str]) -> int:
             if arguments.prompt is not None:
                 path = Path(folder) / "prompt.jsonl"
                 path.write_text(json.dumps(record_of(config, arguments.prompt)) + "\n", encoding="utf-8")
-            config = with_prompts(config, path) if path else config
+            config = alone(with_prompts(config, path) if path else config, arguments.samples)
             os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
             run(config, adapter, arguments.samples, arguments.seed, arguments.output)
     except ConfigError as error:

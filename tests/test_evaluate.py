@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from actors.rewards import Posterior
+from actors.settings import alone
 from deploy import evaluate, self_consistent
 from learner.learner import Learner
 from system import config_file, tasks
@@ -97,6 +99,16 @@ def test_bounds_from_self_consistent_stories_enclose_the_exact_log_z(folder: Pat
     assert np.mean(lower) < np.mean(exact) < metrics["posterior/log_z_upper"]
     # E over the stories of u(true Z) - E_q[u] is the symmetrised KL, here known by enumeration.
     assert metrics["posterior/symmetrised_kl"] == pytest.approx(np.mean(gaps), rel=0.35)
+
+
+def test_a_process_of_its_own_takes_all_cores_and_fills_the_engine() -> None:
+    cfg = config_file.parse({"task": {"kind": "continuation"}, "sampler": {"max_num_seqs": 64}})
+    cores = len(os.sched_getaffinity(0))
+    many, few = alone(cfg, samples=8), alone(cfg, samples=64)
+    assert (many.actors.threads, many.learner.threads, many.sampler.groups_in_flight) == (cores, cores, 8)
+    assert few.sampler.groups_in_flight == cfg.sampler.groups_in_flight
+    wide = config_file.parse({"task": {"kind": "continuation"}, "actors": {"cpus": cores + 3}})
+    assert alone(wide, samples=8).actors.threads == cores + 3
 
 
 def test_the_command_compares_the_base_with_the_adapter_on_other_data(
