@@ -22,9 +22,10 @@ if str(ROOT) not in sys.path:
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
-BATCH = 64
+TRIES = 8
+"""Samples at once for each story that is wanted of a beginning: about one in three is inside the support."""
 MOST_BATCHES = 500
-"""Tries of a story before it is left out."""
+"""Tries of a beginning before it is left out."""
 
 
 def draw(config: Config, per_story: int, ending: int, seed: int) -> list[dict[str, Any]]:
@@ -47,7 +48,7 @@ def draw(config: Config, per_story: int, ending: int, seed: int) -> list[dict[st
         for _ in range(MOST_BATCHES):
             if len(found) >= per_story:
                 break
-            rows = _generate(model, prompt.reward_tokens, problem.constraints.max_tokens + 1 + ending)
+            rows = _generate(model, prompt.reward_tokens, TRIES * per_story, problem.constraints.max_tokens + 1 + ending)
             for row in rows:
                 story = _story(row, tokenizer, problem.constraints, ending)
                 if story and len(found) < per_story:
@@ -57,14 +58,14 @@ def draw(config: Config, per_story: int, ending: int, seed: int) -> list[dict[st
     return stories
 
 
-def _generate(model: Any, context: tuple[int, ...], tokens: int) -> list[list[int]]:
-    """BATCH ancestral samples."""
+def _generate(model: Any, context: tuple[int, ...], samples: int, tokens: int) -> list[list[int]]:
+    """Ancestral samples of that many tokens."""
     import torch
 
     inputs = torch.tensor([context], device=model.device)
     # The end of sequence is a token like others: it makes a story that is drawn anew.
     rows = model.generate(
-        inputs, attention_mask=torch.ones_like(inputs), do_sample=True, top_k=0, num_return_sequences=BATCH,
+        inputs, attention_mask=torch.ones_like(inputs), do_sample=True, top_k=0, num_return_sequences=samples,
         max_new_tokens=tokens, min_new_tokens=tokens, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     return rows[:, len(context) :].tolist()

@@ -75,12 +75,14 @@ class Lab:
         (found,) = folder.glob("*/baselines.json")
         return json.loads(found.read_text(encoding="utf-8"))["methods"]
 
-    def self_consistent(self, name: str, stories: Path, per_story: int) -> Path:
-        """Stories that the model told itself, for the beginnings in a file; the same for every seed."""
+    def self_consistent(self, name: str, stories: Path, limit: int) -> Path:
+        """Two stories that the model told itself for each of the first beginnings in a file; the same for every seed."""
         result = self.output / f"{name}.jsonl"
         if not result.exists():
             config = str(ROOT / "deploy/configs/infilling.yaml")
-            self._run("self_consistent", config, str(result), f"task.stories={stories}", "--per-story", str(per_story))
+            self._run(
+                "self_consistent", config, str(result), f"task.stories={stories}", f"task.limit={limit}", "--per-story", "2"
+            )
         return result
 
     def _run(self, script: str, *arguments: str) -> str:
@@ -109,7 +111,7 @@ def constrained(lab: Lab) -> Rows:
 def infilling(lab: Lab) -> Rows:
     """BLEU and GLEU on written stories; the symmetrised KL on those that the model told itself, for other beginnings than in
     training. The GFlowNet sees both kinds without their missing sentence, supervised fine-tuning the written ones with it."""
-    written, told = lab.data / "stories/train.jsonl", lab.self_consistent("told-train", lab.data / "stories/train.jsonl", 2)
+    written, told = lab.data / "stories/train.jsonl", lab.self_consistent("told-train", lab.data / "stories/train.jsonl", 44)
     both = lab.output / "both.jsonl"
     both.write_text(written.read_text(encoding="utf-8") + told.read_text(encoding="utf-8"), encoding="utf-8")
     imitation = (*IMITATION, "learner.groups_per_update=8", "learner.steps=33")
@@ -119,7 +121,7 @@ def infilling(lab: Lab) -> Rows:
     }
     held_out = {
         "": (lab.data / "stories/test.jsonl", ("task/bleu_4", "task/gleu_4")),
-        "-told": (lab.self_consistent("told-test", lab.data / "stories/test.jsonl", 2), ("posterior/",)),
+        "-told": (lab.self_consistent("told-test", lab.data / "stories/test.jsonl", 20), ("posterior/",)),
     }
     rows: Rows = {"prompting": {}, **{name: {} for name in runs}}
     for kind, (stories, wanted) in held_out.items():
