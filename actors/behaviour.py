@@ -9,6 +9,7 @@ import torch
 
 from system.constraints import Constraints
 from system.tools import Player
+from system.trajectory import Behaviour
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,14 +22,15 @@ class Row:
     """Actions so far."""
     forced: int | None = None
     """The token that must come next."""
+    open_from: int = 0
+    """The depth before which the stop is not drawn, whatever the minimum length is."""
 
 
 @dataclass(frozen=True, eq=False)
 class Running:
     """A sample that vLLM draws; it lets `output` grow."""
 
-    behaviour: tuple[float, float]
-    """Temperature, epsilon."""
+    behaviour: Behaviour
     output: list[int]
     player: Player
 
@@ -36,7 +38,11 @@ class Running:
         """After taking in the tokens drawn since the last time."""
         for token in self.output[len(self.player.is_action) :]:
             self.player.push(token)
-        return Row(*self.behaviour, self.player.depth, self.player.forced)
+        behaviour, depth, forced = self.behaviour, self.player.depth, self.player.forced
+        planted = dict(behaviour.planted)
+        if forced is None:
+            forced = planted.get(depth)
+        return Row(behaviour.temperature, behaviour.epsilon, depth, forced, max(planted, default=-1) + 1)
 
 
 class BehaviourLogits:
@@ -57,7 +63,10 @@ class BehaviourLogits:
 
     def rows(self, logits_BV: torch.Tensor, rows_B: Sequence[Row]) -> torch.Tensor:
         """As `__call__`, for the rows of a batch. A forced token has log-probability 0, and so has a forced stop."""
-        columns = zip(*((row.temperature, row.epsilon, row.depth < self._min_tokens) for row in rows_B), strict=True)
+        no_stop = [row.depth < max(self._min_tokens, row.open_from) for row in rows_B]
+        columns = zip(
+            *((row.temperature, row.epsilon, closed) for row, closed in zip(rows_B, no_stop, strict=True)), strict=True
+        )
         result_BV = self(logits_BV, *(torch.tensor(column, device=logits_BV.device) for column in columns))
         for number, row in enumerate(rows_B):
             forced = row.forced if row.forced is not None else self._stop if row.depth >= self._max_tokens else None

@@ -138,7 +138,7 @@ class Engine:
                 stop_token_ids=[self.constraints.stop_token],
                 ignore_eos=True, detokenize=False, logprobs=0, flat_logprobs=True,
                 seed=int(np.random.SeedSequence((request.seed, k)).generate_state(1)[0]),
-                extra_args={"behaviour": (behaviour.temperature, behaviour.epsilon)},
+                extra_args={"behaviour": behaviour},
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )  # fmt: skip
             self._submit(f"{ticket}/{k}", request.prompt.policy_tokens, params, self._lora)

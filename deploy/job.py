@@ -101,8 +101,9 @@ class Job:
         try:
             ray_cluster.connect(config)
             self.ray_metrics = RayMetrics(self.run_dir.name)
+            sampler, longest = config.sampler, self.problem.constraints.max_tokens
             self.requests = Requests(
-                self.problem.prompts, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed
+                self.problem.prompts, sampler.samples_per_prompt, sampler.exploration, config.seed, longest
             )
             self.learner = RayLearner(config, self.problem)
             self.samplers = RaySamplers(config, self.problem, lambda: self.learner.node)

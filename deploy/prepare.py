@@ -23,7 +23,8 @@ class Prepared:
 
 
 def prepare(config: Config) -> Prepared:
-    """Raises ConfigError if the model or the task's data cannot be had, or its prompts do not fit the model."""
+    """Raises ConfigError if the model or the task's data cannot be had, its prompts do not fit the model, or what is to be
+    planted does not fit a sample."""
     from system import tasks
     from system.language_model import load_tokenizer
     from system.models import context_length, locate
@@ -32,4 +33,5 @@ def prepare(config: Config) -> Prepared:
     tokenizer = load_tokenizer(folder)
     problem = tasks.build(config.task, tokenizer)
     config.check_lengths(context_length(folder), problem.lengths)
+    config.check_planted(problem.prompts[0].hints)
     return Prepared(folder, tokenizer, problem)

@@ -78,6 +78,7 @@ class Replay:
                         "stop": trajectory.stop,
                         "temperature": behaviour.temperature,
                         "epsilon": behaviour.epsilon,
+                        "planted": behaviour.planted,
                     }
                 )
                 tokens.append(trajectory.tokens_T)
@@ -102,7 +103,9 @@ class Replay:
                 arrays["is_action"][at : at + length],
                 arrays["logp"][after : after + length + 1],
                 record["stop"],
-                Behaviour(record["temperature"], record["epsilon"]),
+                Behaviour(
+                    record["temperature"], record["epsilon"], tuple((depth, token) for depth, token in record["planted"])
+                ),
             )
             entry = (trajectory, arrays["log_reward"][after : after + length + 1])
             self._prompts.setdefault(record["prompt"], {})[trajectory.key] = entry

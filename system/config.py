@@ -6,7 +6,7 @@ config, `system.task_config` has the tasks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -52,6 +52,9 @@ class Exploration(Section):
     """Exploring samples mix this share of uniform-over-the-support into every token."""
     temperature: tuple[float, float] = (0.5, 2.0)
     """Each exploring sample draws its softmax temperature uniformly from this interval."""
+    planted: float = Field(default=0.0, ge=0, le=1)
+    """Share of the exploring samples into which the task's keywords are written at random places: where the policy hardly ever
+    meets a constraint by itself, it has nothing to learn from."""
 
     @model_validator(mode="after")
     def _an_interval(self) -> Exploration:
@@ -417,6 +420,24 @@ class Config(Section):
                     'sampler.exploration.on_policy=1 and "replay={fresh: 1, prioritised: 0, uniform: 0}"'
                 )
         return self
+
+    @model_validator(mode="after")
+    def _there_is_something_to_plant(self) -> Config:
+        if (planted := self.sampler.exploration.planted) and not getattr(self.task, "keywords", ()):
+            raise ValueError(
+                f"sampler.exploration.planted={planted:g} writes task.keywords into samples, and task.kind={self.task.kind} "
+                "has none; set planted=0, or use kind=constrained with keywords"
+            )
+        return self
+
+    def check_planted(self, hints: Sequence[Sequence[int]]) -> None:
+        """Raises ConfigError if there is nothing to plant that a sample has room for. `hints` are a prompt's, as tokens."""
+        planted, length = self.sampler.exploration.planted, sum(map(len, hints))
+        if planted and not 0 < length <= self.task.max_tokens:
+            raise ConfigError(
+                f"sampler.exploration.planted={planted:g}: the keywords are {length} tokens that can be drawn, and "
+                f"task.max_tokens={self.task.max_tokens} has to hold them; change one of the two, or set planted=0"
+            )
 
     def check_lengths(self, context_length: int, lengths: Mapping[str, int]) -> None:
         """Raises ConfigError if a prompt and task.max_tokens do not fit the model. `lengths` are a prompt's tokens by its id,

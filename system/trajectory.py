@@ -29,6 +29,8 @@ class Prompt:
     """Y, scored by the frozen model after `reward_tokens`, Z and the stop tokens; None where there is none."""
     meta: dict[str, Any] = field(default_factory=dict)
     """What a task's own reward or evaluation needs, such as a known answer. JSON-serialisable."""
+    hints: tuple[tuple[int, ...], ...] = ()
+    """Pieces that good samples have, such as a constraint's keywords, as tokens: exploration may plant them."""
 
     def __post_init__(self) -> None:
         if not self.policy_tokens or not self.reward_tokens:
@@ -41,10 +43,12 @@ class Behaviour:
 
     temperature: float = 1.0
     epsilon: float = 0.0
+    planted: tuple[tuple[int, int], ...] = ()
+    """(depth, token): the action at that depth is this one, and the stop is not drawn before the last of them."""
 
     @property
     def on_policy(self) -> bool:
-        return self.temperature == 1.0 and self.epsilon == 0.0
+        return self.temperature == 1.0 and self.epsilon == 0.0 and not self.planted
 
 
 @dataclass(frozen=True, slots=True)

@@ -416,3 +416,14 @@ def test_the_job_without_a_config_says_what_it_needs(tmp_path: Path) -> None:
     done = job("--dry-run", "--resume", "nothing", cwd=tmp_path)
     assert done.returncode == 2
     assert "RUN='nothing': no such run" in done.stderr
+
+
+def test_what_is_to_be_planted_has_to_be_there_and_to_fit() -> None:
+    exploration = {"exploration": {"planted": 0.5}}
+    message = refusal({"task": {"kind": "continuation"}, "sampler": exploration})
+    assert "sampler.exploration.planted=0.5" in message and "use kind=constrained with keywords" in message
+    config = parse({"task": {"kind": "constrained", "keywords": ["a"], "max_tokens": 3}, "sampler": exploration})
+    config.check_planted([(1, 2, 3)])
+    for hints in ([], [(1, 2), (3, 4)]):
+        with pytest.raises(ConfigError, match=r"planted=0\.5: the keywords are [04] tokens .* task\.max_tokens=3"):
+            config.check_planted(hints)

@@ -96,6 +96,23 @@ def test_the_support_is_never_left_and_lengths_are_kept(case: Case) -> None:
     assert any(2 in trajectory.tokens_T[:-1] for trajectory in group)
 
 
+def test_planted_tokens_stand_where_they_were_wanted_and_the_rest_is_drawn(case: Case) -> None:
+    adapter, model = case.version(0)
+    case.engine.install(adapter)
+    behaviours = (Behaviour(planted=((3, 7), (4, 9))), Behaviour(1.5, 0.2, ((0, 11),)), Behaviour(planted=((5, 3),)))
+    (group,) = case.draw(Request(0, SHORT, behaviours * 40, 3))
+    for trajectory in group:
+        planted = dict(trajectory.behaviour.planted)
+        assert [int(trajectory.tokens_T[depth]) for depth in planted] == list(planted.values())
+        assert trajectory.is_action_T.all() and not trajectory.logp_T[list(planted)].any()
+        # Elsewhere the log-probs are the behaviour's own; before the last planted one no stop is in its support.
+        expected = lora.drawn_log_probs(model, CONSTRAINTS, SHORT, trajectory)
+        after = slice(max(planted) + 1, None)
+        np.testing.assert_allclose(trajectory.logp_T[after], expected[after], atol=1e-3)
+    assert len({len(t) for t in group if t.behaviour == behaviours[0]}) > 1
+    assert len({t.key for t in group if t.behaviour == behaviours[2]}) > 30
+
+
 def test_tokens_are_drawn_as_often_as_their_log_probs_say(case: Case) -> None:
     adapter, model = case.version(0)
     case.engine.install(adapter)

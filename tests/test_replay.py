@@ -231,7 +231,7 @@ def test_a_buffer_comes_back_as_it_was(first: list[Sample], second: list[Sample]
 
 def test_all_of_a_trajectory_comes_back() -> None:
     tokens, actions = np.array([5, 70000, 6], np.int32), np.array([True, False, True])
-    kept = Trajectory(tokens, actions, np.array([-1, 0, -0.25, 0], np.float32), "forced", Behaviour(1.5, 0.25))
+    kept = Trajectory(tokens, actions, np.array([-1, 0, -0.25, 0], np.float32), "forced", Behaviour(1.5, 0.25, ((0, 3),)))
     log_reward_T = np.array([np.nan, -1e-9, np.nan, -7.125])
     replay = buffer()
     empty = trajectory((), behaviour=Behaviour(0.5))
@@ -246,7 +246,7 @@ def test_all_of_a_trajectory_comes_back() -> None:
     assert (one.tokens_T.tolist(), one.is_action_T.tolist(), one.logp_T.tolist()) == (
         [5, 70000, 6], [True, False, True], [-1.0, 0.0, -0.25, 0.0],
     )  # fmt: skip
-    assert (one.stop, one.behaviour, one.key) == ("forced", Behaviour(1.5, 0.25), kept.key)
+    assert (one.stop, one.behaviour, one.key) == ("forced", Behaviour(1.5, 0.25, ((0, 3),)), kept.key)
     assert (one.tokens_T.dtype, one.is_action_T.dtype, one.logp_T.dtype, reward.dtype) == (
         np.int32, np.bool_, np.float32, np.float64,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -71,6 +72,32 @@ def test_temperatures_fill_their_interval() -> None:
     quarters = Counter(int((value - 0.5) / 0.375) for value in drawn)
     assert sorted(quarters) == [0, 1, 2, 3]
     assert all(650 < count < 850 for count in quarters.values())
+
+
+@given(st.integers(0, 10**6), st.integers(6, 12), st.permutations([(4, 5), (6,), (7, 8, 9)]))
+def test_hints_are_planted_whole_in_places_of_their_own_into_the_wanted_share(
+    seed: int, max_tokens: int, hints: list[tuple[int, ...]]
+) -> None:
+    prompts = [replace(prompt, hints=tuple(hints)) for prompt in PROMPTS]
+    exploration = Exploration(on_policy=0.5, epsilon=0.1, planted=0.5)
+    behaviours = Requests(prompts, 16, exploration, seed, max_tokens).of(prompts[:1]).training(0).behaviours_K
+    planted = [dict(behaviour.planted) for behaviour in behaviours if behaviour.planted]
+    assert len(planted) == 4 and sum(behaviour.on_policy for behaviour in behaviours) == 8
+    for tokens in planted:
+        assert len(tokens) == 6 and set(tokens) <= set(range(max_tokens))
+        for hint in hints:
+            [start] = [depth for depth, token in tokens.items() if token == hint[0]]
+            assert tuple(tokens[start + index] for index in range(len(hint))) == hint
+
+
+def test_hints_reach_every_place_and_order_and_are_left_out_where_they_do_not_fit() -> None:
+    prompts = [replace(PROMPTS[0], hints=((4, 5), (6,)))]
+    exploration = Exploration(on_policy=0.0, planted=1.0)
+    drawn = [b.planted for b in Requests(prompts, 500, exploration, 0, 4).training(0).behaviours_K]
+    # Two ways to order them, and three to let one place of four free.
+    assert len(set(drawn)) == 6 and {depth for planted in drawn for depth, _ in planted} == {0, 1, 2, 3}
+    for max_tokens in (0, 2):
+        assert not any(b.planted for b in Requests(prompts, 8, exploration, 0, max_tokens).training(0).behaviours_K)
 
 
 def test_evaluation_is_on_policy_and_no_group_of_the_training() -> None:

@@ -390,6 +390,12 @@ def test_a_constraint_that_cannot_be_met_or_read_is_refused(fields: dict[str, An
         problem("constrained", **fields)
 
 
+def test_hints_are_keywords_as_a_sentence_has_them() -> None:
+    made = problem("constrained", limit=1, keywords=["sea"])
+    (hint,) = made.prompts[0].hints
+    assert decode(TOKENIZER, list(hint)) == " sea" and made.constraints.admits(list(hint))
+
+
 # ------------------------------------------------------------------------------------------------------ verifiable
 
 

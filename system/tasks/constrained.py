@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import regex
 from transformers import PreTrainedTokenizerBase
 
@@ -35,6 +36,9 @@ def build(section: Constrained, tokenizer: PreTrainedTokenizerBase) -> Problem:
         if piece is not None:
             raise ConfigError(f"task.keywords: {keyword!r} has {piece!r}, which is in task.illegal; take it out of one of them")
     problem = continuation.build(section, tokenizer)
+    written = [tuple(tokenizer.encode(" " + keyword, add_special_tokens=False)) for keyword in section.keywords]
+    # A keyword that cannot be drawn in this form may still be there in another one, of other case or in other pieces.
+    hints = tuple(tokens for tokens in written if np.isin(tokens, problem.constraints.columns).all())
     constraint = {
         "keywords": list(section.keywords),
         "pattern": section.pattern,
@@ -42,7 +46,7 @@ def build(section: Constrained, tokenizer: PreTrainedTokenizerBase) -> Problem:
         "floor": section.floor,
         "seconds": section.seconds,
     }
-    prompts = tuple(replace(p, meta=p.meta | {"constraint": constraint}) for p in problem.prompts)
+    prompts = tuple(replace(p, hints=hints, meta=p.meta | {"constraint": constraint}) for p in problem.prompts)
     return replace(problem, prompts=prompts, judge=validity)
 
 
