@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -22,8 +24,14 @@ if str(ROOT) not in sys.path:
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
+if TYPE_CHECKING:
+    from actors.stepping import NextTokens
+    from system.constraints import Constraints
+
+logger = logging.getLogger("headwater")
+
 TRIES = 8
-"""Samples at once for each story that is wanted of a beginning: about one in three is inside the support."""
+"""Samples at once for each story that is wanted of a beginning."""
 MOST_BATCHES = 500
 """Tries of a beginning before it is left out."""
 
@@ -32,63 +40,75 @@ def draw(config: Config, per_story: int, ending: int, seed: int) -> list[dict[st
     """Up to `per_story` stories for each X of the config's stories."""
     import torch
 
+    from actors.stepping import NextTokens
     from system import tasks
-    from system.language_model import load_pretrained, load_tokenizer, resolve_device
+    from system.constraints import Constraints
+    from system.language_model import decode, load_pretrained, load_tokenizer, resolve_device
     from system.models import locate
 
     folder = locate(config.model)
     tokenizer = load_tokenizer(folder)
     problem = tasks.build(config.task, tokenizer)
-    device = resolve_device(config.learner.device)
+    support, device = problem.constraints, resolve_device(config.learner.device)
     model = load_pretrained(folder, getattr(torch, config.learner.dtype), device)
+    longest = support.max_tokens + 1 + ending
+    # The model itself, whatever the support is: the end of sequence is a token like others.
+    everything = Constraints.of(
+        stop_token=support.stop_token, min_tokens=0, max_tokens=longest + 1, vocab_size=model.config.vocab_size
+    )
+    teller, special = NextTokens(model, everything), set(tokenizer.all_special_ids)
     torch.manual_seed(seed)
     stories = []
-    for prompt in problem.prompts:
+    for number, prompt in enumerate(problem.prompts, 1):
         found: list[dict[str, Any]] = []
         for _ in range(MOST_BATCHES):
             if len(found) >= per_story:
                 break
-            rows = _generate(model, prompt.reward_tokens, TRIES * per_story, problem.constraints.max_tokens + 1 + ending)
-            for row in rows:
-                story = _story(row, tokenizer, problem.constraints, ending)
-                if story and len(found) < per_story:
-                    number = f"{prompt.id}/{len(found)}"
-                    found.append({"id": number, "before": prompt.meta["before"], **story})
-        stories += found
+            for middle, after in _tell(teller, prompt.reward_tokens, TRIES * per_story, support, ending):
+                text = decode(tokenizer, after).strip()
+                # What is asked of Y alone leaves Z, given Y, a posterior draw.
+                if text and not set(after) & special and len(found) < per_story:
+                    sentence = decode(tokenizer, [*middle, support.stop_token]).strip()
+                    tokens = {"middle": middle, "after": after}
+                    found.append({"before": prompt.meta["before"], "middle": sentence, "after": text, "tokens": tokens})
+        stories += [{"id": f"{prompt.id}/{index}", **story} for index, story in enumerate(found)]
+        logger.info("%d of %d beginnings, %d stories", number, len(problem.prompts), len(stories))
     return stories
 
 
-def _generate(model: Any, context: tuple[int, ...], samples: int, tokens: int) -> list[list[int]]:
-    """Ancestral samples of that many tokens."""
+def _tell(
+    teller: NextTokens, context: Sequence[int], tries: int, support: Constraints, ending: int
+) -> list[tuple[list[int], list[int]]]:
+    """(middle, after) of those of `tries` ancestral samples whose middle is inside the support, in the order of the tries.
+
+    A sample that leaves the support is dropped there: the rest of it would change nothing.
+    """
+    import numpy as np
     import torch
 
-    inputs = torch.tensor([context], device=model.device)
-    # The end of sequence is a token like others: it makes a story that is drawn anew.
-    rows = model.generate(
-        inputs, attention_mask=torch.ones_like(inputs), do_sample=True, top_k=0, num_return_sequences=samples,
-        max_new_tokens=tokens, min_new_tokens=tokens, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    return rows[:, len(context) :].tolist()
-
-
-def _story(row: list[int], tokenizer: Any, constraints: Any, ending: int) -> dict[str, Any] | None:
-    """Middle and ending of a sample whose middle lies in the support, else None."""
-    import numpy as np
-
-    from system.language_model import decode
-
-    stop = constraints.stop_token
-    if stop not in row:
-        return None
-    length = row.index(stop)
-    middle, after = row[:length], row[length + 1 : length + 1 + ending]
-    inside = constraints.min_tokens <= length <= constraints.max_tokens and np.isin(middle, constraints.columns).all()
-    text = decode(tokenizer, after).strip()
-    # What is asked of Y alone leaves Z, given Y, a posterior draw.
-    if not inside or not text or set(after) & set(tokenizer.all_special_ids):
-        return None
-    sentence = decode(tokenizer, [*middle, stop]).strip()
-    return {"middle": sentence, "after": text, "tokens": {"middle": middle, "after": after}}
+    legal = set(support.columns.tolist())
+    rows = teller.start(context)
+    rows.select(np.zeros(tries, np.int64))
+    live = list(range(tries))
+    told: list[tuple[list[int], list[int] | None]] = [([], None) for _ in live]
+    while live:
+        drawn = torch.multinomial(rows.log_q_BC.exp(), 1)[:, 0].cpu().numpy()
+        going = []
+        for row, (number, token) in enumerate(zip(live, drawn.tolist(), strict=True)):
+            middle, after = told[number]
+            if after is not None:
+                after.append(token)
+            elif token == support.stop_token:
+                told[number] = middle, []
+            else:
+                middle.append(token)
+            middle, after = told[number]
+            inside = support.admits(middle) if after is not None else token in legal and len(middle) <= support.max_tokens
+            if inside and (after is None or len(after) < ending):
+                going.append(row)
+        live = [live[row] for row in going]
+        rows.advance(np.array(going, np.int64), drawn[going])
+    return [(middle, after) for middle, after in told if after is not None and len(after) == ending]
 
 
 def main(argv: list[str]) -> int:
@@ -100,6 +120,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--ending", type=int, default=16, help="tokens of Y")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_intermixed_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         config = config_file.load(arguments.config, arguments.overrides)
         if config.task.kind != "infilling":
