@@ -101,9 +101,9 @@ def continuation(lab: Lab) -> Rows:
 
 
 def constrained(lab: Lab) -> Rows:
-    """As `continuation`, with a keyword that must be in the sentence."""
+    """As `continuation`, with a keyword that must be in the sentence, and 100 prompts for training."""
     prompts = f"task.prompts={lab.data / 'prompts/openwebtext_1000.txt'}"
-    run = lab.train("gflownet", "constrained", prompts, "task.limit=950", *lab.overrides)
+    run = lab.train("gflownet", "constrained", prompts, "task.limit=100", *lab.overrides)
     held_out = (prompts, "task.offset=950", "task.limit=8")
     return lab.baselines("constrained", run, *held_out, methods="ancestral,best_of_n,smc", samples=8)
 
@@ -189,7 +189,7 @@ def arithmetic(lab: Lab) -> Rows:
             f"task.questions={folder / f'test_{operands}_operands.json'}",
             rationales,
             "task.split=test",
-            "task.limit=60",
+            "task.limit=40",
         )
         longer = ("task.max_tokens=60", "task.tool_tokens=40")
         for name, metrics in _evaluated(lab, runs, *questions, *longer, samples=8, kind=f"-{operands}").items():
