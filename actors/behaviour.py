@@ -39,16 +39,16 @@ class Running:
         for token in self.output[len(self.player.is_action) :]:
             self.player.push(token)
         behaviour, depth, forced = self.behaviour, self.player.depth, self.player.forced
-        planted = dict(behaviour.planted)
         if forced is None:
-            forced = planted.get(depth)
-        return Row(behaviour.temperature, behaviour.epsilon, depth, forced, max(planted, default=-1) + 1)
+            forced = next((token for at, token in behaviour.planted if at == depth), None)
+        return Row(behaviour.temperature, behaviour.epsilon, depth, forced, behaviour.open_from)
 
 
 class BehaviourLogits:
     """Turns the model's logits into the log of (1 - epsilon) * softmax(logits / temperature) + epsilon * uniform(support).
 
-    The support is that of `constraints`: under the minimum length the stop is neither in the softmax nor in the mixture.
+    The support is that of `constraints`: under the minimum length, and before what is planted, the stop is neither in the
+    softmax nor in the mixture.
     """
 
     def __init__(self, constraints: Constraints, width: int, device: torch.device) -> None:
@@ -80,7 +80,7 @@ class BehaviourLogits:
     ) -> torch.Tensor:
         """Unnormalised log-probabilities, float32 [B, V], -inf outside the support; `logits_BV` is overwritten.
 
-        `no_stop_B` is true where the depth is under the minimum length. All arguments are on one device.
+        `no_stop_B` is true where the stop is outside the support. All arguments are on one device.
         """
         logits_BV.div_(temperature_B[:, None])
         self._mask(logits_BV, no_stop_B)

@@ -116,6 +116,10 @@ class Engine:
         for behaviour in request.behaviours_K:
             if not (behaviour.temperature > 0 and 0 <= behaviour.epsilon < 1):
                 raise ValueError(f"group {request.group_id}: {behaviour} needs temperature > 0 and 0 <= epsilon < 1")
+            depths, tokens = zip(*behaviour.planted, strict=True) if behaviour.planted else ((), ())
+            outside = not np.isin(tokens, self.constraints.columns).all() or self.constraints.stop_token in tokens
+            if outside or list(depths) != sorted({*depths}) or not set(depths) <= set(range(self.constraints.max_tokens)):
+                raise ValueError(f"group {request.group_id}: {behaviour} plants what cannot be drawn there")
 
     def add(self, request: Request) -> int:
         """Queues a group; `step` names it by the number returned. K requests share the prompt's full blocks.

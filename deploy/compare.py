@@ -27,6 +27,7 @@ from deploy.runs import find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import ConfigError  # noqa: E402
 from system.journal import State, TrackingError  # noqa: E402
+from system.tracking import set_environment  # noqa: E402
 
 SHOWN = ("task/", "posterior/", "exact/", "model_tokens", "seconds")
 INCIDENTAL = {"seed", "output_dir", "tracking", "cluster", "actors"}
@@ -90,7 +91,8 @@ def _results(folder: Path, run: str, config: dict[str, Any]) -> Iterator[tuple[s
     if heldout:
         base = {name.removeprefix("heldout/base/"): value for name, value in heldout.items() if "/base/" in name}
         tuned = {name.removeprefix("heldout/"): value for name, value in heldout.items() if "/base/" not in name}
-        yield f"{run}: held out, base", config, base
+        if base:
+            yield f"{run}: held out, base", config, base
         yield f"{run}: held out", config, tuned
     for method, metrics in baselines.get("methods", {}).items():
         yield f"{run}: {method}", [config, baselines["samples"], baselines["settings"]], metrics
@@ -196,6 +198,7 @@ def compare_views(folders: Sequence[Path]) -> dict[str, str]:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
+    set_environment()
     runs: dict[str, list[str]] = {}
     for folder in folders:
         if not (found := [*folder.glob("tracking.json"), *sorted(folder.glob("*/tracking.json"))]):

@@ -206,6 +206,7 @@ class Job:
                 "length": len(trajectory),
                 "temperature": trajectory.behaviour.temperature,
                 "epsilon": trajectory.behaviour.epsilon,
+                "planted": bool(trajectory.behaviour.planted),
                 "version": group.adapter_version,
             }
             for group in groups

@@ -33,7 +33,7 @@ logger = logging.getLogger("headwater")
 TRIES = 8
 """Samples at once for each story that is wanted of a beginning."""
 MOST_BATCHES = 500
-"""Tries of a beginning before it is left out."""
+"""Batches of tries for a beginning; then it has fewer stories, or none."""
 
 
 def draw(config: Config, per_story: int, ending: int, seed: int) -> list[dict[str, Any]]:
@@ -103,8 +103,11 @@ def _tell(
             else:
                 middle.append(token)
             middle, after = told[number]
-            inside = support.admits(middle) if after is not None else token in legal and len(middle) <= support.max_tokens
-            if inside and (after is None or len(after) < ending):
+            if after is None:
+                inside = token in legal and len(middle) <= support.max_tokens
+            else:
+                inside = len(middle) >= support.min_tokens and len(after) < ending
+            if inside:
                 going.append(row)
         live = [live[row] for row in going]
         rows.advance(np.array(going, np.int64), drawn[going])

@@ -104,7 +104,9 @@ class Replay:
                 arrays["logp"][after : after + length + 1],
                 record["stop"],
                 Behaviour(
-                    record["temperature"], record["epsilon"], tuple((depth, token) for depth, token in record["planted"])
+                    record["temperature"],
+                    record["epsilon"],
+                    tuple((depth, token) for depth, token in record.get("planted", ())),
                 ),
             )
             entry = (trajectory, arrays["log_reward"][after : after + length + 1])

@@ -38,8 +38,7 @@ class Requests:
         order = np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.prompts))
         rng = np.random.default_rng((self.seed, 2, group_id))
         prompt = self.prompts[order[index]]
-        behaviours = explore(self.exploration, self.samples_per_prompt, rng)
-        behaviours = plant(behaviours, self.exploration.planted, prompt.hints, self.max_tokens, rng)
+        behaviours = explore(self.exploration, self.samples_per_prompt, prompt.hints, self.max_tokens, rng)
         return Request(group_id, prompt, behaviours, int(rng.integers(2**31)))
 
     def evaluation(self, index: int, samples: int, round_: int) -> Request:
@@ -48,31 +47,28 @@ class Requests:
         return Request(-1 - index, self.prompts[index], (Behaviour(),) * samples, int(rng.integers(2**31)))
 
 
-def explore(exploration: Exploration, samples: int, rng: np.random.Generator) -> tuple[Behaviour, ...]:
-    """Behaviours of a group: the on-policy share exactly, the others each with a temperature of their own."""
+def explore(
+    exploration: Exploration, samples: int, hints: Sequence[Sequence[int]], max_tokens: int, rng: np.random.Generator
+) -> tuple[Behaviour, ...]:
+    """Behaviours of a group: the on-policy share exactly, the others each with a temperature of their own.
+
+    Into the last of them, `exploration.planted` of the exploring ones, the hints are planted: a target that the policy hardly
+    ever meets gives it nothing to learn from, and the losses take samples from anywhere.
+    """
     on_policy = round(exploration.on_policy * samples)
     temperatures = rng.uniform(*exploration.temperature, size=samples - on_policy)
-    exploring = tuple(Behaviour(float(temperature), exploration.epsilon) for temperature in temperatures)
-    return (Behaviour(),) * on_policy + exploring
+    exploring = [Behaviour(float(temperature), exploration.epsilon) for temperature in temperatures]
+    for index in range(len(exploring) - round(exploration.planted * len(exploring)), len(exploring)):
+        exploring[index] = replace(exploring[index], planted=places(hints, max_tokens, rng))
+    return (Behaviour(),) * on_policy + tuple(exploring)
 
 
-def plant(
-    behaviours_K: tuple[Behaviour, ...], share: float, hints: Sequence[Sequence[int]], max_tokens: int, rng: np.random.Generator
-) -> tuple[Behaviour, ...]:
-    """The last of the exploring behaviours, `share` of them, with every hint at a place of its own, in any order.
-
-    A target that the policy almost never meets gives exploration nothing to learn from; the losses take samples from anywhere.
-    """
-    exploring = sum(not behaviour.on_policy for behaviour in behaviours_K)
+def places(hints: Sequence[Sequence[int]], max_tokens: int, rng: np.random.Generator) -> tuple[tuple[int, int], ...]:
+    """(depth, token) by depth: every hint whole, at a place of its own, in any order; nothing where they do not fit."""
     room = max_tokens - sum(map(len, hints))
-    count = round(share * exploring) if hints and room >= 0 else 0
-
-    def places() -> tuple[tuple[int, int], ...]:
-        gaps = np.sort(rng.integers(0, room + 1, len(hints)))
-        tokens = [
-            (int(gap), token) for gap, number in zip(gaps, rng.permutation(len(hints)), strict=True) for token in hints[number]
-        ]
-        return tuple((gap + done, token) for done, (gap, token) in enumerate(tokens))
-
-    kept = len(behaviours_K) - count
-    return behaviours_K[:kept] + tuple(replace(behaviour, planted=places()) for behaviour in behaviours_K[kept:])
+    if room < 0:
+        return ()
+    gaps = np.sort(rng.integers(0, room + 1, len(hints)))
+    order = rng.permutation(len(hints))
+    tokens = [(int(gap), token) for gap, number in zip(gaps, order, strict=True) for token in hints[number]]
+    return tuple((gap + done, token) for done, (gap, token) in enumerate(tokens))

@@ -201,9 +201,14 @@ class Tracker:
             (self._courier.abandoned if closing else self._closing).wait(self._flush_seconds)
 
 
-def _courier(run_dir: Path, journal: Journal, state: State) -> Courier:
+def set_environment() -> None:
+    """What every client of MLflow here wants, before its first call: no retries of its own, no long waits, no telemetry."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def _courier(run_dir: Path, journal: Journal, state: State) -> Courier:
+    set_environment()
     return Courier(journal, state, run_dir / "tracking.json", lambda: MlflowRun(state, run_dir))
 
 

@@ -44,11 +44,16 @@ class Behaviour:
     temperature: float = 1.0
     epsilon: float = 0.0
     planted: tuple[tuple[int, int], ...] = ()
-    """(depth, token): the action at that depth is this one, and the stop is not drawn before the last of them."""
+    """(depth, token), by depth: the action at that depth is this one, and the stop is not drawn before the last of them."""
 
     @property
     def on_policy(self) -> bool:
         return self.temperature == 1.0 and self.epsilon == 0.0 and not self.planted
+
+    @property
+    def open_from(self) -> int:
+        """The depth from which the stop may be drawn, whatever the minimum length is."""
+        return self.planted[-1][0] + 1 if self.planted else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ def next_log_probs(
         logits = model(input_ids=torch.tensor([context])).logits[0, len(prompt.policy_tokens) - 1 :].double()
     support = torch.zeros(logits.shape, dtype=torch.bool)
     support[:, constraints.columns] = True
-    support[torch.from_numpy(depth < constraints.min_tokens), constraints.stop_token] = False
+    support[torch.from_numpy(depth < max(constraints.min_tokens, behaviour.open_from)), constraints.stop_token] = False
     probs = (logits / behaviour.temperature).masked_fill(~support, -torch.inf).softmax(-1)
     return ((1 - behaviour.epsilon) * probs + behaviour.epsilon * support / support.sum(-1, keepdim=True)).log()
 
@@ -109,4 +109,5 @@ def drawn_log_probs(model: torch.nn.Module, constraints: Constraints, prompt: Pr
     if trajectory.stop == "forced":
         result[-1] = 0.0
     result[:-1][~is_action_T] = 0.0
+    result[[depth for depth, _ in trajectory.behaviour.planted]] = 0.0
     return result

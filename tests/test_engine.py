@@ -105,10 +105,8 @@ def test_planted_tokens_stand_where_they_were_wanted_and_the_rest_is_drawn(case:
         planted = dict(trajectory.behaviour.planted)
         assert [int(trajectory.tokens_T[depth]) for depth in planted] == list(planted.values())
         assert trajectory.is_action_T.all() and not trajectory.logp_T[list(planted)].any()
-        # Elsewhere the log-probs are the behaviour's own; before the last planted one no stop is in its support.
         expected = lora.drawn_log_probs(model, CONSTRAINTS, SHORT, trajectory)
-        after = slice(max(planted) + 1, None)
-        np.testing.assert_allclose(trajectory.logp_T[after], expected[after], atol=1e-3)
+        np.testing.assert_allclose(trajectory.logp_T, expected, atol=1e-3)
     assert len({len(t) for t in group if t.behaviour == behaviours[0]}) > 1
     assert len({t.key for t in group if t.behaviour == behaviours[2]}) > 30
 
@@ -266,6 +264,9 @@ def test_an_install_below_running_groups_is_an_error(case: Case) -> None:
         (Request(0, Prompt("p", (1, 64), (1,)), BEHAVIOURS, 0), "outside the vocabulary"),
         (Request(0, SHORT, (), 0), "no samples"),
         (Request(0, SHORT, (Behaviour(0.0),), 0), "temperature > 0"),
+        (Request(0, SHORT, (Behaviour(planted=((6, 7),)),), 0), "plants what cannot be drawn there"),
+        (Request(0, SHORT, (Behaviour(planted=((1, 5),)),), 0), "plants what cannot be drawn there"),
+        (Request(0, SHORT, (Behaviour(planted=((2, 7), (1, 7))),), 0), "plants what cannot be drawn there"),
     ],
 )
 def test_a_request_that_does_not_fit_is_refused(case: Case, request_: Request, message: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 from system import config_file
 from tests.benchmarks.paper import EXPERIMENTS, Lab, table
 
+COMMANDS: list[str] = []
 METRICS = {"heldout/task/accuracy": 0.9, "heldout/base/task/accuracy": 0.1}
 
 
@@ -19,6 +20,7 @@ class Rehearsal(Lab):
     """Checks the config of a command, and leaves what it would have left."""
 
     def _run(self, script: str, *arguments: str) -> str:
+        COMMANDS.append(script)
         overrides = [argument for argument in arguments[1:] if "=" in argument]
         if script == "self_consistent":
             Path(arguments[1]).write_text("{}\n", encoding="utf-8")
@@ -46,9 +48,12 @@ def test_every_command_of_an_experiment_has_a_config_that_is_accepted(task: str,
 
 
 def test_what_has_its_result_is_not_run_again(tmp_path: Path):
-    first = EXPERIMENTS["verifiable"](Rehearsal(tmp_path, tmp_path, 0, ()))
-    # A run that went again would find its folder taken.
-    assert EXPERIMENTS["verifiable"](Rehearsal(tmp_path, tmp_path, 0, ())) == first
+    for task, commands in {"verifiable": 4, "constrained": 2}.items():
+        COMMANDS.clear()
+        (tmp_path / task).mkdir()
+        first = EXPERIMENTS[task](Rehearsal(tmp_path, tmp_path / task, 0, ()))
+        assert EXPERIMENTS[task](Rehearsal(tmp_path, tmp_path / task, 0, ())) == first
+        assert len(COMMANDS) == commands
 
 
 def test_seeds_of_a_method_are_one_row_with_their_range():

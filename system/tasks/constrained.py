@@ -38,7 +38,9 @@ def build(section: Constrained, tokenizer: PreTrainedTokenizerBase) -> Problem:
     problem = continuation.build(section, tokenizer)
     written = [tuple(tokenizer.encode(" " + keyword, add_special_tokens=False)) for keyword in section.keywords]
     # A keyword that cannot be drawn in this form may still be there in another one, of other case or in other pieces.
-    hints = tuple(tokens for tokens in written if np.isin(tokens, problem.constraints.columns).all())
+    support = problem.constraints
+    drawable = all(np.isin(tokens, support.columns).all() and support.stop_token not in tokens for tokens in written)
+    hints = tuple(written) if drawable else ()
     constraint = {
         "keywords": list(section.keywords),
         "pattern": section.pattern,

@@ -66,14 +66,15 @@ class Lab:
         """The samples of the evaluation of that name."""
         return self.output / f"{name}-{self.seed}.jsonl"
 
-    def baselines(self, config: str, run: Path, *overrides: str, methods: str, samples: int) -> Rows:
+    def baselines(self, run: Path, *overrides: str, methods: str, samples: int) -> Rows:
+        """Methods without training, and the run's adapter, under the run's own config."""
         folder = self.output / f"baselines-{self.seed}"
+        # The adapter comes last: a folder without it is what an interruption left.
         if not list(folder.glob("*/gflownet")):
-            settings = [*overrides, f"seed={self.seed}", f"output_dir={folder}", "--methods", methods]
-            config = str(ROOT / f"deploy/configs/{config}.yaml")
-            self._run("baselines", config, *settings, "--samples", str(samples), "--run", str(run))
-        (found,) = folder.glob("*/baselines.json")
-        return json.loads(found.read_text(encoding="utf-8"))["methods"]
+            settings = [*overrides, f"output_dir={folder}", "--methods", methods, "--samples", str(samples), "--run", str(run)]
+            self._run("baselines", str(run / "config.yaml"), *settings)
+        [adapter] = folder.glob("*/gflownet")
+        return json.loads((adapter.parent / "baselines.json").read_text(encoding="utf-8"))["methods"]
 
     def self_consistent(self, name: str, stories: Path, limit: int) -> Path:
         """Two stories that the model told itself for each of the first beginnings in a file; the same for every seed."""
@@ -97,7 +98,7 @@ def continuation(lab: Lab) -> Rows:
     prompts = f"task.prompts={lab.data / 'prompts/openwebtext_1000.txt'}"
     run = lab.train("gflownet", "continuation", prompts, "task.limit=950", *lab.overrides)
     methods = "ancestral,tempered,nucleus,beam,diverse_beam,best_of_n,smc"
-    return lab.baselines("continuation", run, prompts, "task.offset=950", "task.limit=8", methods=methods, samples=8)
+    return lab.baselines(run, prompts, "task.offset=950", "task.limit=8", methods=methods, samples=8)
 
 
 def constrained(lab: Lab) -> Rows:
@@ -105,7 +106,7 @@ def constrained(lab: Lab) -> Rows:
     prompts = f"task.prompts={lab.data / 'prompts/openwebtext_1000.txt'}"
     run = lab.train("gflownet", "constrained", prompts, "task.limit=100", *lab.overrides)
     held_out = (prompts, "task.offset=950", "task.limit=8")
-    return lab.baselines("constrained", run, *held_out, methods="ancestral,best_of_n,smc", samples=8)
+    return lab.baselines(run, *held_out, methods="ancestral,best_of_n,smc", samples=8)
 
 
 def infilling(lab: Lab) -> Rows:
@@ -133,10 +134,10 @@ def infilling(lab: Lab) -> Rows:
 
 
 def verifiable(lab: Lab) -> Rows:
-    """Sums of two numbers below 20: 320 for training, 80 for evaluation. GRPO's reward is the verdict, with a KL penalty."""
-    pairs = [(a, b) for a in range(20) for b in range(20)]
+    """Sums up to 25 + 25, each once: 271 for training, 80 for evaluation. GRPO's reward is the verdict, and a KL penalty."""
+    pairs = [(a, b) for a in range(26) for b in range(a, 26)]
     random.Random(0).shuffle(pairs)
-    for name, chosen in (("train", pairs[:320]), ("test", pairs[320:])):
+    for name, chosen in (("train", pairs[:271]), ("test", pairs[271:])):
         lines = [json.dumps({"question": f"What is {a} + {b}?", "answer": a + b}) for a, b in chosen]
         (lab.output / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     questions = f"task.questions={lab.output / 'train.jsonl'}"
@@ -145,7 +146,9 @@ def verifiable(lab: Lab) -> Rows:
         "gflownet": lab.train("gflownet", "verifiable", questions, *lab.overrides),
         "grpo": lab.train("grpo", "verifiable", questions, *ON_POLICY, verdict, "loss={kind: grpo, kl: 0.05}"),
     }
-    return _evaluated(lab, runs, f"task.questions={lab.output / 'test.jsonl'}", samples=8)
+    rows = _evaluated(lab, runs, f"task.questions={lab.output / 'test.jsonl'}", samples=8)
+    # The rewards differ, and so do the posteriors.
+    return {name: {key: value for key, value in metrics.items() if key.startswith("task/")} for name, metrics in rows.items()}
 
 
 def subjectivity(lab: Lab, labelled: int = 10) -> Rows:
@@ -181,7 +184,7 @@ def arithmetic(lab: Lab) -> Rows:
     runs = {
         "supervised": supervised,
         "gflownet": lab.train("gflownet", "arithmetic", *train, *start, *lab.overrides),
-        "ppo": lab.train("ppo", "arithmetic", *train, *start, *ppo, *lab.overrides),
+        "ppo": lab.train("ppo", "arithmetic", *train, *start, *ppo),
     }
     rows: Rows = {}
     for operands in (3, 4, 5, 6):
@@ -213,7 +216,7 @@ EXPERIMENTS: dict[str, Callable[[Lab], Rows]] = {
 }
 
 
-def table(results: Mapping[int, Rows]) -> str:
+def table(results: Mapping[Any, Rows]) -> str:
     """Markdown: a row a method, a column a metric; of several seeds the mean, with the least and the largest."""
     methods = dict.fromkeys(method for rows in results.values() for method in rows)
     names = dict.fromkeys(name for rows in results.values() for metrics in rows.values() for name in metrics)
@@ -235,12 +238,15 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_intermixed_args(argv)
     output = (arguments.output or Path(f"paper-{arguments.task}")).resolve()
     output.mkdir(parents=True, exist_ok=True)
-    results: dict[int, Rows] = {}
+    kept = output / "results.json"
+    content: dict[str, Any] = {"task": arguments.task, "overrides": arguments.overrides, "by_seed": {}}
+    if kept.exists() and (content := json.loads(kept.read_text(encoding="utf-8")))["overrides"] != arguments.overrides:
+        sys.exit(f"{kept} is of the overrides {content['overrides']}, not {arguments.overrides}: choose another --output")
+    results: dict[str, Rows] = content["by_seed"]
     for seed in map(int, arguments.seeds.split(",")):
         lab = Lab(arguments.data.resolve(), output, seed, tuple(arguments.overrides))
-        results[seed] = EXPERIMENTS[arguments.task](lab)
-        content: dict[str, Any] = {"task": arguments.task, "overrides": arguments.overrides, "by_seed": results}
-        (output / "results.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+        results[str(seed)] = EXPERIMENTS[arguments.task](lab)
+        kept.write_text(json.dumps(content, indent=2), encoding="utf-8")
     print(table(results))
 
 
