@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -185,18 +184,14 @@ def plots(folder: Path, table: Sequence[Row], metrics: Sequence[str]) -> list[Pa
     return written
 
 
-LOCAL_UI = "http://127.0.0.1:5000"
-"""Where `mlflow ui` serves a database file."""
-
-
 def compare_views(folders: Sequence[Path]) -> dict[str, str]:
     """Tracking URI -> address of MLflow's compare view of the runs that are there, those of baselines included.
 
     Raises:
-        ConfigError: a folder has no run at MLflow, or its server does not know it or cannot be reached.
+        ConfigError: a folder has no run at MLflow.
+        TrackingError: a server does not know a run, or cannot be reached.
     """
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
+    from system.mlflow_run import compare_view
 
     set_environment()
     runs: dict[str, list[str]] = {}
@@ -210,16 +205,7 @@ def compare_views(folders: Sequence[Path]) -> dict[str, str]:
                     f"{path.parent} has not reached {state.uri}; python -m system.tracking {path.parent} sends it"
                 )
             runs.setdefault(state.uri, []).append(state.run_id)
-    views = {}
-    for uri, run_ids in runs.items():
-        client = MlflowClient(tracking_uri=uri)
-        try:
-            experiments = list(dict.fromkeys(client.get_run(run_id).info.experiment_id for run_id in run_ids))
-        except MlflowException as error:
-            raise ConfigError(f"--mlflow: {uri}: {error}") from error
-        query = urlencode({"runs": json.dumps(run_ids), "experiments": json.dumps(experiments)}, quote_via=quote)
-        views[uri] = f"{LOCAL_UI if uri.startswith('sqlite:') else uri}/#/compare-runs?{query}"
-    return views
+    return {uri: compare_view(uri, run_ids) for uri, run_ids in runs.items()}
 
 
 def main(argv: list[str]) -> int:
