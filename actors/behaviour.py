@@ -63,10 +63,8 @@ class BehaviourLogits:
 
     def rows(self, logits_BV: torch.Tensor, rows_B: Sequence[Row]) -> torch.Tensor:
         """As `__call__`, for the rows of a batch. A forced token has log-probability 0, and so has a forced stop."""
-        no_stop = [row.depth < max(self._min_tokens, row.open_from) for row in rows_B]
-        columns = zip(
-            *((row.temperature, row.epsilon, closed) for row, closed in zip(rows_B, no_stop, strict=True)), strict=True
-        )
+        values_B = [(row.temperature, row.epsilon, row.depth < max(self._min_tokens, row.open_from)) for row in rows_B]
+        columns = zip(*values_B, strict=True)
         result_BV = self(logits_BV, *(torch.tensor(column, device=logits_BV.device) for column in columns))
         for number, row in enumerate(rows_B):
             forced = row.forced if row.forced is not None else self._stop if row.depth >= self._max_tokens else None

@@ -117,8 +117,8 @@ class Engine:
             if not (behaviour.temperature > 0 and 0 <= behaviour.epsilon < 1):
                 raise ValueError(f"group {request.group_id}: {behaviour} needs temperature > 0 and 0 <= epsilon < 1")
             depths, tokens = zip(*behaviour.planted, strict=True) if behaviour.planted else ((), ())
-            outside = not np.isin(tokens, self.constraints.columns).all() or self.constraints.stop_token in tokens
-            if outside or list(depths) != sorted({*depths}) or not set(depths) <= set(range(self.constraints.max_tokens)):
+            ascending = [depth for depth in range(self.constraints.max_tokens) if depth in depths]
+            if list(depths) != ascending or not self.constraints.allows(tokens):
                 raise ValueError(f"group {request.group_id}: {behaviour} plants what cannot be drawn there")
 
     def add(self, request: Request) -> int:

@@ -71,8 +71,11 @@ class Constraints:
 
     def admits(self, tokens: Sequence[int] | np.ndarray) -> bool:
         """The policy could draw these actions and then stop."""
-        inside = np.isin(tokens, self.columns).all() and self.stop_token not in tokens
-        return bool(inside) and self.min_tokens <= len(tokens) <= self.max_tokens
+        return self.allows(tokens) and self.min_tokens <= len(tokens) <= self.max_tokens
+
+    def allows(self, tokens: Sequence[int] | np.ndarray) -> bool:
+        """Each of these tokens may be drawn before the stop."""
+        return bool(np.isin(tokens, self.columns).all()) and self.stop_token not in tokens
 
     def may_stop(self, depth: np.ndarray) -> np.ndarray:
         """bool: the stop is in the support at this many actions."""

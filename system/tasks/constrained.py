@@ -9,7 +9,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import regex
 from transformers import PreTrainedTokenizerBase
 
@@ -38,9 +37,7 @@ def build(section: Constrained, tokenizer: PreTrainedTokenizerBase) -> Problem:
     problem = continuation.build(section, tokenizer)
     written = [tuple(tokenizer.encode(" " + keyword, add_special_tokens=False)) for keyword in section.keywords]
     # A keyword that cannot be drawn in this form may still be there in another one, of other case or in other pieces.
-    support = problem.constraints
-    drawable = all(np.isin(tokens, support.columns).all() and support.stop_token not in tokens for tokens in written)
-    hints = tuple(written) if drawable else ()
+    hints = tuple(written) if all(map(problem.constraints.allows, written)) else ()
     constraint = {
         "keywords": list(section.keywords),
         "pattern": section.pattern,

@@ -19,10 +19,8 @@ from typing import Any
 
 from tests.benchmarks.figures import Figure, report
 from tests.benchmarks.original_recipe import TARGET
-from tests.benchmarks.runs import ROOT, job
+from tests.benchmarks.runs import NO_REPLAY, ON_POLICY, ROOT, job
 
-NO_REPLAY = ["replay={fresh: 1, prioritised: 0, uniform: 0}"]
-ON_POLICY = ["sampler.exploration.on_policy=1"]
 SETTINGS: dict[str, list[str]] = {
     "loss pooled (default)": [],
     "loss vargrad": ["loss.kind=vargrad"],

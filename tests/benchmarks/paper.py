@@ -21,15 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.compare import cell
-from tests.benchmarks.runs import ROOT
+from deploy.compare import cell, held_out
+from tests.benchmarks.runs import NO_REPLAY, ON_POLICY, ROOT
 
 Metrics = dict[str, float]
 Rows = dict[str, Metrics]
 """Method -> its metrics, means over held-out prompts."""
 
-ON_POLICY = ("sampler.exploration.on_policy=1", "replay={fresh: 1, prioritised: 0, uniform: 0}")
-IMITATION = ("loss.kind=mle", "replay={fresh: 1, prioritised: 0, uniform: 0}", "learner.lr=5e-4")
+POLICY_GRADIENT = (*ON_POLICY, *NO_REPLAY)
+IMITATION = ("loss.kind=mle", *NO_REPLAY, "learner.lr=5e-4")
 FEW = ("learner.evaluation_prompts=8", "learner.evaluation_samples=8")
 """What the job's own evaluations before and after need: the held-out ones say more."""
 
@@ -58,9 +58,7 @@ class Lab:
         if not result.exists():
             options = ("--samples", str(samples), "--samples-file", str(self.samples(name)), *([] if base else ["--no-base"]))
             result.write_text(self._run("evaluate", str(run), *overrides, *options).splitlines()[-1], encoding="utf-8")
-        metrics = json.loads(result.read_text(encoding="utf-8"))
-        untrained = {key.removeprefix("heldout/base/"): value for key, value in metrics.items() if "/base/" in key}
-        return untrained, {key.removeprefix("heldout/"): value for key, value in metrics.items() if "/base/" not in key}
+        return held_out(json.loads(result.read_text(encoding="utf-8")))
 
     def samples(self, name: str) -> Path:
         """The samples of the evaluation of that name."""
@@ -105,8 +103,8 @@ def constrained(lab: Lab) -> Rows:
     """As `continuation`, with a keyword that must be in the sentence, and 100 prompts for training."""
     prompts = f"task.prompts={lab.data / 'prompts/openwebtext_1000.txt'}"
     run = lab.train("gflownet", "constrained", prompts, "task.limit=100", *lab.overrides)
-    held_out = (prompts, "task.offset=950", "task.limit=8")
-    return lab.baselines(run, *held_out, methods="ancestral,best_of_n,smc", samples=8)
+    others = (prompts, "task.offset=950", "task.limit=8")
+    return lab.baselines(run, *others, methods="ancestral,best_of_n,smc", samples=8)
 
 
 def infilling(lab: Lab) -> Rows:
@@ -120,16 +118,16 @@ def infilling(lab: Lab) -> Rows:
         "gflownet": lab.train("gflownet", "infilling", f"task.stories={both}", *lab.overrides),
         "supervised": lab.train("supervised", "infilling", f"task.stories={written}", *imitation),
     }
-    held_out = {
+    others = {
         "": (lab.data / "stories/test.jsonl", ("task/bleu_4", "task/gleu_4")),
         "-told": (lab.self_consistent("told-test", lab.data / "stories/test.jsonl", 20), ("posterior/",)),
     }
     rows: Rows = {"prompting": {}, **{name: {} for name in runs}}
-    for kind, (stories, wanted) in held_out.items():
+    for kind, (stories, wanted) in others.items():
         for number, (name, run) in enumerate(runs.items()):
             untrained, tuned = lab.evaluate(f"{name}{kind}", run, f"task.stories={stories}", samples=16, base=number == 0)
-            rows["prompting"] |= {key: value for key, value in untrained.items() if key.startswith(wanted)}
-            rows[name] |= {key: value for key, value in tuned.items() if key.startswith(wanted)}
+            rows["prompting"] |= _only(untrained, wanted)
+            rows[name] |= _only(tuned, wanted)
     return rows
 
 
@@ -144,11 +142,11 @@ def verifiable(lab: Lab) -> Rows:
     verdict = "task.reward={kind: function, path: 'system.tasks.verifiable:last_number', seconds: null}"
     runs = {
         "gflownet": lab.train("gflownet", "verifiable", questions, *lab.overrides),
-        "grpo": lab.train("grpo", "verifiable", questions, *ON_POLICY, verdict, "loss={kind: grpo, kl: 0.05}"),
+        "grpo": lab.train("grpo", "verifiable", questions, *POLICY_GRADIENT, verdict, "loss={kind: grpo, kl: 0.05}"),
     }
     rows = _evaluated(lab, runs, f"task.questions={lab.output / 'test.jsonl'}", samples=8)
     # The rewards differ, and so do the posteriors.
-    return {name: {key: value for key, value in metrics.items() if key.startswith("task/")} for name, metrics in rows.items()}
+    return {name: _only(metrics, "task/") for name, metrics in rows.items()}
 
 
 def subjectivity(lab: Lab, labelled: int = 10) -> Rows:
@@ -180,7 +178,7 @@ def arithmetic(lab: Lab) -> Rows:
     train = (f"task.questions={folder / 'train_questions_1000.json'}", rationales)
     supervised = lab.train("supervised", "arithmetic_mle", *train, "learner.groups_per_update=4", "learner.steps=40")
     start = (f"lora.start={supervised}", "learner.lr=3e-4")
-    ppo = (*ON_POLICY, "replay.demonstrations=false", "loss={kind: ppo, kl: 0.05}")
+    ppo = (*POLICY_GRADIENT, "replay.demonstrations=false", "loss={kind: ppo, kl: 0.05}")
     runs = {
         "supervised": supervised,
         "gflownet": lab.train("gflownet", "arithmetic", *train, *start, *lab.overrides),
@@ -196,7 +194,7 @@ def arithmetic(lab: Lab) -> Rows:
         )
         longer = ("task.max_tokens=60", "task.tool_tokens=40")
         for name, metrics in _evaluated(lab, runs, *questions, *longer, samples=8, kind=f"-{operands}").items():
-            found = {key: value for key, value in metrics.items() if key.startswith("task/")}
+            found = _only(metrics, "task/")
             rows.setdefault(name, {}).update({f"{key}/{operands}": value for key, value in found.items()})
     return rows
 
@@ -208,6 +206,10 @@ def _evaluated(lab: Lab, runs: Mapping[str, Path], *overrides: str, samples: int
         untrained, rows[name] = lab.evaluate(f"{name}{kind}", run, *overrides, samples=samples, base=not rows["prompting"])
         rows["prompting"] |= untrained
     return rows
+
+
+def _only(metrics: Metrics, prefix: str | tuple[str, ...]) -> Metrics:
+    return {name: value for name, value in metrics.items() if name.startswith(prefix)}
 
 
 EXPERIMENTS: dict[str, Callable[[Lab], Rows]] = {

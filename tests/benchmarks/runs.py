@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+NO_REPLAY = ["replay={fresh: 1, prioritised: 0, uniform: 0}"]
+ON_POLICY = ["sampler.exploration.on_policy=1"]
 
 
 @dataclass(frozen=True)
