@@ -91,13 +91,14 @@ def _results(folder: Path, run: str, config: dict[str, Any]) -> Iterator[tuple[s
         base, tuned = held_out(heldout)
         if base:
             yield f"{run}: held out, base", config, base
-        yield f"{run}: held out", config, tuned
+        if tuned:
+            yield f"{run}: held out", config, tuned
     for method, metrics in baselines.get("methods", {}).items():
         yield f"{run}: {method}", [config, baselines["samples"], baselines["settings"]], metrics
 
 
 def held_out(content: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-    """What `deploy/evaluate.py` found, as metrics (of the base model, which may have been left out; of the adapter)."""
+    """What `deploy/evaluate.py` found, as metrics (of the base model, of the adapter); one of them may have been left out."""
     base = {name.removeprefix("heldout/base/"): value for name, value in content.items() if "/base/" in name}
     return base, {name.removeprefix("heldout/"): value for name, value in content.items() if "/base/" not in name}
 

@@ -2,8 +2,8 @@
 
 Draws on-policy samples of each prompt from the base model and from the run's adapter, in this process and without Ray, and
 bounds the distance of both to the posterior. `key=value` changes the run's config: held-out prompts (task.offset=950) or
-another file. Writes RUN/heldout.json and logs the metrics to the run in MLflow as heldout/… and heldout/base/… (without the
-base model where `--no-base` leaves it out: runs on the same data need it once).
+another file. Writes RUN/heldout.json and logs the metrics to the run in MLflow as heldout/… and heldout/base/… (one of the two
+with `--only`: runs on the same data need the base model once).
 The adapter's samples go to RUN/heldout_samples.jsonl, or to the file of --samples-file: one line a sample, with its prompt's
 id and text, log q and log R in nats.
 
@@ -39,12 +39,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("headwater")
 
+WHICH = ("base", "adapter")
 ROUND = 1_000_003
 """Of the draws: no training evaluation has this number, so no seed is used twice."""
 
 
-def evaluate(config: Config, run_dir: Path, samples: int, *, base: bool = True) -> dict[str, Evaluation]:
-    """{"base": …, "tuned": …}, or the second alone.
+def evaluate(config: Config, run_dir: Path, samples: int, only: str | None = None) -> dict[str, Evaluation]:
+    """{"base": …, "adapter": …}, or one of them.
 
     Raises:
         ConfigError: the run has no adapter, or it is not of this model and rank.
@@ -59,8 +60,8 @@ def evaluate(config: Config, run_dir: Path, samples: int, *, base: bool = True) 
     with opened(config) as local:
         problem, tokenizer = local.problem, local.tokenizer
         requests = Requests(problem.prompts, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed)
-        for name, adapter in {"base": None, "tuned": path}.items() if base else [("tuned", path)]:
-            local.use(adapter)
+        for name in (only,) if only else WHICH:
+            local.use({"base": None, "adapter": path}[name])
             result = evaluation.without_samples(problem, local)
             if result is None:
                 temperature = config.learner.reward_temperature.end
@@ -107,7 +108,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as task.offset=950")
     parser.add_argument("--samples", type=int, default=32, help="draws of each prompt")
     parser.add_argument("--samples-file", metavar="FILE", type=Path, help="instead of RUN/heldout_samples.jsonl")
-    parser.add_argument("--no-base", action="store_true", help="the run's adapter alone")
+    parser.add_argument("--only", choices=WHICH, help="instead of both")
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
@@ -116,18 +117,19 @@ def main(argv: list[str]) -> int:
         run_dir = find_run(arguments.run)
         config = alone(config_file.load(run_dir / "config.yaml", arguments.overrides), arguments.samples)
         os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
-        results = evaluate(config, run_dir, arguments.samples, base=not arguments.no_base)
+        results = evaluate(config, run_dir, arguments.samples, arguments.only)
     except ConfigError as error:
         print(f"config error: {error}", file=sys.stderr)
         return 2
-    if rows := results["tuned"].samples:
+    if "adapter" in results and (rows := results["adapter"].samples):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (arguments.samples_file or run_dir / "heldout_samples.jsonl").write_text(lines, encoding="utf-8")
     metrics = _log(run_dir, results)
-    width = max(map(len, results["tuned"].metrics))
-    for name, value in results["tuned"].metrics.items():
-        before = f"  base {results['base'].metrics.get(name, math.nan):12.5g}" if "base" in results else ""
-        print(f"{name:{width}}{before}  tuned {value:12.5g}")
+    names = list(dict.fromkeys(name for result in results.values() for name in result.metrics))
+    width = max(map(len, names))
+    for name in names:
+        values = (f"{which} {result.metrics.get(name, math.nan):12.5g}" for which, result in results.items())
+        print(f"{name:{width}}  {'  '.join(values)}")
     print(json.dumps(metrics))
     return 0
 
@@ -135,9 +137,8 @@ def main(argv: list[str]) -> int:
 def _log(run_dir: Path, results: dict[str, Evaluation]) -> dict[str, float]:
     from system.tracking import Tracker
 
-    metrics = {f"heldout/{name}": value for name, value in results["tuned"].metrics.items()}
-    if "base" in results:
-        metrics |= {f"heldout/base/{name}": value for name, value in results["base"].metrics.items()}
+    prefixes = {"base": "heldout/base/", "adapter": "heldout/"}
+    metrics = {prefixes[which] + name: value for which, result in results.items() for name, value in result.metrics.items()}
     (run_dir / "heldout.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
     # The run's own config: what this evaluation changes is no param of the run.
     tracker = Tracker(run_dir, config_file.load(run_dir / "config.yaml", []), resume=True)

@@ -155,13 +155,16 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
     monkeypatch.chdir(folder)
     with monkeypatch.context() as patch:
         asked = []
-        found = {"tuned": Evaluation({"posterior/spread": 2.0})}
-        patch.setattr(evaluate, "evaluate", lambda *_, base: asked.append(base) or found)
+        only = Evaluation({"posterior/spread": 2.0}, samples=[{"text": "new"}])
+        patch.setattr(evaluate, "evaluate", lambda _config, _run, _samples, which: asked.append(which) or {which: only})
         patch.setattr(evaluate, "engine_environment", lambda *_: {})
-        assert evaluate.main(["one", "--no-base"]) == 0
-    assert asked == [False]
-    assert json.loads((run / "heldout.json").read_text()) == {"heldout/posterior/spread": 2.0}
-    assert "base" not in capsys.readouterr().out
+        for which, name in (("base", "heldout/base/posterior/spread"), ("adapter", "heldout/posterior/spread")):
+            before = (run / "heldout_samples.jsonl").read_text()
+            assert evaluate.main(["one", "--only", which]) == 0
+            assert json.loads((run / "heldout.json").read_text()) == {name: 2.0}
+            assert ((run / "heldout_samples.jsonl").read_text() == before) is (which == "base")
+            assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {name: 2.0}
+    assert asked == ["base", "adapter"]
 
     weights.unlink()
     mistakes = {

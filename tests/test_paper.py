@@ -57,5 +57,12 @@ def test_what_has_its_result_is_not_run_again(tmp_path: Path):
 
 
 def test_seeds_of_a_method_are_one_row_with_their_range():
-    results = {0: {"a": {"m": 1.0}, "b": {"n": 5.0}}, 1: {"a": {"m": 3.0}}}
-    assert table(results).splitlines() == ["| method | m | n |", "|---|---|---|", "| a | 2 (1 to 3) |  |", "| b |  | 5 |"]
+    results = {"0": {"a": {"m": 1.0}, "b": {"n": 5.0}}, "1": {"a": {"m": 3.0}}}
+    assert table(results).splitlines()[2:] == ["| a | 2 | 2 (1 to 3) |  |", "| b | 1 |  | 5 |"]
+
+
+def test_what_goes_to_every_training_reaches_the_baselines_too(tmp_path: Path):
+    EXPERIMENTS["verifiable"](Rehearsal(tmp_path, tmp_path, 0, ("learner.steps=30",), ("learner.warmup_steps=4",)))
+    runs = {run: config_file.load(next(tmp_path.glob(f"{run}-0/*/config.yaml")), []) for run in ("gflownet", "grpo")}
+    assert [cfg.learner.warmup_steps for cfg in runs.values()] == [4, 4]
+    assert runs["gflownet"].learner.steps == 30 != runs["grpo"].learner.steps

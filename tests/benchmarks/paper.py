@@ -1,11 +1,12 @@
 """The experiments of the paper with their baselines: training, supervised fine-tuning and held-out evaluation, over seeds.
 
-    python -m tests.benchmarks.paper TASK --data FOLDER [--seeds 0,1,2] [--output FOLDER] [key=value …]
+    python -m tests.benchmarks.paper TASK --data FOLDER [--seeds 0,1,2] [--output FOLDER] [--all key=value …] [key=value …]
 
 TASK is one of EXPERIMENTS. FOLDER has the paper's data: `arithmetic/`, `prompts/openwebtext_1000.txt`, `stories/`, `subj/`.
-`key=value` goes to the GFlowNet's training. Every step is a command of `deploy/`, run in OUTPUT (paper-TASK) and printed;
-a step that has its result there already is not run again, so that an interrupted experiment goes on and further seeds add
-to it. Ends with a table of means over seeds, and writes it with the values of each seed to OUTPUT/results.json.
+`key=value` goes to the GFlowNet's training, `--all key=value` to every training. Every step is a command of `deploy/`, run in
+OUTPUT (paper-TASK) and printed; a step that has its result there already is not run again, so that an interrupted experiment
+goes on and further seeds add to it. Ends with a table of means over seeds, and writes it with the values of each seed to
+OUTPUT/results.json.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.compare import cell, held_out
+from deploy.compare import Entry, held_out, markdown, rows
 from tests.benchmarks.runs import NO_REPLAY, ON_POLICY, ROOT
 
 Metrics = dict[str, float]
@@ -29,7 +30,8 @@ Rows = dict[str, Metrics]
 """Method -> its metrics, means over held-out prompts."""
 
 POLICY_GRADIENT = (*ON_POLICY, *NO_REPLAY)
-IMITATION = ("loss.kind=mle", *NO_REPLAY, "learner.lr=5e-4")
+IMITATION = ("loss.kind=mle", *NO_REPLAY, "learner.lr=5e-4", "learner.threads=2")
+"""The sampler rests meanwhile."""
 FEW = ("learner.evaluation_prompts=8", "learner.evaluation_samples=8")
 """What the job's own evaluations before and after need: the held-out ones say more."""
 
@@ -42,21 +44,30 @@ class Lab:
     output: Path
     seed: int
     overrides: tuple[str, ...]
+    shared: tuple[str, ...] = ()
 
     def train(self, name: str, config: str, *overrides: str) -> Path:
         """The folder of a finished run."""
         folder = self.output / f"{name}-{self.seed}"
         if not (done := list(folder.glob("*/adapter"))):
-            settings = [*FEW, *overrides, f"seed={self.seed}", f"name={name}", f"output_dir={folder}"]
+            settings = [*FEW, *overrides, *self.shared, f"seed={self.seed}", f"name={name}", f"output_dir={folder}"]
             self._run("job", str(ROOT / f"deploy/configs/{config}.yaml"), *settings)
             done = list(folder.glob("*/adapter"))
         return done[-1].parent
 
-    def evaluate(self, name: str, run: Path, *overrides: str, samples: int, base: bool = False) -> tuple[Metrics, Metrics]:
-        """(of the base model where it is wanted, of the run's adapter)."""
+    def evaluate(
+        self, name: str, run: Path, *overrides: str, samples: int, only: str | None = "adapter"
+    ) -> tuple[Metrics, Metrics]:
+        """(of the base model, of the run's adapter), one of them empty unless `only` is None."""
         result = self.output / f"{name}-{self.seed}.json"
         if not result.exists():
-            options = ("--samples", str(samples), "--samples-file", str(self.samples(name)), *([] if base else ["--no-base"]))
+            options = (
+                "--samples",
+                str(samples),
+                "--samples-file",
+                str(self.samples(name)),
+                *(["--only", only] if only else []),
+            )
             result.write_text(self._run("evaluate", str(run), *overrides, *options).splitlines()[-1], encoding="utf-8")
         return held_out(json.loads(result.read_text(encoding="utf-8")))
 
@@ -125,7 +136,8 @@ def infilling(lab: Lab) -> Rows:
     rows: Rows = {"prompting": {}, **{name: {} for name in runs}}
     for kind, (stories, wanted) in others.items():
         for number, (name, run) in enumerate(runs.items()):
-            untrained, tuned = lab.evaluate(f"{name}{kind}", run, f"task.stories={stories}", samples=16, base=number == 0)
+            only = "adapter" if number else None
+            untrained, tuned = lab.evaluate(f"{name}{kind}", run, f"task.stories={stories}", samples=16, only=only)
             rows["prompting"] |= _only(untrained, wanted)
             rows[name] |= _only(tuned, wanted)
     return rows
@@ -156,9 +168,9 @@ def subjectivity(lab: Lab, labelled: int = 10) -> Rows:
     imitation = (*IMITATION, "learner.groups_per_update=10", "learner.steps=40")
     label = lab.train("supervised", "subjectivity", known, *imitation, "task.stage=label")
     rows: Rows = {}
-    rows["zero-shot"], rows["supervised"] = lab.evaluate("supervised", label, *unknown, samples=2, base=True)
+    rows["zero-shot"], rows["supervised"] = lab.evaluate("supervised", label, *unknown, samples=2, only=None)
     shown = (f"task.examples={labelled}", f"task.examples_from={train}")
-    rows["few-shot"], _ = lab.evaluate("few-shot", label, *unknown, *shown, samples=2, base=True)
+    rows["few-shot"], _ = lab.evaluate("few-shot", label, *unknown, *shown, samples=2, only="base")
     reason = lab.train("gflownet", "subjectivity", known, *lab.overrides)
     _, rows["gflownet"] = lab.evaluate("gflownet", reason, *unknown, samples=10)
     lab.evaluate("reasons", reason, known, samples=20)
@@ -203,7 +215,8 @@ def _evaluated(lab: Lab, runs: Mapping[str, Path], *overrides: str, samples: int
     """The base model as `prompting`, and each run."""
     rows: Rows = {"prompting": {}}
     for name, run in runs.items():
-        untrained, rows[name] = lab.evaluate(f"{name}{kind}", run, *overrides, samples=samples, base=not rows["prompting"])
+        only = "adapter" if rows["prompting"] else None
+        untrained, rows[name] = lab.evaluate(f"{name}{kind}", run, *overrides, samples=samples, only=only)
         rows["prompting"] |= untrained
     return rows
 
@@ -218,22 +231,18 @@ EXPERIMENTS: dict[str, Callable[[Lab], Rows]] = {
 }
 
 
-def table(results: Mapping[Any, Rows]) -> str:
+def table(results: Mapping[str, Rows]) -> str:
     """Markdown: a row a method, a column a metric; of several seeds the mean, with the least and the largest."""
-    methods = dict.fromkeys(method for rows in results.values() for method in rows)
-    names = dict.fromkeys(name for rows in results.values() for metrics in rows.values() for name in metrics)
-    lines = ["| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for method in methods:
-        of_method = [rows[method] for rows in results.values() if method in rows]
-        cells = [cell([metrics[name] for metrics in of_method if name in metrics]) for name in names]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    by_seed = [(int(seed), of_seed) for seed, of_seed in results.items()]
+    found = rows([Entry(name, name, seed, metrics) for seed, of_seed in by_seed for name, metrics in of_seed.items()])
+    return markdown(found, list(dict.fromkeys(name for row in found for name in row.values)))
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=tuple(EXPERIMENTS))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the GFlowNet's training")
+    parser.add_argument("--all", action="append", default=[], metavar="key=value", help="of every training")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--seeds", default="0,1,2")
@@ -241,12 +250,13 @@ def main(argv: list[str]) -> None:
     output = (arguments.output or Path(f"paper-{arguments.task}")).resolve()
     output.mkdir(parents=True, exist_ok=True)
     kept = output / "results.json"
-    content: dict[str, Any] = {"task": arguments.task, "overrides": arguments.overrides, "by_seed": {}}
-    if kept.exists() and (content := json.loads(kept.read_text(encoding="utf-8")))["overrides"] != arguments.overrides:
-        sys.exit(f"{kept} is of the overrides {content['overrides']}, not {arguments.overrides}: choose another --output")
+    asked: dict[str, Any] = {"task": arguments.task, "overrides": arguments.overrides, "all": arguments.all}
+    content = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else asked | {"by_seed": {}}
+    if (of := {name: content.get(name) for name in asked}) != asked:
+        sys.exit(f"{kept} is of {of}, not of {asked}: choose another --output")
     results: dict[str, Rows] = content["by_seed"]
     for seed in map(int, arguments.seeds.split(",")):
-        lab = Lab(arguments.data.resolve(), output, seed, tuple(arguments.overrides))
+        lab = Lab(arguments.data.resolve(), output, seed, tuple(arguments.overrides), tuple(arguments.all))
         results[str(seed)] = EXPERIMENTS[arguments.task](lab)
         kept.write_text(json.dumps(content, indent=2), encoding="utf-8")
     print(table(results))
