@@ -33,7 +33,7 @@ demo: setup
 	$(BIN)/python deploy/job.py deploy/configs/random_number.yaml $(ARGS)
 
 test: setup lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
