@@ -50,7 +50,7 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, argparse.Namespace]:
     parser.add_argument("config", nargs="?", help="a YAML file, such as deploy/configs/random_number.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as actors.count=2")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
-    parser.add_argument("--resume", metavar="RUN", help="folder of a run, or its name under output_dir")
+    parser.add_argument("--resume", metavar="RUN", help="folder of a run, or its name under runs/")
     parser.add_argument("--from-step", metavar="N", type=int, help="with --resume: not from the newest checkpoint")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.from_step is not None and not arguments.resume:
@@ -70,7 +70,12 @@ class Job:
     """One run from start to summary. `run` returns the summary."""
 
     def __init__(self, config: Config, run_dir: Path, resume: bool, from_step: int | None = None) -> None:
-        self.config, self.run_dir, self.resume, self.from_step = config, run_dir, resume, from_step
+        from system.tracking import resolve_uri
+
+        # What the folder keeps must mean the same from any working directory; and a password in it is refused.
+        tracking = config.tracking.model_copy(update={"uri": resolve_uri(config.tracking.uri)})
+        self.config = config.model_copy(update={"tracking": tracking})
+        self.run_dir, self.resume, self.from_step = run_dir, resume, from_step
         self.stop = threading.Event()
         self.evaluations: list[tuple[int, Evaluation]] = []
 
@@ -85,16 +90,19 @@ class Job:
         from system import checkpoint
         from system.orchestrator import Orchestrator
         from system.requests import Requests
-        from system.tracking import Tracker, resolve_uri
+        from system.tracking import Tracker
 
         config, started = self.config, time.perf_counter()
-        resolve_uri(config.tracking.uri)  # before the config is written: a password in it is refused
         files = checkpoint.read_latest(self.run_dir / "checkpoints", self.from_step) if self.resume else {}
         prepared = prepare(config)
         self.tokenizer, self.problem = prepared.tokenizer, prepared.problem
-        start = starting_weights(config.lora) if config.lora.start and not files else None
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "config.yaml").write_text(config_file.dump(config), encoding="utf-8")
+        start = starting_weights(config) if config.lora.start and not files else None
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output_dir={config.output_dir!r}: no folder can be made there: {error}") from error
+        if not self.resume:
+            self._keep_config()
         self.tracker = Tracker(self.run_dir, config, resume=self.resume)
         self.progress, self.standing = show(), Standing(self.run_dir.name, config.learner.steps)
         status, ending = "FAILED", contextlib.ExitStack()
@@ -120,6 +128,9 @@ class Job:
             if files:
                 self.learner.restore(loop.restore(files), loop.counters.step)
                 self._restore_evaluations(loop.counters.step)
+                # Not before: with settings that are refused here, the run could not be resumed again.
+                self._keep_config()
+                self.tracker.artifact(self.run_dir / "config.yaml")
             elif start is not None:
                 self._start_from(start)
                 # A learner that dies begins again from here, not from the base.
@@ -129,7 +140,7 @@ class Job:
             loop.train()
             self.progress.close()
             summary = self._finish(loop, time.perf_counter() - started)
-            status = "KILLED" if self.stop.is_set() else "FINISHED"
+            status = "FINISHED" if summary["finished"] else "KILLED"
             return summary
         finally:
             self.progress.close()
@@ -139,13 +150,16 @@ class Job:
             finally:
                 ray_cluster.disconnect()
 
+    def _keep_config(self) -> None:
+        (self.run_dir / "config.yaml").write_text(config_file.dump(self.config), encoding="utf-8")
+
     def _start_from(self, weights: np.ndarray) -> None:
         try:
             self.learner.restore(weights, 0)
         except CheckpointError as error:
             raise ConfigError(
                 f"lora.start={self.config.lora.start!r} is not of this model with lora.rank={self.config.lora.rank} and "
-                f"lora.targets={self.config.lora.targets}: {error.__cause__}"
+                f"lora.targets={self.config.lora.targets}: {_plain(error)}"
             ) from error
 
     def _sources(self, version: Callable[[], int], *, buffered: bool) -> tuple[Requests, Samplers, Replay]:
@@ -178,8 +192,9 @@ class Job:
         made_with = environment.describe()
         (self.run_dir / "environment.json").write_text(json.dumps(made_with, indent=2), encoding="utf-8")
         self.tracker.tags({f"environment.{name}": value for name, value in made_with.items()})
-        for name in ("config.yaml", "environment.json"):
-            self.tracker.artifact(self.run_dir / name)
+        self.tracker.artifact(self.run_dir / "environment.json")
+        if not self.resume:
+            self.tracker.artifact(self.run_dir / "config.yaml")
 
     def _on_step(self, loop: Orchestrator, metrics: dict[str, float], fresh: list[Group]) -> None:
         step = loop.counters.step
@@ -251,16 +266,16 @@ class Job:
         from deploy import html_report, report
 
         folder = self.run_dir / "adapter"
-        if not self.stop.is_set():
+        # Asked to stop after its last update, a run has ended all the same.
+        finished = loop.counters.step >= self.config.learner.steps
+        if finished:
             adapter: Any = ray.get(loop.with_learner(lambda: self.learner.adapter(loop.counters.version)))
             report.replace_folder(folder, adapter)
             self.tracker.artifact(folder)
             if name := self.config.tracking.model:
                 self.tracker.model_version(name, folder.name)
         idle = self._finish_timeline(loop)
-        summary = report.summary(
-            self.config, loop.counters, self.evaluations, seconds, finished=not self.stop.is_set(), sampler_idle=idle
-        )
+        summary = report.summary(self.config, loop.counters, self.evaluations, seconds, finished=finished, sampler_idle=idle)
         (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
         self.tracker.artifact(self.run_dir / "summary.json")
         if len(self.evaluations) > 1:
@@ -282,6 +297,11 @@ class Job:
         return idle
 
 
+def _plain(error: Exception) -> Exception:
+    """Without the actor's traceback, which an error of an actor has in its message."""
+    return getattr(error, "cause", error)
+
+
 def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -295,11 +315,10 @@ def main(argv: list[str]) -> int:
             signal.signal(number, lambda *_: (job.stop.set(), logger.warning("stopping after this update, with a checkpoint")))
         summary = job.run()
     except ConfigError as error:
-        print(f"config error: {error}", file=sys.stderr)
+        print(f"config error: {_plain(error)}", file=sys.stderr)
         return 2
     except (CheckpointError, TrackingError) as error:
-        # An error of an actor comes with the actor's traceback in its message.
-        print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
+        print(f"error: {_plain(error)}", file=sys.stderr)
         return 1
     print(json.dumps(summary))
     return 0 if summary["finished"] else STOPPED

@@ -35,7 +35,7 @@ def check(config: Config, nodes_N: Sequence[Resources], samplers: int | None = N
                 f"cluster has {have:g}; lower one of these, or set cluster.wait_seconds where nodes are to join"
             )
     left_N = beside_learner(config, nodes_N)
-    if left_N is None or sum(_copies(node, sampler) for node in left_N) < fewest:
+    if left_N is None or sum(copies(node, sampler) for node in left_N) < fewest:
         shown = "; ".join(map(str, nodes_N[:8])) + (f"; and {len(nodes_N) - 8} more" if len(nodes_N) > 8 else "")
         ranks = "the learner" if config.learner.ranks == 1 else f"each of the learner's {config.learner.ranks} ranks"
         raise ConfigError(
@@ -57,7 +57,7 @@ def beside_learner(config: Config, nodes_N: Sequence[Resources]) -> list[Resourc
 
 def learner_home(config: Config, nodes_N: Sequence[Resources]) -> int | None:
     """Index of the node where a rank of the learner costs the fewest samplers; None where it fits no node."""
-    fitting = [index for index, node in enumerate(nodes_N) if _copies(node, _learner(config))]
+    fitting = [index for index, node in enumerate(nodes_N) if copies(node, _learner(config))]
     return max(fitting, key=lambda index: samplers_beside(config, nodes_N, index), default=None)
 
 
@@ -65,7 +65,7 @@ def samplers_beside(config: Config, nodes_N: Sequence[Resources], home: int) -> 
     """How many samplers these nodes hold, with a rank of the learner on node `home`."""
     left_N = list(nodes_N)
     left_N[home] = _without_rank(config, nodes_N[home])
-    return sum(_copies(node, _sampler(config)) for node in left_N)
+    return sum(copies(node, _sampler(config)) for node in left_N)
 
 
 def _without_rank(config: Config, node: Resources) -> Resources:
@@ -80,6 +80,6 @@ def _sampler(config: Config) -> Resources:
     return Resources(config.actors.cpus, config.actors.gpus)
 
 
-def _copies(node: Resources, each: Resources) -> int:
+def copies(node: Resources, each: Resources) -> int:
     """How many times `each` fits `node`; a very large number where it needs nothing."""
     return min([int((have + ROUNDING) // need) for have, need in zip(node, each, strict=True) if need > 0], default=1 << 30)

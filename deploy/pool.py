@@ -54,6 +54,11 @@ class _Call:
     arguments: tuple[Any, ...]
     future: Future[Any] = field(default_factory=Future)
 
+    @property
+    def trains(self) -> bool:
+        """It is a group of the training; those of an evaluation have negative numbers."""
+        return self.method == "sample" and self.arguments[0].group_id >= 0
+
 
 @dataclass(eq=False)
 class _Member:
@@ -73,6 +78,8 @@ class RaySamplers:
     It starts with actors.min, and `fit` moves it between that and actors.max. A request waits while no sampler is there to
     take it, and a sampler that no node has room for waits for one.
     """
+
+    replaces = True
 
     def __init__(
         self,
@@ -118,6 +125,9 @@ class RaySamplers:
         work for it; one less, if there was not work for all for long."""
         self._inbox.put(lambda: self._consider(learner_idle))
 
+    def complete(self) -> bool:
+        return len(self._members) >= self._target
+
     def ready(self) -> list[Any]:
         """References that resolve once each sampler is built."""
         return [member.built for member in list(self._members.values())]
@@ -131,15 +141,17 @@ class RaySamplers:
         return {member.name: member.actor for member in self._built()}
 
     @contextmanager
-    def room(self, need: Resources) -> Iterator[None]:
-        """Some node has `need` free if the samplers can make it so, and no sampler is started meanwhile."""
+    def room(self, each: Resources, copies: int) -> Iterator[None]:
+        """Nodes have `copies` times `each` free if the samplers can make it so, and no sampler is started meanwhile."""
         self._paused = True
         try:
-            found = _within(ROOM_SECONDS, lambda: ray_cluster.has_room(need))
+            found = _within(ROOM_SECONDS, lambda: ray_cluster.has_room(each, copies))
             while self._members and not found:
                 left = len(self._members)
                 self._inbox.put(self._give_way)
-                found = _within(ROOM_SECONDS, lambda left=left: len(self._members) < left and ray_cluster.has_room(need))
+                found = _within(
+                    ROOM_SECONDS, lambda left=left: len(self._members) < left and ray_cluster.has_room(each, copies)
+                )
             yield
         finally:
             self._paused = False
@@ -274,8 +286,8 @@ class RaySamplers:
             self._lose(members[-1], "it gives way to the learner")
 
     def _dispatch(self) -> None:
-        in_flight = sum(len(member.calls) for member in self._members.values())
-        self._most_asked = max(self._most_asked, in_flight + len(self._waiting))
+        calls = [*self._waiting, *(call for member in self._members.values() for call in member.calls)]
+        self._most_asked = max(self._most_asked, sum(call.trains for call in calls))
         built = self._built()
         while self._waiting and built:
             # Of those with the least work, the one that has rested longest: one that hangs is found when it has work.

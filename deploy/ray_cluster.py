@@ -76,10 +76,10 @@ def learner_node(config: Config) -> str | None:
     return None if home is None else list(present)[home]
 
 
-def has_room(each: Resources) -> bool:
-    """Some node has as much as `each` free. Ray hears of what becomes free a moment later."""
+def has_room(each: Resources, copies: int = 1) -> bool:
+    """Nodes have `copies` times `each` free. Ray hears of what becomes free a moment later."""
     free = [Resources(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in available_resources_per_node().values()]
-    return any(node.cpus >= each.cpus and node.gpus >= each.gpus for node in free)
+    return sum(placement.copies(node, each) for node in free) >= copies
 
 
 def preferring(node: str | None, *, avoid: bool = False) -> dict[str, Any]:

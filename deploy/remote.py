@@ -38,6 +38,12 @@ class Handle(Protocol):
     """Actors that may still be starting."""
 
     config: Config
+    replaces: bool
+    """An actor that is lost gets a successor, to which `ready` then refers."""
+
+    def complete(self) -> bool:
+        """All actors are started: none has yet to be replaced."""
+        ...
 
     def ready(self) -> list[Any]:
         """A reference for each, which resolves once it is built."""
@@ -51,12 +57,14 @@ class RayLearner:
     Every rank updates and restores; the rest is rank 0's, unless the base is in shards: then all forward together.
     """
 
+    replaces = False
+
     def __init__(self, config: Config, problem: Problem, actor: type[BuiltActor] = LearnerActor) -> None:
         """`actor` is the class of the actors, which tests change."""
         self.config = config
         self._class, self._problem = actor, ray.put(problem)
-        self.room: Callable[[Resources], AbstractContextManager[None]] = lambda need: nullcontext()
-        """Makes room for a new learner, and keeps it until that is placed: the pool's, where there is one."""
+        self.room: Callable[[Resources, int], AbstractContextManager[None]] = lambda each, ranks: nullcontext()
+        """Makes room for the ranks of a new learner, and keeps it until they are placed: the pool's, where there is one."""
         self._start()
 
     def _start(self) -> None:
@@ -81,12 +89,14 @@ class RayLearner:
         self.actors: list[Any] = [remote.remote(rank, learner.ranks) for rank in range(learner.ranks)]
         self._forwarding = self.actors if learner.shard_base else self.actors[:1]
         meeting = self.actors[0].open_meeting.remote() if learner.ranks > 1 else None
-        self._building = _on(self.actors, "build", self.config, self._problem, meeting)
+        building = _on(self.actors, "build", self.config, self._problem, meeting)
+        self._ready = [*building, *_on(self.actors, "ready")]
 
     def restart(self) -> None:
         """Raises ConfigError if no node can hold a new one."""
         self._end()
-        with self.room(Resources(self.config.learner.cpus, self.config.learner.gpus)):
+        learner = self.config.learner
+        with self.room(Resources(learner.cpus, learner.gpus), learner.ranks):
             self._start()
             try:
                 # The run went on with the samplers that there are; the learner alone has to fit.
@@ -94,15 +104,18 @@ class RayLearner:
             except RayError as error:
                 raise LearnerDied(first_line(error)) from error
 
+    def complete(self) -> bool:
+        return True
+
     def ready(self) -> list[Any]:
-        return [*self._building, *_on(self.actors, "ready")]
+        return self._ready
 
     def update(self, groups: Sequence[Group]) -> Future[dict[str, float]]:
         return self._answer(_on(self.actors, "update", ray.put(groups)))
 
     def adapter(self, version: int) -> Any:
         """Waits for the weights, and returns a reference to them that outlives the learner and its node."""
-        return ray.put(self._future(_on(self._forwarding, "adapter", version)[0]).result())
+        return ray.put(self._answer(_on(self._forwarding, "adapter", version)).result())
 
     def score(self, groups: Sequence[Group]) -> Future[list[Any]]:
         return self._answer(_on(self._forwarding, "score", ray.put(groups)))
@@ -111,8 +124,7 @@ class RayLearner:
         return self._future(self.actors[0].save.remote())
 
     def restore(self, saved: np.ndarray, step: int) -> None:
-        for answer in [self._future(reference) for reference in _on(self.actors, "restore", ray.put(saved), step)]:
-            answer.result()
+        self._answer(_on(self.actors, "restore", ray.put(saved), step)).result()
 
     def named(self) -> dict[str, Any]:
         """The ranks' actors by name."""
@@ -180,26 +192,41 @@ def wait_until_ready(*handles: Handle, samplers: int | None = None) -> None:
     Raises:
         ConfigError: the learner and `samplers` (by default the fewest) fit no nodes, or were not placed and built in time;
             the message has what was asked for and what there is.
+        RuntimeError: more than actors.max_deaths actors were lost over it.
+        RayError: one that has no successor was lost.
         Exception: what building an actor's part raised.
     """
-    config = handles[0].config
-    missing = references = [reference for handle in handles for reference in handle.ready()]
-    began = time.monotonic()
-    while missing:
-        ready, missing = ray.wait(missing, num_returns=len(missing), timeout=LOOK_SECONDS)
-        try:
-            ray.get(ready)
-        except RayTaskError as error:
-            raise plain(error) from None
+    config, began, lost = handles[0].config, time.monotonic(), set()
+    while True:
+        owners = {reference: handle for handle in handles for reference in handle.ready()}
+        done, missing = ray.wait(list(owners), num_returns=len(owners), timeout=LOOK_SECONDS)
+        for reference in done:
+            try:
+                ray.get(reference)
+            except RayTaskError as error:
+                raise plain(error) from None
+            except RayError as error:
+                if not owners[reference].replaces:
+                    raise
+                lost.add(reference)
+                missing.append(reference)
+                if len(lost) > config.actors.max_deaths:
+                    raise RuntimeError(
+                        f"{len(lost)} actors were lost before they were built (actors.max_deaths={config.actors.max_deaths}); "
+                        f"the last cause: {first_line(error)}"
+                    ) from error
+        if not missing and all(handle.complete() for handle in handles):
+            return
         waited = time.monotonic() - began
-        if missing:
-            ray_cluster.check(config, waited, samplers)
+        ray_cluster.check(config, waited, samplers)
         if missing and waited > config.actors.start_seconds:
             raise ConfigError(
-                f"{len(missing)} of {len(references)} actors were not placed and built within actors.start_seconds="
+                f"{len(missing)} of {len(owners)} actors were not placed and built within actors.start_seconds="
                 f"{config.actors.start_seconds:g}; the cluster has {_shown(ray.cluster_resources())}, of which "
                 f"{_shown(ray.available_resources())} is free"
             )
+        if lost.issuperset(missing):
+            time.sleep(LOOK_SECONDS)  # until their successors are started
 
 
 def _shown(resources: Mapping[str, float]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from system.config import ConfigError, Lora
+from system.config import Config, ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,24 +44,36 @@ def load_adapter(policy: Policy, path: Path, model: str, rank: int) -> None:
         raise ConfigError(f"{path} does not fit lora.rank={rank}: {error}") from error
 
 
-def starting_weights(lora: Lora) -> np.ndarray:
+def starting_weights(config: Config) -> np.ndarray:
     """The adapter `lora.start` in the form that a learner restores, without moments of the optimizer.
 
     Raises:
-        ConfigError: there is none, or it is no safetensors file.
+        ConfigError: there is none, it is damaged, of another base, no plain LoRA, or of another scale than the run's.
     """
     import numpy as np
     import safetensors
     import safetensors.numpy
 
-    assert lora.start is not None
-    names = ("adapter/adapter_model.safetensors", "adapter_model.safetensors")
-    files = [Path(root) / lora.start / name for root in (".", "runs") for name in names]
-    path = next((path for path in files if path.is_file()), None)
-    if path is None:
-        raise ConfigError(f"lora.start={lora.start!r}: no run and no PEFT folder with adapter_model.safetensors is there")
+    from system.adapters import MANIFEST, WEIGHTS, AdapterError, read_folder, scale_of
+
+    start, lora = config.lora.start, config.lora
+    assert start is not None
+    places = [Path(root) / start / name for root in (".", "runs") for name in ("adapter", ".")]
+    folder = next((folder for folder in places if (folder / WEIGHTS).is_file()), None)
+    if folder is None:
+        raise ConfigError(f"lora.start={start!r}: no run and no PEFT folder with {WEIGHTS} is there")
     try:
-        tensors = safetensors.numpy.load_file(path)
+        # A PEFT folder that another program wrote says nothing by which its bytes and its base could be known.
+        own = (folder / MANIFEST).is_file()
+        tensors = read_folder(folder, config.model.path) if own else safetensors.numpy.load_file(folder / WEIGHTS)
+        scale = scale_of(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
     except safetensors.SafetensorError as error:
-        raise ConfigError(f"lora.start={lora.start!r}: {path} is damaged: {error}") from error
+        raise ConfigError(f"lora.start={start!r}: {folder / WEIGHTS} is damaged: {error}") from error
+    except (AdapterError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"lora.start={start!r}: {error}") from error
+    if not math.isclose(scale, lora.alpha / lora.rank):
+        raise ConfigError(
+            f"lora.start={start!r}: its updates are scaled by lora_alpha / r = {scale:g}, this run's by lora.alpha / lora.rank "
+            f"= {lora.alpha:g} / {lora.rank}; set lora.alpha={scale * lora.rank:g}"
+        )
     return np.frombuffer(safetensors.numpy.save({f"adapter/{name}": tensor for name, tensor in tensors.items()}), np.uint8)

@@ -257,6 +257,7 @@ class Learner:
         """All that the next update depends on, as uint8 safetensors: LoRA weights, optimizer moments, step."""
         tensors = {f"adapter/{name}": array for name, array in self.policy.adapter_tensors().items()}
         tensors |= {"canary/tokens": self._canary_tokens, "canary/base": np.array(self._canary_base)}
+        tensors["scale"] = np.array(self.policy.scale)
         for name, parameter in self.policy.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{key}/{name}"] = value.detach().cpu().numpy()
@@ -264,11 +265,16 @@ class Learner:
         return np.frombuffer(safetensors.numpy.save(tensors, metadata), np.uint8)
 
     def restore(self, saved: np.ndarray, step: int) -> None:
-        """Continues from `save`. Raises CheckpointError if it is of another model or another LoRA rank."""
+        """Continues from `save`. Raises CheckpointError if it is of another model, LoRA rank or scale."""
         tensors = safetensors.numpy.load(saved.tobytes())
-        # An adapter that training starts from says nothing of its base.
+        # An adapter that training starts from has neither: its folder was checked.
         if "canary/tokens" in tensors:
             self._check_base(tensors["canary/tokens"], tensors["canary/base"])
+            if not math.isclose(scale := float(tensors["scale"]), self.policy.scale):
+                raise CheckpointError(
+                    f"the checkpoint of step {step} has lora.alpha / lora.rank = {scale:g}, this run {self.policy.scale:g}: "
+                    "its weights would stand for another policy; set lora.alpha to what the run began with"
+                )
         prefix = "adapter/"
         adapter = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
         try:

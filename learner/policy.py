@@ -75,6 +75,8 @@ class Policy:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             base.train()
         self.constraints = constraints
+        self.scale = lora.alpha / lora.rank
+        """What B A is multiplied with."""
         self.language_model = LanguageModel(base, logits_chunk, attention)
 
     @property

@@ -35,6 +35,15 @@ class AdapterError(RuntimeError):
     """An adapter is damaged, belongs to another model, or is not what the engine runs."""
 
 
+def scale_of(peft_config: Mapping[str, Any]) -> float:
+    """What B A is multiplied with. Raises AdapterError for an adapter_config.json of anything but plain LoRA."""
+    for field, plain in PLAIN_LORA.items():
+        value = peft_config.get(field)
+        if value and value != plain:
+            raise AdapterError(f"{field}={value!r} is no plain LoRA; use {field}={plain!r}")
+    return float(peft_config["lora_alpha"]) / peft_config["r"]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Canary:
     """Proof of delivery: the learner's log-prob of each token of a fixed sequence, given those before it."""
@@ -105,20 +114,20 @@ class Adapter:
 
     def updates(self) -> dict[str, LoraUpdate]:
         """Module name -> what is added to its weight. Raises AdapterError for anything but plain LoRA."""
-        for field, plain in PLAIN_LORA.items():
-            value = self.peft_config.get(field)
-            if value and value != plain:
-                raise AdapterError(f"adapter version {self.version}: {field}={value!r} is no plain LoRA; use {field}={plain!r}")
+        try:
+            scale = scale_of(self.peft_config)
+        except AdapterError as error:
+            raise AdapterError(f"adapter version {self.version}: {error}") from error
         tensors = self.tensors()
         suffixes = (".lora_A.weight", ".lora_B.weight")
         modules = sorted({name.removesuffix(suffix) for name in tensors for suffix in suffixes if name.endswith(suffix)})
         if 2 * len(modules) != len(tensors) or not all(module + suffix in tensors for module in modules for suffix in suffixes):
             raise AdapterError(f"adapter version {self.version}: its tensors are not one lora_A and one lora_B for each module")
-        alpha, transposed = float(self.peft_config["lora_alpha"]), bool(self.peft_config.get("fan_in_fan_out"))
+        transposed = bool(self.peft_config.get("fan_in_fan_out"))
         result = {}
         for module in modules:
             a_RI, b_OR = (tensors[module + suffix].astype(np.float32, copy=False) for suffix in suffixes)
-            result[module.removeprefix(PEFT_PREFIX)] = LoraUpdate(a_RI, b_OR, alpha / len(a_RI), transposed)
+            result[module.removeprefix(PEFT_PREFIX)] = LoraUpdate(a_RI, b_OR, scale, transposed)
         return result
 
     def materialise(self, folder: Path) -> Path:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from system.config import ConfigError
-from system.orchestrator import Samplers
+from system.orchestrator import Samplers, asked
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt, Request, Trajectory
 
@@ -29,10 +30,10 @@ def scored(problem: Problem, rewards: Rewards) -> list[Group]:
             "task: no prompt has a demonstration that the policy could draw, which loss.kind=mle and "
             "replay.demonstrations=true need; see the task's fields for where they come from"
         )
-    futures = [rewards.log_reward(prompt, problem.demonstrations[prompt.id]) for prompt in prompts]
+    answers = [asked(partial(rewards.log_reward, prompt, problem.demonstrations[prompt.id])) for prompt in prompts]
     return [
-        Group(prompt, problem.demonstrations[prompt.id], tuple(future.result()), -1, -1)
-        for prompt, future in zip(prompts, futures, strict=True)
+        Group(prompt, problem.demonstrations[prompt.id], tuple(answer()), -1, -1)
+        for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
 

@@ -8,13 +8,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from system.demonstrations import Rewards
-from system.orchestrator import SamplerDied, Samplers
+from system.orchestrator import Samplers, asked
 from system.posterior import Bounds, Exact, mean_metrics
 from system.requests import Requests
 from system.tasks.problem import Problem
@@ -22,9 +23,6 @@ from system.trajectory import Group, Prompt, Trajectory
 from system.voting import preferred, tally
 
 logger = logging.getLogger(__name__)
-
-ATTEMPTS = 3
-"""How often the samples of a prompt are asked for before a lost sampler fails the evaluation."""
 
 
 class Scorer(Protocol):
@@ -116,8 +114,8 @@ def judge(problem: Problem, decode: Callable[[Sequence[int]], str], rewards: Rew
 def _log_reward_EK(group: Group, others: Sequence[tuple[int, ...]], rewards: Rewards) -> np.ndarray:
     """float64 [E, K]: log R of each sample with each of the other evidences, and last with the group's own, nats."""
     prompts = [replace(group.prompt, evidence_tokens=evidence) for evidence in others]
-    futures = [rewards.log_reward(prompt, group.trajectories_K) for prompt in prompts]
-    log_rewards = [*(future.result() for future in futures), group.log_reward_K]
+    answers = [asked(partial(rewards.log_reward, prompt, group.trajectories_K)) for prompt in prompts]
+    log_rewards = [*(answer() for answer in answers), group.log_reward_K]
     return np.array([[log_reward_T[-1] for log_reward_T in log_reward_K] for log_reward_K in log_rewards])
 
 
@@ -137,7 +135,7 @@ def sampled(
     without a metric takes no part in its mean).
 
     Raises:
-        SamplerDied: the samplers that a prompt was given to died ATTEMPTS times.
+        SamplerDied: the samplers that a prompt was given to died again and again.
         RuntimeError: no prompt has two samples with a reward.
     """
     groups = _draw(requests, samplers, samples, round_)
@@ -168,22 +166,9 @@ def means(per_prompt: Sequence[Mapping[str, Any]], prefix: str | tuple[str, ...]
 
 
 def _draw(requests: Requests, samplers: Samplers, samples: int, round_: int) -> list[Group]:
-    def ask(index: int) -> Future[Group]:
-        return samplers.sample(requests.evaluation(index, samples, round_))
-
-    futures = [ask(index) for index in range(len(requests.prompts))]
-    groups = []
-    for index, future in enumerate(futures):
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                if _bounded(group := future.result()):
-                    groups.append(group)
-                break
-            # A lost sampler costs time: its successor is asked again.
-            except SamplerDied:
-                if attempt == ATTEMPTS:
-                    raise
-                future = ask(index)
+    wanted = [requests.evaluation(index, samples, round_) for index in range(len(requests.prompts))]
+    answers = [asked(partial(samplers.sample, request)) for request in wanted]
+    groups = [group for answer in answers if _bounded(group := answer())]
     if not groups:
         raise RuntimeError("no prompt of the evaluation has two samples with a reward; the log has the reasons")
     return groups

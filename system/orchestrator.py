@@ -29,6 +29,8 @@ from system.trajectory import Group, Request, merge_by_prompt
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+ATTEMPTS = 3
+"""How often something is asked of samplers before one that is lost over it counts as a failure."""
 POLL_SECONDS = 0.5
 """Longest time between two looks at a request to stop."""
 
@@ -42,6 +44,23 @@ class SamplerDied(RuntimeError):
 
 class LearnerDied(RuntimeError):
     """The learner's process is gone, with the updates since the last checkpoint. Handles raise it from any call."""
+
+
+def asked(ask: Callable[[], Future[T]]) -> Callable[[], T]:
+    """Asks at once. The function returned waits for the answer, and asks anew where a sampler was lost over it: its
+    successor answers. Raises SamplerDied after ATTEMPTS."""
+    first = ask()
+
+    def answer() -> T:
+        future = first
+        for _ in range(ATTEMPTS - 1):
+            try:
+                return future.result()
+            except SamplerDied:
+                future = ask()
+        return future.result()
+
+    return answer
 
 
 class Samplers(Protocol):
@@ -120,7 +139,7 @@ class Orchestrator:
     on_step: Callable[[Orchestrator, dict[str, float], list[Group]], None] = lambda loop, metrics, fresh: None
     """Called after each update, with its metrics and the fresh groups it used: progress, tables, evaluations."""
     evaluate: Callable[[Orchestrator], None] = lambda loop: None
-    """Called before the first update, every evaluate_every updates and after the last; the newest adapter is published."""
+    """Called before the first update, every evaluate_every updates and after the last; the learner's weights are published."""
     should_stop: Callable[[], bool] = lambda: False
     counters: Counters = field(default_factory=Counters)
     timeline: Timeline = field(default_factory=Timeline)
@@ -141,11 +160,14 @@ class Orchestrator:
         """Runs until learner.steps updates are done or a stop is asked for, and leaves a checkpoint.
 
         Raises:
-            RuntimeError: more than actors.max_deaths samplers died with no group in between, or learners with no checkpoint.
+            RuntimeError: more than actors.max_deaths samplers died with no group in between, or learners with no checkpoint;
+                or more than sampler.max_reward_faults samples had no reward.
         """
         settings = self.config.learner
+        evaluate_every = settings.evaluate_every or settings.steps
         self.publish()
-        if self.counters.step == 0:
+        # Before the first update, and of a run that was cut off between a checkpoint and an evaluation.
+        if self._due(evaluate_every):
             self._evaluate()
         began = time.perf_counter()
         while self.counters.step < settings.steps and not self.should_stop():
@@ -166,12 +188,14 @@ class Orchestrator:
             now = time.perf_counter()
             self._account(metrics, now - started, now - began)
             began = now
-            if self._due(settings.publish_every):
+            # An evaluation draws from the weights that it scores.
+            if self._due(settings.publish_every) or self._due(evaluate_every):
                 self.publish()
             if self._due(settings.checkpoint_every):
                 self.checkpoint()
-            if self._due(settings.evaluate_every or settings.steps):
+            if self._due(evaluate_every):
                 self._evaluate()
+                began = time.perf_counter()  # it is no part of the next step
         if self.counters.step < settings.steps:
             self.checkpoint()
 
@@ -274,24 +298,25 @@ class Orchestrator:
                 self._mourn(group_id, death)
                 continue
             self._deaths_in_a_row = 0
-            if self._usable(group):
-                self._arrived.append(group)
+            self._arrived.append(group)
 
     def _usable(self, group: Group) -> bool:
         """Tolerated on purpose, up to a limit: samples without a reward. A group that they leave fewer than two is given up."""
+        if not group.faults:
+            return True
         counters, limit = self.counters, self.config.sampler.max_reward_faults
-        counters.reward_faults += len(group.faults)
-        if group.faults:
-            logger.warning(
-                "group %d: %d samples have no reward; the first: %s", group.group_id, len(group.faults), group.faults[0]
-            )
-        if counters.reward_faults > limit:
+        logger.warning("group %d: %d samples have no reward; the first: %s", group.group_id, len(group.faults), group.faults[0])
+        if (faults := counters.reward_faults + len(group.faults)) > limit:
+            # With a mended reward the run goes on from here, and this group is sampled again.
+            self._reissue.append(group.group_id)
+            self.checkpoint()
             raise RuntimeError(
-                f"{counters.reward_faults} samples had no reward, more than sampler.max_reward_faults={limit}; mend the reward "
+                f"{faults} samples had no reward, more than sampler.max_reward_faults={limit}; mend the reward "
                 f"or raise the limit, and resume; the last: {group.faults[-1]}"
             )
+        counters.reward_faults = faults
         # A demonstration is alone by its nature.
-        given_up = bool(group.faults) and len(group) < 2
+        given_up = len(group) < 2
         counters.given_up += given_up
         return not given_up
 
@@ -322,6 +347,8 @@ class Orchestrator:
                 self._receive()
                 continue
             group = self._arrived.popleft()
+            if not self._usable(group):
+                continue
             if self._staleness(group) > self.config.learner.max_staleness:
                 self.counters.too_stale += 1
                 self.replay.add(group)
@@ -382,7 +409,8 @@ class Orchestrator:
         arrays, records = self.replay.save()
         waiting = [group.group_id for group in (*self._arrived, *self._taken)]
         unused = sorted([*self._in_flight.values(), *waiting, *self._reissue])
-        state = {"counters": vars(self.counters), "unused_groups": unused, "replay": records}
+        task = self.config.task.model_dump(mode="json")
+        state = {"counters": vars(self.counters), "unused_groups": unused, "replay": records, "task": task}
         files = {
             "learner.safetensors": saved.tobytes(),
             "replay.safetensors": safetensors.numpy.save(arrays),
@@ -397,7 +425,11 @@ class Orchestrator:
         state = json.loads(files["state.json"])
         self.counters = Counters(**state["counters"])
         self._reissue = deque(state["unused_groups"])
-        self.replay.restore(safetensors.numpy.load(files["replay.safetensors"]), state["replay"])
+        if state["task"] == self.config.task.model_dump(mode="json"):
+            self.replay.restore(safetensors.numpy.load(files["replay.safetensors"]), state["replay"])
+        elif state["replay"]:
+            # Of other prompts, lengths or rewards: nothing in it is true of this task.
+            logger.warning("the task is another than that of the checkpoint: the replay buffer starts empty")
         self._saved_step, self._since_saved = self.counters.step, []
         return _learner_state(files)
 

@@ -25,6 +25,8 @@ class Faults:
     """No answer for an hour."""
     failed_builds: int = 0
     """The first so many samplers cannot be built."""
+    killed_builds: int = 0
+    """The process of the first so many samplers ends while they are built."""
     always: bool = False
     seconds: float = 0.0
     """Of each group."""
@@ -42,6 +44,9 @@ class Part:
         for number in range(self.faults.failed_builds):
             if once(self.config, f"build-{number}"):
                 raise RuntimeError("this sampler cannot be built")
+        for number in range(self.faults.killed_builds):
+            if once(self.config, f"killed-{number}"):
+                os._exit(1)
 
     def sample(self, request: Request, adapter: int) -> Group:
         time.sleep(self.faults.seconds)

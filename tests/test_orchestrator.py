@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from system import checkpoint
 from system.checkpoint import CheckpointError
 from system.config import Config
 from system.config_file import parse
-from system.orchestrator import LearnerDied, Orchestrator
+from system.orchestrator import ATTEMPTS, LearnerDied, Orchestrator, SamplerDied, asked
 from system.requests import Requests
 from system.trajectory import Group, Request
 from tests.fakes import PROMPTS, FakeLearner, FakeSamplers, FakeTracker, dies
@@ -190,11 +191,19 @@ def test_too_many_samples_without_a_reward_stop_the_run_also_over_a_resume(tmp_p
     loop = orchestrator(tmp_path, cfg, Lossy({0: 1, 15: 3}), FakeLearner())
     with pytest.raises(RuntimeError, match=r"4 samples had no reward, more than sampler.max_reward_faults=3; .* log of zero"):
         loop.train()
-    again = orchestrator(tmp_path, cfg, Lossy({15: 3}), FakeLearner())
-    again.restore(checkpoint.read_latest(tmp_path / "checkpoints"))
-    assert again.counters.reward_faults == 1
-    with pytest.raises(RuntimeError, match=r"4 samples had no reward"):
+    # It stopped with a checkpoint, for a mended reward to go on from: nothing is skipped, and no fault counted twice.
+    for lost, ends in (({15: 3}, False), ({}, True)):
+        learner, samplers = FakeLearner(), Lossy(lost)
+        again = orchestrator(tmp_path, cfg, samplers, learner)
+        learner.restore(again.restore(checkpoint.read_latest(tmp_path / "checkpoints")), again.counters.step)
+        assert (again.counters.step, again.counters.reward_faults) == (7, 1)
+        if not ends:
+            with pytest.raises(RuntimeError, match=r"4 samples had no reward"):
+                again.train()
+            continue
         again.train()
+        assert sorted(samplers.issued) == list(range(14, 24))
+        assert (again.counters.reward_faults, again.counters.groups) == (1, 24)
 
 
 def test_a_learner_that_fails_ends_the_run_with_its_own_error(tmp_path: Path) -> None:
@@ -363,3 +372,72 @@ def test_evaluations_come_first_last_and_when_due(tmp_path: Path) -> None:
     )
     loop.train()
     assert at == [0, 5, 10, 12]
+
+
+def test_an_evaluation_draws_from_the_weights_that_it_scores(tmp_path: Path) -> None:
+    at: list[tuple[int, int]] = []
+    loop = orchestrator(
+        tmp_path, config(evaluate_every=5, publish_every=4, max_staleness=3), FakeSamplers(), FakeLearner(),
+        evaluate=lambda loop: at.append((loop.counters.step, loop.counters.published_step)),
+    )  # fmt: skip
+    loop.train()
+    assert at == [(0, 0), (5, 5), (10, 10), (12, 12)]
+
+
+def test_a_run_that_was_cut_off_before_an_evaluation_has_it_after_a_resume(tmp_path: Path) -> None:
+    cfg = config(checkpoint_every=5, evaluate_every=5)
+
+    def resumed(step: int) -> list[int]:
+        at: list[int] = []
+        learner = FakeLearner()
+        again = orchestrator(tmp_path, cfg, FakeSamplers(), learner, evaluate=lambda loop: at.append(loop.counters.step))
+        files = checkpoint.read_latest(tmp_path / "checkpoints", step)
+        learner.restore(again.restore(files), again.counters.step)
+        again.train()
+        return at
+
+    orchestrator(tmp_path, cfg, FakeSamplers(), FakeLearner()).train()
+    assert resumed(12) == [12]
+    assert resumed(10) == [10, 12]
+
+
+def test_an_evaluation_is_no_part_of_the_step_after_it(tmp_path: Path) -> None:
+    loop = orchestrator(
+        tmp_path, config(evaluate_every=5), FakeSamplers(), FakeLearner(), evaluate=lambda loop: time.sleep(0.5)
+    )
+    loop.train()
+    assert max(loop.tracker.series("seconds/step")) < 0.5  # type: ignore[attr-defined]
+    assert loop.counters.seconds < 0.5
+
+
+def test_a_resume_with_another_task_starts_with_an_empty_buffer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cfg = config(steps=6)
+    orchestrator(tmp_path, cfg, FakeSamplers(), FakeLearner()).train()
+    files = checkpoint.read_latest(tmp_path / "checkpoints")
+    same = orchestrator(tmp_path, cfg, FakeSamplers(), FakeLearner())
+    same.restore(files)
+    assert len(same.replay) > 0 and not caplog.text
+    changed = cfg.model_copy(update={"task": cfg.task.model_copy(update={"high": 50})})
+    other = orchestrator(tmp_path, changed, FakeSamplers(), FakeLearner())
+    other.restore(files)
+    assert len(other.replay) == 0
+    assert "another than that of the checkpoint: the replay buffer starts empty" in caplog.text
+
+
+def test_what_is_asked_of_a_sampler_that_is_lost_is_asked_again(tmp_path: Path) -> None:
+    def ask(deaths: int) -> int:
+        left = iter(range(deaths))
+
+        def sample() -> Future[int]:
+            future: Future[int] = Future()
+            if next(left, None) is None:
+                future.set_result(7)
+            else:
+                future.set_exception(SamplerDied("killed", "sampler-0"))
+            return future
+
+        return asked(sample)()
+
+    assert ask(0) == ask(ATTEMPTS - 1) == 7
+    with pytest.raises(SamplerDied):
+        ask(ATTEMPTS)

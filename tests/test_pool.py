@@ -195,6 +195,18 @@ class TestOneNode:
         assert samplers.sample(request(0, cfg)).result(60).group_id == 0
         samplers.close()
 
+    def test_a_sampler_that_is_killed_while_it_starts_is_replaced_before_the_run_begins(self, tmp_path: Path) -> None:
+        samplers = pool(config(tmp_path, {"count": 2}), Faults(killed_builds=1))
+        wait_until_ready(samplers)
+        assert len(samplers._built()) == 2
+        samplers.close()
+
+        (tmp_path / "again").mkdir()
+        samplers = pool(config(tmp_path / "again", {"count": 1, "max_deaths": 1}), Faults(killed_builds=1000))
+        with pytest.raises(RuntimeError, match=r"2 actors were lost before they were built \(actors.max_deaths=1\)"):
+            wait_until_ready(samplers)
+        samplers.close()
+
     def test_samplers_that_can_never_be_built_fail_what_waits_with_the_cause(self, tmp_path: Path) -> None:
         cfg = config(tmp_path, {"count": 1, "max_deaths": 1})
         samplers = pool(cfg, Faults(failed_builds=1000))
@@ -211,8 +223,13 @@ class TestOneNode:
         cfg = config(tmp_path, {"min": 1, "max": 2})
         samplers = pool(cfg, Faults(seconds=0.2))
         wait_until_ready(samplers)
-        for idle, requests in ((0.05, 3), (0.9, 1)):
-            for future in [samplers.sample(request(number, cfg)) for number in range(requests)]:
+        evaluation = Requests(PROMPTS, 3, cfg.sampler.exploration, 0).evaluation(0, 3, 1)
+        for idle, wanted in (
+            (0.05, [request(number, cfg) for number in range(3)]),
+            (0.9, [request(0, cfg)]),
+            (0.9, [evaluation] * 3),
+        ):
+            for future in [samplers.sample(each) for each in wanted]:
                 future.result(30)
             samplers.fit(idle)
             time.sleep(0.1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from deploy import ray_cluster
+from deploy.placement import Resources
 from deploy.remote import RayLearner, wait_until_ready
 from learner.learner import Learner
 from system import tasks
@@ -102,13 +104,28 @@ def test_two_ranks_behind_one_handle_learn_publish_score_and_resume_like_one(
 
 @pytest.mark.chaos
 def test_the_death_of_one_rank_is_an_error_at_once_and_ends_all(folder: Path, problem: Problem) -> None:
-    ranks = RayLearner(config(folder), problem)
+    ranks = RayLearner(config(folder, shard_base=True), problem)
     wait_until_ready(ranks)
     os.kill(ray.get(ranks.actors[1].ready.remote()), signal.SIGKILL)
     with pytest.raises(LearnerDied):
         ranks.update(groups(problem, 0)).result(timeout=60)
     with pytest.raises(RayActorError):
         ray.get(ranks.actors[0].ready.remote(), timeout=60)
+
+    room: list[tuple[Resources, int]] = []
+
+    @contextmanager
+    def made(each: Resources, copies: int) -> Iterator[None]:
+        room.append((each, copies))
+        yield
+
+    ranks.room = made
+    ranks.restart()
+    assert room == [(Resources(0.5, 0), 2)], "for each of the ranks"
+    # Whatever call finds that one is gone, it is a death, and not an error of the others'.
+    os.kill(ray.get(ranks.actors[1].ready.remote()), signal.SIGKILL)
+    with pytest.raises(LearnerDied):
+        ranks.adapter(1)
 
 
 def test_ranks_that_cannot_be_built_give_their_own_error(problem: Problem) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from deploy import runs
 from learner.learner import Learner
 from system.checkpoint import CheckpointError
-from system.config import ConfigError, Lora
+from system.config import Config, ConfigError
 from system.config_file import parse
 from system.constraints import Constraints
 from tests import tiny
@@ -16,9 +18,13 @@ from tests import tiny
 CONSTRAINTS = Constraints.of(stop_token=2, min_tokens=0, max_tokens=6, vocab_size=64)
 
 
+def config(rank: int = 4, model: str = "base", **lora: Any) -> Config:
+    section = {"rank": rank, "alpha": 2 * rank} | lora
+    return parse({"task": {"kind": "random_number"}, "lora": section, "model": {"path": model}})
+
+
 def learner(folder: Path, rank: int = 4) -> Learner:
-    config = parse({"task": {"kind": "random_number"}, "lora": {"rank": rank}})
-    return Learner(config, folder, CONSTRAINTS, "base", list(range(10, 40)))
+    return Learner(config(rank), folder, CONSTRAINTS, "base", list(range(10, 40)))
 
 
 @pytest.mark.parametrize("where", ["run/adapter", "run"])
@@ -29,17 +35,43 @@ def test_training_starts_from_the_adapter_of_a_run_or_a_peft_folder(tmp_path: Pa
     (tmp_path / "run").mkdir()
     first.adapter(1).materialise(tmp_path / "run/adapter")
     second = learner(folder)
-    second.restore(runs.starting_weights(Lora(start=str(tmp_path / where))), 0)
+    start = str(tmp_path / where)
+    second.restore(runs.starting_weights(config(start=start)), 0)
     assert second.step == 0
     for name, tensor in first.policy.adapter_tensors().items():
         np.testing.assert_array_equal(second.policy.adapter_tensors()[name], tensor)
     with pytest.raises(CheckpointError, match="does not fit the policy"):
-        learner(folder, rank=8).restore(runs.starting_weights(Lora(start=str(tmp_path / where))), 0)
+        learner(folder, rank=8).restore(runs.starting_weights(config(rank=8, start=start)), 0)
+    # What another program wrote has no manifest.
+    (tmp_path / "run/adapter/headwater.json").unlink()
+    assert len(runs.starting_weights(config(start=start)))
+
+
+def test_a_start_of_another_base_or_scale_and_no_plain_lora_are_refused(tmp_path: Path) -> None:
+    first = learner(tiny.folder(tmp_path))
+    first.adapter(1).materialise(tmp_path / "run")
+    start = str(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"lora.start=.*belongs to 'base', not to model.path='other'"):
+        runs.starting_weights(config(start=start, model="other"))
+    with pytest.raises(ConfigError, match=r"lora_alpha / r = 2, .*= 16 / 4; set lora.alpha=8"):
+        runs.starting_weights(config(start=start, alpha=16))
+    described = tmp_path / "run" / "adapter_config.json"
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"use_rslora": True}))
+    with pytest.raises(ConfigError, match="use_rslora=True is no plain LoRA"):
+        runs.starting_weights(config(start=start))
+    described.unlink()
+    with pytest.raises(ConfigError, match=r"adapter_config.json"):
+        runs.starting_weights(config(start=start))
 
 
 def test_a_start_that_is_not_there_or_damaged_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"lora.start='nowhere'"):
-        runs.starting_weights(Lora(start="nowhere"))
+        runs.starting_weights(config(start="nowhere"))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(ConfigError, match="damaged"):
-        runs.starting_weights(Lora(start=str(tmp_path)))
+        runs.starting_weights(config(start=str(tmp_path)))
+    learner(tiny.folder(tmp_path)).adapter(1).materialise(tmp_path / "run")
+    weights = tmp_path / "run" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ConfigError, match="is damaged"):
+        runs.starting_weights(config(start=str(tmp_path / "run")))
