@@ -28,7 +28,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from actors.settings import alone, engine_environment  # noqa: E402
-from deploy.runs import adapter_file, find_run  # noqa: E402
+from deploy.runs import adapter_file, check_output, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
@@ -114,6 +114,8 @@ def main(argv: list[str]) -> int:
     try:
         if arguments.samples < 2:
             raise ConfigError(f"--samples={arguments.samples}: one draw says nothing about the spread; take 2 at least")
+        if arguments.samples_file:
+            check_output("--samples-file", arguments.samples_file)
         run_dir = find_run(arguments.run)
         config = alone(config_file.load(run_dir / "config.yaml", arguments.overrides), arguments.samples)
         os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))

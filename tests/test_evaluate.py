@@ -169,9 +169,32 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
     weights.unlink()
     mistakes = {
         ("one", "--samples", "1"): "one draw says nothing",
+        ("one", "--samples-file", "none/x.jsonl"): f"--samples-file 'none/x.jsonl': there is no folder {folder}/none",
         ("two",): "no such run",
         ("one",): "the run did not end; --resume it first",
     }
     for arguments, message in mistakes.items():
         assert evaluate.main(list(arguments)) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("none/x.jsonl",), "OUTPUT 'none/x.jsonl': there is no folder "),
+        ((".",), "OUTPUT '.' is a folder; name a file"),
+        (("x.jsonl", "--per-story", "0"), "--per-story=0: tell at least one story"),
+        (("x.jsonl", "--ending", "0"), "--ending=0: Y has at least one token"),
+    ],
+)
+def test_stories_that_could_not_be_told_or_written_are_refused_before_any_is_drawn(
+    arguments: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(self_consistent, "draw", lambda *_: pytest.fail("stories were drawn"))
+    assert self_consistent.main([str(ROOT / "deploy/configs/infilling.yaml"), *arguments]) == 2
+    assert message in capsys.readouterr().err
