@@ -136,7 +136,9 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
     done = command("one", f"task.stories={folder / 'other.jsonl'}", "--samples", "64")
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = json.loads(done.stdout.splitlines()[-1])
-    assert json.loads((run / "heldout.json").read_text()) == metrics
+    overrides = [f"task.stories={folder / 'other.jsonl'}"]
+    written = json.loads((run / "heldout.json").read_text())
+    assert written == {"overrides": overrides, "samples": 64, "metrics": metrics}
     assert metrics["heldout/posterior/prompts_with_true_z"] == 1
     rows = [json.loads(line) for line in (run / "heldout_samples.jsonl").read_text().splitlines()]
     assert len(rows) == 64
@@ -161,7 +163,7 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
         for which, name in (("base", "heldout/base/posterior/spread"), ("adapter", "heldout/posterior/spread")):
             before = (run / "heldout_samples.jsonl").read_text()
             assert evaluate.main(["one", "--only", which]) == 0
-            assert json.loads((run / "heldout.json").read_text()) == {name: 2.0}
+            assert json.loads((run / "heldout.json").read_text())["metrics"] == {name: 2.0}
             assert ((run / "heldout_samples.jsonl").read_text() == before) is (which == "base")
             assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {name: 2.0}
     assert asked == ["base", "adapter"]
