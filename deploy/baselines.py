@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +42,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("headwater")
 
 TUNED = "gflownet"
+BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda value: 0 < value < math.inf, "above 0"),
+    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "penalty": (lambda value: 0 <= value < math.inf, "0 or more"),
+    "oversample": (lambda value: value >= 1, "1 or more"),
+}
+"""Of the numbers among the settings of `actors.decoding`."""
 MEANS = ("task/", "posterior/", "model_tokens", "seconds")
 
 
@@ -160,23 +169,37 @@ def _bounds(draws: Draws, log_weight_K: np.ndarray | None) -> dict[str, float]:
     return {} if log_weight_K is None else mean_metrics([Bounds.of(log_weight_K)])
 
 
+def check(methods: list[str], settings: dict[str, Any]) -> None:
+    """Raises ConfigError for a method that does not exist or comes twice, and for a setting out of its bounds."""
+    from actors.decoding import METHODS
+
+    for method in methods:
+        if method not in METHODS:
+            raise ConfigError(f"--methods: no {method!r}; there are {', '.join(METHODS)} (and {TUNED} with --run)")
+        if methods.count(method) > 1:
+            raise ConfigError(f"--methods: {method!r} is there {methods.count(method)} times; name each method once")
+    for name, (holds, bounds) in BOUNDS.items():
+        if name in settings and not holds(settings[name]):
+            raise ConfigError(f"--{name.replace('_', '-')}={settings[name]}: must be {bounds}")
+
+
 def run(config: Config, methods: list[str], samples: int, settings: dict[str, Any], run_dir: Path | None) -> Path:
     """Measures the methods, one MLflow run each. Returns the folder with baselines.json.
 
     Raises:
-        ConfigError: as `Baselines`, or a method that does not exist.
+        ConfigError: as `Baselines`, or as `check`.
     """
-    from actors.decoding import METHODS
     from system.tracking import Tracker
 
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown:
-        raise ConfigError(f"--methods: no {unknown[0]!r}; there are {', '.join(METHODS)} (and {TUNED} with --run)")
+    check(methods, settings)
     baselines = Baselines(config, settings, run_dir)
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = (Path(config.output_dir) / f"{config.name}-baselines-{stamp}").resolve()
     result: dict[str, Any] = {"run": config.name, "task": config.task.kind, "seed": config.seed, "samples": samples}
-    result |= {"settings": settings, "adapter": run_dir and str(run_dir), "methods": {}}
+    result |= {"settings": settings, "adapter": None, "methods": {}}
+    if run_dir:
+        trained = config_file.load(run_dir / "config.yaml", [])
+        result |= {"adapter": str(run_dir), "adapter_config": trained.model_dump(mode="json")}
     for method in [*methods, TUNED] if run_dir else methods:
         metrics, rows = baselines.measure(method, samples)
         logger.info("%s: %s", method, " ".join(f"{name}={value:.4g}" for name, value in metrics.items()))

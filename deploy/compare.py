@@ -2,8 +2,8 @@
 
 Reads the folders of runs (summary.json, heldout.json) and of `deploy/baselines.py` (baselines.json); no server is needed. A
 row is a run or a method: at the end of training, and on held-out prompts where `deploy/evaluate.py` was run, the base model
-beside it. Runs that differ in nothing but the seed are one row: their mean, with the least and the largest. `--mlflow` asks
-the tracking server and prints the address of its compare view with all of them.
+beside it. Runs that differ in nothing but the seed, evaluated in the same way, are one row: their mean, with the least and the
+largest. `--mlflow` asks the tracking server and prints the address of its compare view with all of them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if str(ROOT) not in sys.path:
 
 import numpy as np  # noqa: E402
 
+from deploy.baselines import TUNED  # noqa: E402
 from deploy.runs import find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import ConfigError  # noqa: E402
@@ -61,11 +62,12 @@ def read(folder: Path) -> list[Entry]:
         ConfigError: it has no results, or its files are not what a run writes.
     """
     config = config_file.load(folder / "config.yaml", [])
-    kept = {name: value for name, value in config.model_dump(mode="json").items() if name not in INCIDENTAL}
     try:
-        found = list(_results(folder, config.name, kept))
+        found = list(_results(folder, config.name, _kept(config.model_dump(mode="json"))))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{folder}: its results cannot be read: {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"{folder}: its results cannot be read: {type(error).__name__}: {error}; repeat the command that wrote them"
+        ) from error
     if not found:
         raise ConfigError(
             f"{folder} has no summary.json, heldout.json or baselines.json: the run did not end; --resume it first"
@@ -74,6 +76,11 @@ def read(folder: Path) -> list[Entry]:
         Entry(name, json.dumps([name, same], sort_keys=True), config.seed, {k: float(v) for k, v in metrics.items()})
         for name, same, metrics in found
     ]
+
+
+def _kept(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a config two repetitions have in common."""
+    return {name: value for name, value in config.items() if name not in INCIDENTAL}
 
 
 def _results(folder: Path, run: str, config: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, float]]]:
@@ -88,13 +95,16 @@ def _results(folder: Path, run: str, config: dict[str, Any]) -> Iterator[tuple[s
         yield f"{run}: before", config, summary["before"]
         yield f"{run}: after", config, summary["after"]
     if heldout:
-        base, tuned = held_out(heldout)
+        base, tuned = held_out(heldout["metrics"])
+        evaluated = config_file.load(folder / "config.yaml", heldout["overrides"])
+        same = [config, _kept(evaluated.model_dump(mode="json")), heldout["samples"]]
         if base:
-            yield f"{run}: held out, base", config, base
+            yield f"{run}: held out, base", same, base
         if tuned:
-            yield f"{run}: held out", config, tuned
+            yield f"{run}: held out", same, tuned
     for method, metrics in baselines.get("methods", {}).items():
-        yield f"{run}: {method}", [config, baselines["samples"], baselines["settings"]], metrics
+        adapter = _kept(baselines["adapter_config"]) if method == TUNED else None
+        yield f"{run}: {method}", [config, adapter, baselines["samples"], baselines["settings"]], metrics
 
 
 def held_out(content: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:

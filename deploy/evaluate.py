@@ -2,8 +2,9 @@
 
 Draws on-policy samples of each prompt from the base model and from the run's adapter, in this process and without Ray, and
 bounds the distance of both to the posterior. `key=value` changes the run's config: held-out prompts (task.offset=950) or
-another file. Writes RUN/heldout.json and logs the metrics to the run in MLflow as heldout/… and heldout/base/… (one of the two
-with `--only`: runs on the same data need the base model once).
+another file. Writes RUN/heldout.json, which says too what was changed and how many samples there were, and logs the metrics
+to the run in MLflow as heldout/… and heldout/base/… (one of the two with `--only`: runs on the same data need the base model
+once).
 The adapter's samples go to RUN/heldout_samples.jsonl, or to the file of --samples-file: one line a sample, with its prompt's
 id and text, log q and log R in nats.
 
@@ -28,7 +29,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from actors.settings import alone, engine_environment  # noqa: E402
-from deploy.runs import adapter_file, find_run  # noqa: E402
+from deploy.runs import adapter_file, check_output, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
@@ -114,6 +115,8 @@ def main(argv: list[str]) -> int:
     try:
         if arguments.samples < 2:
             raise ConfigError(f"--samples={arguments.samples}: one draw says nothing about the spread; take 2 at least")
+        if arguments.samples_file:
+            check_output("--samples-file", arguments.samples_file)
         run_dir = find_run(arguments.run)
         config = alone(config_file.load(run_dir / "config.yaml", arguments.overrides), arguments.samples)
         os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
@@ -124,7 +127,7 @@ def main(argv: list[str]) -> int:
     if "adapter" in results and (rows := results["adapter"].samples):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (arguments.samples_file or run_dir / "heldout_samples.jsonl").write_text(lines, encoding="utf-8")
-    metrics = _log(run_dir, results)
+    metrics = _log(run_dir, results, arguments.overrides, arguments.samples)
     names = list(dict.fromkeys(name for result in results.values() for name in result.metrics))
     width = max(map(len, names))
     for name in names:
@@ -134,12 +137,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _log(run_dir: Path, results: dict[str, Evaluation]) -> dict[str, float]:
+def _log(run_dir: Path, results: dict[str, Evaluation], overrides: list[str], samples: int) -> dict[str, float]:
     from system.tracking import Tracker
 
     prefixes = {"base": "heldout/base/", "adapter": "heldout/"}
     metrics = {prefixes[which] + name: value for which, result in results.items() for name, value in result.metrics.items()}
-    (run_dir / "heldout.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+    content = {"overrides": overrides, "samples": samples, "metrics": metrics}
+    (run_dir / "heldout.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     # The run's own config: what this evaluation changes is no param of the run.
     tracker = Tracker(run_dir, config_file.load(run_dir / "config.yaml", []), resume=True)
     tracker.metrics(metrics, 0)

@@ -28,25 +28,28 @@ def merge(config: Config, adapter: Path, folder: Path) -> Path:
     """Writes `folder`, which appears whole or not at all, from the base and a run's adapter file. Returns it.
 
     Raises:
-        ConfigError: `folder` holds something, the base cannot be had, or the adapter is not of this base.
+        ConfigError: `folder` holds something, the base cannot be had, or the adapter is damaged or not of this base.
     """
-    import safetensors.numpy
     import torch
     from transformers import AutoModelForCausalLM
 
-    from system.adapters import Adapter, AdapterError
+    from system.adapters import Adapter, AdapterError, read_folder
     from system.language_model import load_tokenizer
     from system.models import locate
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--merge {str(folder)!r} is there already; name a new folder, or an empty one")
     base = locate(config.model)
+    try:
+        tensors = read_folder(adapter.parent, config.model.path)
+    except AdapterError as error:
+        raise ConfigError(str(error)) from error
     tokenizer = load_tokenizer(base)
     # As it is on disk: what training changes of a model's config, such as its dropout, is no part of the result.
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     peft_config = json.loads((adapter.parent / "adapter_config.json").read_text(encoding="utf-8"))
     try:
-        updates = Adapter.publish(0, 0, safetensors.numpy.load_file(adapter), peft_config, config.model.path).updates()
+        updates = Adapter.publish(0, 0, tensors, peft_config, config.model.path).updates()
         with torch.no_grad():
             for module, update in updates.items():
                 weight = model.get_parameter(f"{module}.weight")

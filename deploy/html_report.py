@@ -108,19 +108,21 @@ def charts(metrics: Metrics) -> list[Chart]:
 def comparison(evaluations: list[tuple[int, Evaluation]]) -> dict[str, Any]:
     """The evaluations side by side, as the table that a run prints."""
     shown = columns(evaluations) if evaluations else []
-    names = list(shown[0][1].metrics) if shown else []
+    names = dict.fromkeys(name for _, result in shown for name in result.metrics)
     rows = [(name, MEANING.get(name, ""), [result.metrics.get(name) for _, result in shown]) for name in names]
     return {"steps": [step for step, _ in shown], "rows": rows}
 
 
 def by_prompt(evaluations: list[tuple[int, Evaluation]]) -> dict[str, Any]:
-    """The bounds of each prompt before and after."""
+    """The bounds of each prompt before and after, and the task's verdicts; None where a prompt has no such figure."""
     if not evaluations or not evaluations[-1][1].per_prompt:
         return {"names": [], "rows": [], "total": 0}
     before, after = evaluations[0][1].per_prompt, evaluations[-1][1].per_prompt
-    names = [name for name in after[0] if name != "prompt"]
+    names = [name for name in dict.fromkeys(name for row in after for name in row) if name != "prompt"]
     earlier = {row["prompt"]: row for row in before}
-    rows = [(row["prompt"], [(earlier.get(row["prompt"], {}).get(name), row[name]) for name in names]) for row in after[:ROWS]]
+    rows = [
+        (row["prompt"], [(earlier.get(row["prompt"], {}).get(name), row.get(name)) for name in names]) for row in after[:ROWS]
+    ]
     return {"names": names, "rows": rows, "total": len(after)}
 
 

@@ -284,15 +284,25 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     try:
         config = config_file.load(arguments.config, arguments.overrides)
+        counts = _counts(arguments.samplers)
+        if not arguments.cores > 0:
+            raise ConfigError(f"--cores={arguments.cores}: must be above 0; leave it out where everyone has cores of their own")
         durations = _durations(arguments, config)
     except ConfigError as error:
         print(f"config error: {error}", file=sys.stderr)
         return 2
     print(f"seconds of work: {durations}")
-    plans = [simulate(config, durations, int(count), arguments.cores) for count in arguments.samplers.split(",")]
+    plans = [simulate(config, durations, count, arguments.cores) for count in counts]
     print(table(plans, config.sampler.samples_per_prompt))
     print(advice(plans))
     return 0
+
+
+def _counts(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"--samplers={text}: needs whole numbers of 1 or more, as in --samplers 1,2,4")
+    return [int(part) for part in parts]
 
 
 def _durations(arguments: argparse.Namespace, config: Config) -> Durations:
@@ -302,9 +312,13 @@ def _durations(arguments: argparse.Namespace, config: Config) -> Durations:
             raise ConfigError(f"--run {str(arguments.run)!r}: there is no {path}; a run writes it when it ends")
         one_thread = config.actors.threads == config.learner.threads == 1 and not config.actors.gpus
         return Durations.of_trace(json.loads(path.read_text(encoding="utf-8")), one_thread)
-    missing = [f"--{name}" for name in ("update", "group", "install") if not getattr(arguments, name)]
+    missing = [f"--{name}" for name in ("update", "group", "install") if getattr(arguments, name) is None]
     if missing:
         raise ConfigError(f"durations are needed: --run RUN, or {', '.join(missing)} in seconds")
+    for name in ("update", "group", "install", "reward", "adapter"):
+        seconds, some = getattr(arguments, name), name in ("update", "group")
+        if not 0 <= seconds < math.inf or (some and not seconds):
+            raise ConfigError(f"--{name}={seconds}: must be {'above 0' if some else '0 or more'}, in seconds")
     return Durations(arguments.update, arguments.adapter, arguments.install, arguments.group, arguments.reward)
 
 

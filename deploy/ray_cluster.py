@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,22 @@ os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 import ray
 from ray._private.state import available_resources_per_node
+from ray.exceptions import RayError
 
 from deploy import placement
 from deploy.placement import Resources
-from system.config import Config
+from system.config import Config, ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 NODE_ID = "ray.io/node-id"
 """The label that Ray gives every node."""
+REACH_SECONDS = 10.0
+"""For a named cluster to take a connection."""
 
 
 def connect(config: Config) -> None:
-    """Raises ConfigError if the learner and the samplers do not fit the cluster and cluster.wait_seconds is 0."""
+    """Raises ConfigError if the cluster cannot be joined, or the learner and the samplers do not fit it and
+    cluster.wait_seconds is 0."""
     # Ray would send usage statistics otherwise, and override CUDA_VISIBLE_DEVICES of actors without GPUs.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -32,7 +38,17 @@ def connect(config: Config) -> None:
     common = {"log_to_driver": True, "logging_level": logging.WARNING}
     on_terminate = signal.getsignal(signal.SIGTERM)
     if address:
-        ray.init(address=address, **common)
+        try:
+            # Ray itself would ask for minutes.
+            if direct := re.fullmatch(r"\[?([^/]+?)\]?:(\d+)", address):
+                socket.create_connection((direct[1], int(direct[2])), timeout=REACH_SECONDS).close()
+            ray.init(address=address, **common)
+        except (OSError, OverflowError, ValueError, RuntimeError, RayError) as error:
+            field = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
+            raise ConfigError(
+                f"{field}={address!r}: Ray cannot join it ({error}); "
+                "give the HOST:PORT that `ray start --head` printed, or leave it out for a Ray of this machine's own"
+            ) from error
     else:
         wanted = config.learner.ranks * config.learner.cpus + config.actors.most * config.actors.cpus
         cpus = config.cluster.local_cpus or max(os.cpu_count() or 1, int(wanted + 0.999))

@@ -98,14 +98,14 @@ def columns(evaluations: list[tuple[int, Evaluation]]) -> list[tuple[int, Evalua
 
 
 def table(evaluations: list[tuple[int, Evaluation]]) -> str:
-    """The evaluations side by side: a row a metric, a column a step."""
-    names = list(evaluations[0][1].metrics)
+    """The evaluations side by side: a row a metric, a column a step, NaN where an evaluation has no such metric."""
     shown = columns(evaluations)
+    names = list(dict.fromkeys(name for _, result in shown for name in result.metrics))
     heads = [f"step {step}" for step, _ in shown]
     width = max(len(name) for name in names)
     lines = [f"{'':{width}}  " + "  ".join(f"{head:>12}" for head in heads)]
     for name in names:
-        lines.append(f"{name:{width}}  " + "  ".join(f"{result.metrics[name]:12.5g}" for _, result in shown))
+        lines.append(f"{name:{width}}  " + "  ".join(f"{result.metrics.get(name, math.nan):12.5g}" for _, result in shown))
     return "\n".join(lines)
 
 
@@ -151,11 +151,13 @@ def _label(name: str, evaluation: Evaluation) -> str:
 
 def _spread(path: Path, before: Evaluation, after: Evaluation) -> Path:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    # A prompt whose samples got no reward is in one of the two alone, so a row's number says nothing of its prompt.
+    ordered = [*sorted(before.per_prompt, key=lambda row: row["log_z_lower"]), *after.per_prompt]
+    place = {prompt: at for at, prompt in enumerate(dict.fromkeys(row["prompt"] for row in ordered))}
     for result, color, label in ((before, BASE, "base model"), (after, TUNED, "after")):
-        order = np.argsort([row["log_z_lower"] for row in before.per_prompt])
-        at = np.arange(len(order))
-        lower = np.array([row["log_z_lower"] for row in result.per_prompt])[order]
-        deviation = np.sqrt([row["spread"] for row in result.per_prompt])[order]
+        at = [place[row["prompt"]] for row in result.per_prompt]
+        lower = [row["log_z_lower"] for row in result.per_prompt]
+        deviation = np.sqrt([row["spread"] for row in result.per_prompt])
         left.errorbar(at, lower, yerr=deviation, fmt="o", ms=3.5, lw=1, color=color, label=label)
         middle.hist([row["log_reward"] for row in result.samples], bins=40, color=color, alpha=0.7, label=label)
         right.hist([row["log_q"] for row in result.samples], bins=40, color=color, alpha=0.7, label=label)

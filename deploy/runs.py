@@ -24,6 +24,14 @@ def find_run(name: str) -> Path:
     raise ConfigError(f"RUN={name!r}: no such run; the newest here are: {', '.join(known) or 'none'}")
 
 
+def check_output(option: str, path: Path) -> None:
+    """For what is written when long work is done. Raises ConfigError if no file can be there."""
+    if path.is_dir():
+        raise ConfigError(f"{option} {str(path)!r} is a folder; name a file")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option} {str(path)!r}: there is no folder {path.absolute().parent}; make it first")
+
+
 def adapter_file(run_dir: Path) -> Path:
     """Raises ConfigError if the run has none."""
     path = run_dir / "adapter" / "adapter_model.safetensors"

@@ -33,7 +33,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from actors.settings import alone, engine_environment  # noqa: E402
-from deploy.runs import adapter_file, find_run  # noqa: E402
+from deploy.runs import adapter_file, check_output, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
@@ -169,8 +169,8 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"--samples={arguments.samples}: draw at least one")
         if arguments.seed < 0:
             raise ConfigError(f"--seed={arguments.seed}: seeds are from 0 on")
-        if arguments.output and not arguments.output.absolute().parent.is_dir():
-            raise ConfigError(f"--output {str(arguments.output)!r}: there is no folder {arguments.output.absolute().parent}")
+        if arguments.output:
+            check_output("--output", arguments.output)
         run_dir = find_run(arguments.run)
         adapter = adapter_file(run_dir)
         config = config_file.load(run_dir / "config.yaml", arguments.overrides)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from deploy.runs import check_output  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
@@ -117,7 +118,7 @@ def _tell(
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python deploy/self_consistent.py", description=__doc__)
     parser.add_argument("config", help="a config of the task infilling")
-    parser.add_argument("output", type=Path, help="JSONL file to write")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="JSONL file to write")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--per-story", type=int, default=4, help="stories for each beginning")
     parser.add_argument("--ending", type=int, default=16, help="tokens of Y")
@@ -125,6 +126,11 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
+        if arguments.per_story < 1:
+            raise ConfigError(f"--per-story={arguments.per_story}: tell at least one story for each beginning")
+        if arguments.ending < 1:
+            raise ConfigError(f"--ending={arguments.ending}: Y has at least one token")
+        check_output("OUTPUT", arguments.output)
         config = config_file.load(arguments.config, arguments.overrides)
         if config.task.kind != "infilling":
             raise ConfigError(f"task.kind={config.task.kind}: stories are of the task infilling; name a config of that")

@@ -21,7 +21,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,7 +92,10 @@ def check_port(host: str, port: int) -> None:
 
 
 class Server:
-    """vLLM's server as a child process, in a session of its own: a Ctrl-C in the terminal reaches it through us alone, once."""
+    """vLLM's server as a child process, in a session of its own: a Ctrl-C in the terminal reaches it through us alone, once.
+
+    `close` it: nothing else ends it with us.
+    """
 
     def __init__(self, command: list[str], environment: dict[str, str], url: str) -> None:
         self.url = url
@@ -119,9 +122,7 @@ class Server:
         """Until it ends by itself or is asked to. Returns its exit status, 0 if it was asked."""
         while self._process.poll() is None and self.asked is None:
             time.sleep(POLL_SECONDS)
-        status = self._process.poll()
-        self.close()
-        return 0 if self.asked is not None else status or 0
+        return 0 if self.asked is not None else self._process.poll() or 0
 
     def close(self) -> None:
         """Ends all of its processes."""
@@ -157,12 +158,14 @@ def main(argv: list[str]) -> int:
         print(f"config error: {error}", file=sys.stderr)
         return 2
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(arguments.host, arguments.host)
-    server = Server(line, environment(config, gpu=gpu), f"http://{host}:{arguments.port}")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda asked, _: server.ask(asked))
-    if server.wait_until_healthy():
-        print(f"{server.url}/v1 serves {config.model.path} and {run_dir.name}; Ctrl-C ends it", flush=True)
-    return server.wait()
+    with closing(Server(line, environment(config, gpu=gpu), f"http://{host}:{arguments.port}")) as server:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # nohup ignores SIGHUP for us.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda asked, _: server.ask(asked))
+        if server.wait_until_healthy():
+            print(f"{server.url}/v1 serves {config.model.path} and {run_dir.name}; Ctrl-C ends it", flush=True)
+        return server.wait()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ import jsonschema
 import pytest
 import ray
 import yaml
+from ray._private.ray_constants import RAY_RUNTIME_ENV_CREATE_WORKING_DIR_ENV_VAR
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.runtime_env import RuntimeEnv
 
 from deploy import placement
 from deploy.placement import Resources
@@ -146,6 +148,24 @@ def test_every_image_is_the_one_that_is_built_or_has_a_version() -> None:
     ]
     assert {image for image in images if image.startswith("REGISTRY/")} == set(built)
     assert all(re.search(r":\w*\d", image) for image in images)
+
+
+def test_the_image_gets_no_history_and_nothing_that_git_ignores() -> None:
+    """Docker's patterns begin at the root, git's anywhere."""
+    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()]
+    assert set((ROOT / ".dockerignore").read_text().split()) == {".git", *(f"**/{name}" for name in ignored)}
+
+
+def test_ray_takes_every_runtime_environment_of_the_page_together_with_the_working_directory() -> None:
+    page = (FOLDER / "README.md").read_text()
+    environments = [json.loads(text) for text in re.findall(r"--runtime-env-json '(.+?)'", page, re.DOTALL)]
+    assert {name for environment in environments for name in environment} == {"env_vars", "pip"}
+    for environment in environments:
+        RuntimeEnv(working_dir=str(ROOT), **environment)
+        for package in environment.get("pip", {}).get("packages", []):
+            # Where the agent runs there is no file of ours, except in the working directory that it has unpacked.
+            file = package.removeprefix(f"-r ${{{RAY_RUNTIME_ENV_CREATE_WORKING_DIR_ENV_VAR}}}/")
+            assert (ROOT / file).is_file(), package
 
 
 @pytest.mark.chaos

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -29,6 +30,13 @@ def run(folder: Path, name: str, seed: int, bound: float, **other: Any) -> Path:
     before, after = ({"posterior/log_z_lower": value, "task/distinct": 1.0} for value in (-30.0, bound))
     (path / "summary.json").write_text(json.dumps({"run": name, "seed": seed, "before": before, "after": after}))
     return path
+
+
+def evaluated(folder: Path, metrics: dict[str, float], *overrides: str, samples: int = 32) -> Path:
+    """As `deploy/evaluate.py` leaves it."""
+    content = {"overrides": list(overrides), "samples": samples, "metrics": metrics}
+    (folder / "heldout.json").write_text(json.dumps(content))
+    return folder
 
 
 def table(*folders: Path) -> dict[str, compare.Row]:
@@ -59,11 +67,46 @@ def test_another_config_or_name_is_another_row(tmp_path: Path) -> None:
 def test_held_out_figures_stand_apart_from_those_of_the_training_prompts(tmp_path: Path) -> None:
     folder = run(tmp_path, "one", 0, -10.0)
     heldout = {"heldout/posterior/ess": 0.7, "heldout/base/posterior/ess": 0.1, "heldout/task/bleu_4": 0.02}
-    (folder / "heldout.json").write_text(json.dumps(heldout))
+    evaluated(folder, heldout)
     rows = table(folder)
     assert rows["one: held out"].values == {"posterior/ess": (0.7,), "task/bleu_4": (0.02,)}
     assert rows["one: held out, base"].values == {"posterior/ess": (0.1,)}
     assert "posterior/ess" not in rows["one: after"].values
+
+
+def test_evaluations_on_other_data_or_with_other_counts_of_samples_are_rows_of_their_own(tmp_path: Path) -> None:
+    metrics = {"heldout/posterior/ess": 0.5, "heldout/base/posterior/ess": 0.1}
+    ways: list[tuple[tuple[str, ...], int]] = [
+        (("task.offset=1", "task.limit=4"), 32),
+        (("task.limit=4", "task.offset=1", "actors.cpus=3"), 32),
+        (("task.offset=2", "task.limit=4"), 32),
+        (("task.offset=1", "task.limit=4"), 64),
+    ]
+    folders = [
+        evaluated(run(tmp_path, "one", seed, -1.0), metrics, *overrides, samples=samples)
+        for seed, (overrides, samples) in enumerate(ways)
+    ]
+    made = compare.rows([entry for folder in folders for entry in compare.read(folder)])
+    seeds = {name: [row.seeds for row in made if row.name == name] for name in ("one: held out", "one: held out, base")}
+    assert set(map(str, seeds.values())) == {"[(0, 1), (2,), (3,)]"}
+
+
+def test_adapters_of_other_configs_are_rows_of_their_own_and_the_methods_without_them_are_not(tmp_path: Path) -> None:
+    folders = []
+    for seed, lr in enumerate((0.5, 0.5, 0.25)):
+        folder = run(tmp_path, "one", seed, -1.0)
+        (folder / "summary.json").unlink()
+        adapter = config_file.parse({"seed": seed, "task": {"kind": "continuation"}, "learner": {"lr": lr}})
+        methods = {"smc": {"seconds": 1.0}, baselines.TUNED: {"seconds": 2.0}}
+        content = {"samples": 8, "settings": {}, "adapter_config": adapter.model_dump(mode="json"), "methods": methods}
+        (folder / "baselines.json").write_text(json.dumps(content))
+        folders.append(folder)
+    made = compare.rows([entry for folder in folders for entry in compare.read(folder)])
+    assert [(row.name, row.seeds) for row in made] == [
+        ("one: smc", (0, 1, 2)),
+        ("one: gflownet", (0, 1)),
+        ("one: gflownet", (2,)),
+    ]
 
 
 def test_the_table_is_markdown_with_the_metrics_that_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,6 +171,8 @@ def test_each_method_is_measured_and_the_adapter_beside_it(tiny_config: Config, 
     methods = ["ancestral", "beam", "smc"]
     folder = baselines.run(tiny_config, methods, 8, {"oversample": 2}, trained(tiny_config))
     rows = table(folder)
+    written = json.loads((folder / "baselines.json").read_text())
+    assert written["adapter_config"] == tiny_config.model_dump(mode="json")
     assert list(rows) == ["told: ancestral", "told: beam", "told: smc", "told: gflownet"]
     weighted = {name for name, row in rows.items() if "posterior/log_z_weighted" in row.values}
     assert weighted == {"told: ancestral", "told: smc", "told: gflownet"}
@@ -161,6 +206,33 @@ def test_a_run_that_never_reached_mlflow_is_named_with_what_sends_it(tmp_path: P
 def test_a_method_that_is_not_there_is_named(tiny_config: Config) -> None:
     with pytest.raises(ConfigError, match="no 'greedy'; there are ancestral, "):
         baselines.run(tiny_config, ["greedy"], 4, {}, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--temperature", "0"), r"--temperature=0\.0: must be above 0"),
+        (("--temperature", "nan"), "--temperature=nan: must be above 0"),
+        (("--top-p", "0"), r"--top-p=0\.0: must be above 0 and at most 1"),
+        (("--top-p", "1.1"), r"--top-p=1\.1: must be above 0 and at most 1"),
+        (("--penalty", "-1"), r"--penalty=-1\.0: must be 0 or more"),
+        (("--oversample", "0"), "--oversample=0: must be 1 or more"),
+        (("--methods", "smc,beam,smc"), "--methods: 'smc' is there 2 times; name each method once"),
+    ],
+)
+def test_settings_out_of_bounds_are_named_before_a_model_is_loaded(
+    arguments: tuple[str, ...],
+    message: str,
+    tiny_config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(baselines, "engine_environment", lambda *_: {})
+    monkeypatch.setattr(baselines, "Baselines", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "config.yaml").write_text(config_file.dump(tiny_config))
+    assert baselines.main([str(tmp_path / "config.yaml"), *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_task_with_a_tool_is_refused() -> None:

@@ -136,7 +136,9 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
     done = command("one", f"task.stories={folder / 'other.jsonl'}", "--samples", "64")
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = json.loads(done.stdout.splitlines()[-1])
-    assert json.loads((run / "heldout.json").read_text()) == metrics
+    overrides = [f"task.stories={folder / 'other.jsonl'}"]
+    written = json.loads((run / "heldout.json").read_text())
+    assert written == {"overrides": overrides, "samples": 64, "metrics": metrics}
     assert metrics["heldout/posterior/prompts_with_true_z"] == 1
     rows = [json.loads(line) for line in (run / "heldout_samples.jsonl").read_text().splitlines()]
     assert len(rows) == 64
@@ -161,7 +163,7 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
         for which, name in (("base", "heldout/base/posterior/spread"), ("adapter", "heldout/posterior/spread")):
             before = (run / "heldout_samples.jsonl").read_text()
             assert evaluate.main(["one", "--only", which]) == 0
-            assert json.loads((run / "heldout.json").read_text()) == {name: 2.0}
+            assert json.loads((run / "heldout.json").read_text())["metrics"] == {name: 2.0}
             assert ((run / "heldout_samples.jsonl").read_text() == before) is (which == "base")
             assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {name: 2.0}
     assert asked == ["base", "adapter"]
@@ -169,9 +171,32 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
     weights.unlink()
     mistakes = {
         ("one", "--samples", "1"): "one draw says nothing",
+        ("one", "--samples-file", "none/x.jsonl"): f"--samples-file 'none/x.jsonl': there is no folder {folder}/none",
         ("two",): "no such run",
         ("one",): "the run did not end; --resume it first",
     }
     for arguments, message in mistakes.items():
         assert evaluate.main(list(arguments)) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("none/x.jsonl",), "OUTPUT 'none/x.jsonl': there is no folder "),
+        ((".",), "OUTPUT '.' is a folder; name a file"),
+        (("x.jsonl", "--per-story", "0"), "--per-story=0: tell at least one story"),
+        (("x.jsonl", "--ending", "0"), "--ending=0: Y has at least one token"),
+    ],
+)
+def test_stories_that_could_not_be_told_or_written_are_refused_before_any_is_drawn(
+    arguments: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(self_consistent, "draw", lambda *_: pytest.fail("stories were drawn"))
+    assert self_consistent.main([str(ROOT / "deploy/configs/infilling.yaml"), *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -49,8 +49,18 @@ def test_nothing_is_written_over_or_half(tmp_path: Path, capsys: pytest.CaptureF
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
     (tmp_path / "other").mkdir()
     other, _ = finished.run(tmp_path / "other", kind="gpt2")
+    with pytest.raises(ConfigError, match=r"belongs to '.*/other/model', not to model\.path='.*'"):
+        export.merge(config, other / "adapter" / "adapter_model.safetensors", tmp_path / "out")
+    manifest = other / "adapter" / "headwater.json"
+    manifest.write_text(manifest.read_text().replace("/other/model", "/model"))
     with pytest.raises(ConfigError, match="does not fit"):
         export.merge(config, other / "adapter" / "adapter_model.safetensors", tmp_path / "out")
+    weights = run_dir / "adapter" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    assert export.main([str(run_dir), "--merge", str(tmp_path / "out")]) == 2
+    assert f"adapter {run_dir}/adapter: adapter_model.safetensors is damaged" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
     (run_dir / "adapter" / "adapter_model.safetensors").unlink()
     assert export.main([str(run_dir), "--merge", str(tmp_path / "out")]) == 2

@@ -125,6 +125,20 @@ def test_a_run_that_goes_on_has_a_report_without_evaluations_and_summary(run_dir
     assert "There was no evaluation yet." in text and "running" in text
 
 
+def test_a_figure_that_only_some_prompts_or_evaluations_have_is_a_dash_elsewhere(run_dir: Path) -> None:
+    first, last = evaluated(100.0, "before"), evaluated(4.0, "after")
+    first.metrics["task/distinct_answers"] = 2.0
+    last.metrics["task/bleu_4"] = 0.125
+    first.per_prompt[0]["task/bleu_4"] = 0.25
+    last.per_prompt[1]["task/bleu_4"] = 0.375
+    evaluation.write(run_dir / "evaluations", 0, first)
+    evaluation.write(run_dir / "evaluations", 90, last)
+    words = re.sub(r"\s+", " ", page(run_dir).text)
+    assert "task/distinct_answers 2 – " in words
+    assert "task/bleu_4 – 0.125 " in words
+    assert "0.25 → – " in words and "– → 0.375 " in words
+
+
 def test_a_resumed_runs_curve_has_each_step_once(run_dir: Path) -> None:
     metrics = Metrics.read(run_dir / "journal.jsonl")
     assert list(metrics.series["loss"]) == list(range(1, 91))

@@ -120,6 +120,30 @@ def test_the_command_prints_a_table_and_says_how_many_are_enough(
     assert plan.main([*base, "--run", str(tmp_path / "none")]) == 2
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--samplers", "0", "--samplers=0: needs whole numbers of 1 or more"),
+        ("--samplers", "1,two", "--samplers=1,two: needs whole numbers"),
+        ("--samplers", "1,-2", "--samplers=1,-2: needs whole numbers"),
+        ("--samplers", "", "--samplers=: needs whole numbers"),
+        ("--cores", "0", "--cores=0.0: must be above 0"),
+        ("--cores", "nan", "--cores=nan: must be above 0"),
+        ("--update", "0", "--update=0.0: must be above 0"),
+        ("--group", "-1", "--group=-1.0: must be above 0"),
+        ("--install", "inf", "--install=inf: must be 0 or more"),
+        ("--reward", "-1", "--reward=-1.0: must be 0 or more"),
+    ],
+)
+def test_an_option_that_cannot_be_simulated_is_named(
+    option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config_path = str(Path(__file__).resolve().parents[1] / "deploy/configs/random_number.yaml")
+    options = {"--update": "0.1", "--group": "0.2", "--install": "0"} | {option: value}
+    assert plan.main([config_path, *(f"{name}={given}" for name, given in options.items())]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_without_cores_to_share_the_pace_is_the_same_for_any_number_of_samplers() -> None:
     results = [simulate(config(), Durations(1.0, 0.1, 0.1, 0.1, 0.0), count, math.inf) for count in (4, 16)]
     assert results[0].groups_per_second == pytest.approx(results[1].groups_per_second, rel=0.02)

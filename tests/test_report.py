@@ -42,6 +42,34 @@ def test_the_table_has_a_column_for_the_first_and_the_last_evaluation() -> None:
     assert ["posterior/spread", "100", "4"] in [line.split() for line in text.splitlines()]
 
 
+def test_the_table_has_every_metric_of_every_column_and_says_where_there_is_none() -> None:
+    first, last = sampled(100.0, -9.0), sampled(4.0, -5.0)
+    first.metrics["task/distinct_answers"] = 2.0
+    last.metrics["task/bleu_4"] = 0.5
+    lines = [line.split() for line in report.table([(0, first), (5, last)]).splitlines()]
+    assert ["task/distinct_answers", "2", "nan"] in lines
+    assert ["task/bleu_4", "nan", "0.5"] in lines
+
+
+def test_a_prompt_keeps_its_place_in_the_plot_where_others_lost_their_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = sampled(100.0, -9.0), sampled(4.0, -5.0)
+    for result, bounds in ((before, {"a": -1.0, "b": -3.0, "c": -2.0}), (after, {"c": -0.2, "d": -0.4, "a": -0.1})):
+        row = result.per_prompt[0]
+        result.per_prompt[:] = [row | {"prompt": prompt, "log_z_lower": bound} for prompt, bound in bounds.items()]
+    closed = []
+    monkeypatch.setattr(report.plt, "close", closed.append)
+    report._spread(tmp_path / "posterior.png", before, after)
+    monkeypatch.undo()
+    [figure] = closed
+    lines = [container.lines[0] for container in figure.axes[0].containers]
+    places = [dict(zip(line.get_ydata().tolist(), line.get_xdata().tolist(), strict=True)) for line in lines]
+    # By their bounds before, b, c, a; d came later.
+    assert places == [{-1.0: 2, -3.0: 0, -2.0: 1}, {-0.2: 1, -0.4: 3, -0.1: 2}]
+    report.plt.close(figure)
+
+
 @pytest.mark.parametrize("kind", ["random_number", "continuation"])
 def test_a_plot_is_drawn_for_listed_and_for_sampled_outcomes(kind: str, tmp_path: Path) -> None:
     problem = tasks.build(parse({"task": {"kind": kind}}).task, TOKENIZER)

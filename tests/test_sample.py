@@ -166,3 +166,13 @@ def test_questions_from_a_file_have_the_runs_own_examples_in_front(tmp_path: Pat
     [(_, asked)], shown = read_questions(task)
     assert asked.expression == "1 + 2 - 3"
     assert shown == read_questions(config.task)[1] != []
+
+
+def test_a_file_that_could_not_be_written_is_refused_before_anything_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sample.main(["one", "--output", "none/out.jsonl"]) == 2
+    assert f"--output 'none/out.jsonl': there is no folder {tmp_path}/none; make it first" in capsys.readouterr().err
+    assert sample.main(["one", "--output", "."]) == 2
+    assert "--output '.' is a folder; name a file" in capsys.readouterr().err

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +83,9 @@ def test_the_server_offers_the_base_and_the_adapter_with_the_learners_log_probs(
 
 
 def test_the_end_of_the_server_is_the_end_of_the_command_with_its_status() -> None:
-    server = serve.Server([sys.executable, "-c", "raise SystemExit(3)"], {}, f"http://127.0.0.1:{free_port()}")
-    assert not server.wait_until_healthy()
-    assert server.wait() == 3
+    with closing(serve.Server([sys.executable, "-c", "raise SystemExit(3)"], {}, f"http://127.0.0.1:{free_port()}")) as server:
+        assert not server.wait_until_healthy()
+        assert server.wait() == 3
 
 
 def test_a_server_that_does_not_end_is_killed_with_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,8 +98,66 @@ def test_a_server_that_does_not_end_is_killed_with_what_it_started(monkeypatch: 
         time.sleep(0.1)
     server.ask(signal.SIGINT)
     assert server.wait() == 0
+    server.close()
     psutil.wait_procs(children, timeout=10)
     assert alive([main, *children]) == []
+
+
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[psutil.Process]]:
+    """What `serve.main(["one"])` starts in place of vLLM; it would go on for a while, and then fail."""
+    finished.run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(serve, "check_port", lambda *_: None)
+    stand_in = [sys.executable, "-c", "import time; time.sleep(20); raise SystemExit(3)"]
+    monkeypatch.setattr(serve, "command", lambda *_, **__: stand_in)
+    processes: list[psutil.Process] = []
+    start = serve.Server.__init__
+
+    def recorded(self: serve.Server, *arguments: Any) -> None:
+        start(self, *arguments)
+        processes.append(psutil.Process(self._process.pid))
+
+    monkeypatch.setattr(serve.Server, "__init__", recorded)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # A signal that the command leaves alone must not end the tests.
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    yield processes
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_every_signal_that_asks_for_the_end_ends_the_server(
+    number: signal.Signals, started: list[psutil.Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve.Server, "wait_until_healthy", lambda _: signal.raise_signal(number))
+    assert serve.main(["one"]) == 0
+    assert len(started) == 1 and alive(started) == []
+
+
+def test_a_hangup_that_nohup_ignores_is_ignored(started: list[psutil.Process], monkeypatch: pytest.MonkeyPatch) -> None:
+    def hangup(_: serve.Server) -> None:
+        signal.raise_signal(signal.SIGHUP)
+        assert alive(started)
+        signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(serve.Server, "wait_until_healthy", hangup)
+    assert serve.main(["one"]) == 0
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_a_failure_of_the_command_leaves_no_server_behind(
+    started: list[psutil.Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: serve.Server) -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr(serve.Server, "wait_until_healthy", fail)
+    with pytest.raises(OSError, match="no"):
+        serve.main(["one"])
+    assert len(started) == 1 and alive(started) == []
 
 
 def test_a_port_in_use_is_named() -> None:
