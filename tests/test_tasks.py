@@ -202,9 +202,11 @@ def test_lengths_are_those_of_the_config() -> None:
     assert (support.min_tokens, support.max_tokens) == (2, 5)
 
 
-def test_an_illegal_list_that_leaves_nothing_is_refused() -> None:
+@pytest.mark.parametrize("kind", ["continuation", "infilling", "constrained", "subjectivity"])
+def test_an_illegal_list_that_leaves_nothing_is_refused(kind: str) -> None:
+    fields: dict[str, Any] = {"pattern": "a"} if kind == "constrained" else {}
     with pytest.raises(ConfigError, match=r"task\.illegal=\[''\] leaves no token"):
-        problem("continuation", illegal=[""])
+        problem(kind, illegal=[""], **fields)
 
 
 # --------------------------------------------------------------------------------------------- what tasks share

@@ -37,7 +37,8 @@ class Story:
 
 
 def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
-    """Raises ConfigError if the stories cannot be read, are of another tokenizer, or the stop is not one token."""
+    """Raises ConfigError if the stories cannot be read, are of another tokenizer, the stop is not one token, or there is
+    nothing else to draw."""
     stop = single_token(tokenizer, section.stop, "task.stop")
     constraints = support(section, tokenizer, stop, legal_tokens(tokenizer, section.illegal))
     prompts, demonstrations = [], {}

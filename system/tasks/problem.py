@@ -59,7 +59,13 @@ class Problem:
 
 
 def support(section: Any, tokenizer: PreTrainedTokenizerBase, stop: int, allowed: Sequence[int] | np.ndarray) -> Constraints:
-    """What a config section lets the policy draw: its lengths, the allowed tokens and the stop."""
+    """What a config section lets the policy draw: its lengths, the allowed tokens and the stop.
+
+    Raises:
+        ConfigError: the section's `illegal` leaves nothing but the stop.
+    """
+    if hasattr(section, "illegal") and np.isin(allowed, [stop]).all():
+        raise ConfigError(f"task.illegal={list(section.illegal)} leaves no token of this tokenizer to draw; remove some of it")
     return Constraints.of(
         stop_token=stop,
         min_tokens=section.min_tokens,

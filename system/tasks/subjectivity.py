@@ -32,7 +32,8 @@ class Record:
 
 
 def build(section: Subjectivity, tokenizer: PreTrainedTokenizerBase) -> Problem:
-    """Raises ConfigError if a file cannot be read or does not fit, or a text that has to be one token is not."""
+    """Raises ConfigError if a file cannot be read or does not fit, a text that has to be one token is not, or a rationale has
+    no token to be drawn with."""
     records = choose(read(section.records, section, "records"), section.offset, section.limit, "task.records", section.records)
     examples = _Examples(section)
     if section.stage == "reason":
