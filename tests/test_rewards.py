@@ -293,6 +293,20 @@ def test_a_function_that_is_not_there_is_refused_by_its_path(path: str, message:
     assert f"task.reward.path={path!r}" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("def f(:\n", "SyntaxError: .*line 1"), ("x = y\n", "NameError: name 'y'"), ("x = 1 / 0\n", "ZeroDivisionError")],
+)
+def test_a_module_that_fails_while_it_is_imported_is_refused_by_its_path(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"own_{message[:6].lower()}"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"task\.reward\.path='{name}:f' cannot be imported: {message}"):
+        import_function(f"{name}:f", "task.reward.path")
+
+
 def section(**reward: Any) -> Any:
     return parse({"task": {"kind": "continuation", "reward": reward}}).task.reward
 
