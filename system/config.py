@@ -181,7 +181,7 @@ class DetailedBalance(Section):
 class SubTB(Section):
     kind: Literal["subtb"] = "subtb"
     decay: float = Field(default=1.0, gt=0, le=1)
-    """λ: a pair of states d tokens apart weighs λ^(d-1)."""
+    """λ: a pair of states of one sample weighs λ^(d-1), d counting the states from one to the other that can stop."""
 
 
 class Clipped(Section):
