@@ -45,6 +45,17 @@ def test_demonstrations_are_right_rationales_that_the_policy_and_the_calculator_
         assert 0 < (~shown.is_action_T).sum() <= problem.constraints.tool_tokens
 
 
+def test_a_demonstration_with_the_most_actions_has_a_forced_stop(tokenizer: PreTrainedTokenizerBase) -> None:
+    def shown(**fields: Any) -> dict[int, str]:
+        """How demonstrations stop, by their actions."""
+        demonstrations = build(tokenizer, count=200, **fields).demonstrations.values()
+        return {int(one.is_action_T.sum()): one.stop for (one,) in demonstrations}
+
+    longest = max(shown())
+    assert set(shown().values()) == {"sampled"}
+    assert shown(max_tokens=longest).pop(longest) == "forced"
+
+
 def test_the_examples_stand_in_front_and_are_not_asked(tokenizer: PreTrainedTokenizerBase) -> None:
     problem = build(tokenizer, count=60, examples=2)
     texts = [decode(tokenizer, prompt.policy_tokens) for prompt in problem.prompts]

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from system import tasks
 from system.config import ConfigError
 from system.config_file import parse
+from system.constraints import Constraints
 from system.evaluation import means
 from system.function_process import FunctionFault
 from system.language_model import decode, load_tokenizer
@@ -236,6 +237,24 @@ def test_a_sampled_trajectory_is_of_actions_alone() -> None:
     assert trajectory.tokens_T.tolist() == [3, 4]
     assert trajectory.is_action_T.all()
     assert len(sampled([])) == 0
+
+
+def test_a_sampled_trajectory_of_the_most_actions_ends_as_a_draw_does() -> None:
+    """The tool's tokens do not count; without constraints nothing is known to be the most."""
+    support = Constraints.of(stop_token=0, min_tokens=1, max_tokens=2, vocab_size=9)
+    tool = np.array([True, False])
+    stops = [sampled(tokens, constraints=support).stop for tokens in ([3], [3, 4])]
+    assert stops == ["sampled", "forced"]
+    assert sampled([3, 4], tool, constraints=support).stop == "sampled"
+    assert sampled([3, 4, 5], np.append(tool, True), constraints=support).stop == "forced"
+    assert sampled([3, 4]).stop == "sampled"
+
+
+@pytest.mark.parametrize(("longest", "stop"), [(4, "sampled"), (3, "forced")])
+def test_a_demonstration_as_long_as_may_be_has_a_forced_stop(tmp_path: Path, longest: int, stop: str) -> None:
+    task = infilling('{"before": "one.", "after": "two.", "middle": "ab."}', tmp_path, max_tokens=longest)  # " ab"
+    [demonstration] = task.demonstrations["line-1"]
+    assert demonstration.stop == stop
 
 
 # ------------------------------------------------------------------------------------------------------ infilling

@@ -71,7 +71,7 @@ def build(section: Arithmetic, tokenizer: PreTrainedTokenizerBase) -> Problem:
         prompt = Prompt(f"question-{number}", context, context, tuple(answer), {"answer": question.answer})
         prompts.append(prompt)
         if question.steps and constraints.admits(actions := encode_steps(tokenizer, question.steps)):
-            demonstrations[prompt.id] = (sampled(*play(tool, section.tool_tokens, actions)),)
+            demonstrations[prompt.id] = (sampled(*play(tool, section.tool_tokens, actions), constraints=constraints),)
     return Problem(
         prompts=tuple(prompts),
         constraints=constraints,

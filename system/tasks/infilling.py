@@ -55,7 +55,7 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
         if middle is None and story.middle:
             middle = tokenizer.encode(" " + story.middle.removesuffix(section.stop), add_special_tokens=False)
         if middle is not None and constraints.admits(middle):
-            demonstrations[story.id] = (sampled(middle),)
+            demonstrations[story.id] = (sampled(middle, constraints=constraints),)
         prompts.append(Prompt(story.id, policy, context_tokens(tokenizer, story.before), tuple(tokens["after"]), meta))
     return Problem(
         prompts=tuple(prompts),

@@ -23,12 +23,16 @@ def build(section: RandomNumber, tokenizer: PreTrainedTokenizerBase) -> Problem:
     stop = single_token(tokenizer, section.stop, "task.stop")
     context = context_tokens(tokenizer, section.prompt.format(low=section.low, high=section.high))
     meta = {"low": section.low, "high": section.high, "floor": section.floor}
-    outcomes = tuple(sampled([digits[digit] for digit in str(number)]) for number in range(section.low, section.high + 1))
-    uniform = isinstance(section.reward, FunctionReward) and section.reward.path in OWN_REWARDS
     allowed = list(digits.values()) if section.support == "digits" else ordinary_tokens(tokenizer)
+    constraints = support(section, tokenizer, stop, allowed)
+    outcomes = tuple(
+        sampled([digits[digit] for digit in str(number)], constraints=constraints)
+        for number in range(section.low, section.high + 1)
+    )
+    uniform = isinstance(section.reward, FunctionReward) and section.reward.path in OWN_REWARDS
     return Problem(
         prompts=(Prompt("random_number", context, context, meta=meta),),
-        constraints=support(section, tokenizer, stop, allowed),
+        constraints=constraints,
         reward_stop=(stop,),
         outcomes=outcomes if uniform else None,
         log_target_O=np.full(len(outcomes), -np.log(len(outcomes))) if uniform else None,
