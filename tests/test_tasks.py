@@ -123,6 +123,25 @@ def test_over_the_whole_vocabulary_numbers_are_listed_and_everything_else_costs_
     assert [paper_log_reward(prompt, text, [1] * len(text)) for text in ("", "7", "100", "101", "x")] == [-8, 8, 8, -24, -8]
 
 
+@pytest.mark.parametrize(
+    ("fields", "fix"),
+    [({"longest": 6}, -19), ({"support": "vocabulary"}, None), ({"low": 900, "high": 1000}, -14), ({"reward.beta": 2}, -24)],
+)
+def test_a_floor_under_which_uniform_is_not_the_posterior_is_refused(fields: dict[str, Any], fix: int | None) -> None:
+    """With the floor that the message names, everything but the numbers has next to no mass."""
+    beta = fields.pop("reward.beta", 1)
+    own = {"kind": "function", "path": "system.tasks.random_number:log_reward", "every_prefix": True, "beta": beta}
+    with pytest.raises(ConfigError, match=r"task\.floor=-12: .*task\.support=.*task\.longest.*lower task\.floor") as caught:
+        problem("random_number", reward=own, **fields)
+    lower = int(str(caught.value).rpartition(" ")[2])
+    assert fix in (None, lower)
+    task = problem("random_number", reward=own, floor=lower, **fields)
+    tokens, longest = len(task.constraints.columns) - 1, task.constraints.max_tokens
+    assert task.outcomes is not None
+    others = sum(tokens**length for length in range(longest + 1)) - len(task.outcomes)
+    assert others * np.exp(lower / beta) < 1e-4 * len(task.outcomes) < others * np.exp((lower + 2) / beta)
+
+
 def test_draws_too_short_for_the_largest_number_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"longest=2 is too short for high=100; raise longest to 3"):
         problem("random_number", longest=2)
