@@ -127,6 +127,33 @@ def test_a_question_that_is_none_is_refused_by_its_number(
         build(tokenizer, examples=0, questions=str(tmp_path / "asked.json"))
 
 
+@pytest.mark.parametrize(
+    ("rationale", "message"),
+    [
+        (None, 'has no "rationale"; give it one'),
+        ("", "'' is no step"),
+        ("foo", "'foo' is no step"),
+        ("6 - 0 =, foo =", "'foo =' is no step"),
+        ("6 - 0 =, 6-4 =", "'6-4 =' is no step"),
+        ("6 - 0", "'6 - 0' is no step"),
+        ("6 - 0 - 4 =", "'6 - 0 - 4 =' is no step"),
+        ("1000000 - 999998 =", "is no step"),
+        ("6 - 0 = 5, 6 - 4 = 2", "'6 - 0 = 5' is no step"),
+        ("6 - 0 =, 6 - 5 =", "ends at 1, not at 2; mend the file"),
+    ],
+)
+def test_a_rationale_that_is_not_what_the_calculator_computes_is_refused(
+    rationale: str | None, message: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    plain = {"question": "Question: 6 - 0 - 4 = ? Answer:", "answer": 2}
+    good = plain | {"rationale": "6 - 0 = 6, 6 - 4 ="}
+    (tmp_path / "asked.json").write_text(json.dumps([plain]))
+    (tmp_path / "worked.json").write_text(json.dumps([good, plain if rationale is None else plain | {"rationale": rationale}]))
+    files = {"questions": str(tmp_path / "asked.json"), "rationales": str(tmp_path / "worked.json")}
+    with pytest.raises(ConfigError, match=rf"task\.rationales='.*worked\.json', record 2: .*{message}"):
+        build(tokenizer, examples=1, **files)
+
+
 def test_votes_decide_and_what_cannot_be_read_is_wrong() -> None:
     prompt = Prompt("p", (1,), (1,), meta={"answer": 6})
     right, wrong, none = " 9 - 3 = 6", " 9 - 2 = 7", " 9 - 3 = 6, 6"

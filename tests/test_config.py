@@ -122,6 +122,10 @@ def test_a_bad_value_is_refused_by_field_value_and_fix(field: str, value: Any, f
         (with_field("task.prompt", "{low.x}"), ["task: prompt='{low.x}'", "only {low} and {high}"]),
         (with_field("task.prompt", "{low[0]}"), ["task: prompt='{low[0]}'", "only {low} and {high}"]),
         (with_field("task.prompt", "a { b"), ["task: prompt='a { b'", "write {{ and }} for braces"]),
+        (
+            {"task": {"kind": "arithmetic", "rationales": "a.json"}},
+            ["task: rationales='a.json'", "questions=generated", "set rationales=null"],
+        ),
         (with_field("task.min_tokens", 31, CONTINUATION), ["task: min_tokens=31", "max_tokens=30", "lower min_tokens"]),
         ({"task": NUMBER | {"reward": FUNCTION | {"path": "a.b"}}}, ["task.reward.path='a.b'", "pattern"]),
         ({"task": NUMBER | {"reward": {"kind": "product", "of": [FUNCTION]}}}, ["task.reward.of=", "at least 2 items"]),
