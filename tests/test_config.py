@@ -446,6 +446,25 @@ def test_what_would_be_planted_into_no_sample_is_refused(on_policy: float, plant
     assert parse(tree)
 
 
+@pytest.mark.parametrize(
+    ("steps", "overrides", "warned"),
+    [
+        (60, [], True),
+        (80, [], True),
+        (81, [], False),
+        (60, ["loss.kind=mle", "replay={fresh: 1, prioritised: 0, uniform: 0}"], False),
+        (60, ["learner.reward_temperature.end=1"], False),
+    ],
+)
+def test_a_reward_temperature_that_does_not_reach_its_end_is_logged(
+    steps: int, overrides: list[str], warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(ROOT / "deploy/configs/continuation.yaml", [f"learner.steps={steps}", *overrides])
+    expected = [f"learner.reward_temperature.horizon=80 with learner.steps={steps}", "evaluations take T at its end, 0.8"]
+    assert [piece in caplog.text for piece in expected] == [warned] * 2
+    assert bool(caplog.records) == warned
+
+
 def test_what_is_to_be_planted_has_to_be_there_and_to_fit() -> None:
     exploration = {"exploration": {"planted": 0.5}}
     message = refusal({"task": {"kind": "continuation"}, "sampler": exploration})
