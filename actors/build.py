@@ -25,6 +25,7 @@ def build_reward(
         stop=problem.reward_stop,
         decode=lambda tokens: decode(tokenizer, tokens),
         token_budget=config.sampler.token_budget,
+        min_tokens=problem.constraints.min_tokens,
     )
 
 

@@ -99,7 +99,7 @@ class Posterior:
 
 
 class Function:
-    """f(prompt, text, tokens) / beta, at every prefix or at the end alone."""
+    """f(prompt, text, tokens) / beta, at every prefix that can stop or at the end alone."""
 
     def __init__(
         self,
@@ -107,12 +107,15 @@ class Function:
         decode: Callable[[list[int]], str],
         beta: float = 1.0,
         every_prefix: bool = False,
+        min_tokens: int = 0,
     ) -> None:
+        """`min_tokens` is the fewest actions after which a sample can stop."""
         self.tokens_forwarded = 0
         self.function = function
         self.decode = decode
         self.beta = beta
         self.every_prefix = every_prefix
+        self.min_tokens = min_tokens
 
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
         """Raises RewardError where the function raised, took too long, or returned NaN, an infinity or no number at all."""
@@ -121,7 +124,7 @@ class Function:
         for k, trajectory in enumerate(trajectories_K):
             tokens = trajectory.tokens_T.tolist()
             log_reward_T = np.full(len(tokens) + 1, np.nan)
-            for t in range(len(tokens) + 1) if self.every_prefix else [len(tokens)]:
+            for t in self._called_at(trajectory):
                 prefix = tuple(tokens[:t])
                 if prefix not in known:
                     known[prefix] = self._call(prompt, list(prefix))
@@ -134,6 +137,11 @@ class Function:
         if faults:
             raise RewardError(faults, result)
         return result
+
+    def _called_at(self, trajectory: Trajectory) -> list[int]:
+        """Lengths of the prefixes that are scored. A text that cannot be drawn is nothing that the function has to know."""
+        inside_T = trajectory.is_action_T & (np.cumsum(trajectory.is_action_T) > self.min_tokens)
+        return [*(np.flatnonzero(inside_T).tolist() if self.every_prefix else ()), len(trajectory)]
 
     def _call(self, prompt: Prompt, tokens: list[int]) -> float | str:
         """log R, or what is wrong."""
@@ -236,8 +244,11 @@ def build(
     stop: Sequence[int],
     decode: Callable[[list[int]], str],
     token_budget: int,
+    min_tokens: int = 0,
 ) -> Reward:
     """The reward of a config section `task.reward`; `model` may be None where `needs_language_model` says so.
+
+    `min_tokens` is the fewest actions after which a sample can stop.
 
     Raises:
         ConfigError: a function cannot be imported.
@@ -245,7 +256,7 @@ def build(
 
     def one(factor: LMPosterior | FunctionReward) -> Reward:
         if isinstance(factor, FunctionReward):
-            return Function(_function(factor), decode, factor.beta, factor.every_prefix)
+            return Function(_function(factor), decode, factor.beta, factor.every_prefix, min_tokens)
         if model is None:
             raise ValueError("an lm_posterior reward needs the frozen model")
         return Posterior(model, stop, token_budget, factor.every_prefix)

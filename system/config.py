@@ -94,6 +94,17 @@ class Sampler(Section):
     By default 0.005 if both compute in float32, else 0.15: bfloat16 alone makes about 0.05.
     What an update has to differ by to be proven to have arrived is this much, so it says little of early bfloat16 versions."""
 
+    @model_validator(mode="after")
+    def _what_is_planted_is_in_some_sample(self) -> Sampler:
+        exploring = self.samples_per_prompt - round(self.exploration.on_policy * self.samples_per_prompt)
+        if self.exploration.planted and not round(self.exploration.planted * exploring):
+            raise ValueError(
+                f"exploration.planted={self.exploration.planted:g} is no whole sample: of samples_per_prompt="
+                f"{self.samples_per_prompt} with exploration.on_policy={self.exploration.on_policy:g}, {exploring} explore; "
+                "raise planted, lower on_policy, or set planted=0"
+            )
+        return self
+
 
 class Actors(Section):
     count: int = Field(default=1, ge=1)
@@ -159,6 +170,11 @@ class Replay(Section):
                 f"fresh={self.fresh:g}, prioritised={self.prioritised:g} and uniform={self.uniform:g} add up to {total:g}, "
                 "but shares add up to 1; change one of them"
             )
+        if self.demonstrations and not (self.prioritised or self.uniform):
+            raise ValueError(
+                f"demonstrations=true with fresh={self.fresh:g}: they would be in a buffer that nothing is drawn from; lower "
+                "fresh and raise prioritised or uniform, or set demonstrations=false"
+            )
         return self
 
 
@@ -181,7 +197,7 @@ class DetailedBalance(Section):
 class SubTB(Section):
     kind: Literal["subtb"] = "subtb"
     decay: float = Field(default=1.0, gt=0, le=1)
-    """λ: a pair of states d tokens apart weighs λ^(d-1)."""
+    """λ: a pair of states of one sample weighs λ^(d-1), d counting the states from one to the other that can stop."""
 
 
 class Clipped(Section):
@@ -370,7 +386,8 @@ class Cluster(Section):
     dashboard: bool = False
     """Start Ray's dashboard with a new local cluster, on loopback."""
     wait_seconds: float = Field(default=0.0, ge=0)
-    """How long a run that does not fit the nodes there are waits for more: an autoscaler's, or workers that still start."""
+    """How long a run that does not fit the nodes there are waits for more: an autoscaler's, or workers that still start. At
+    most actors.start_seconds."""
 
 
 class Config(Section):
@@ -419,6 +436,16 @@ class Config(Section):
                     f"loss.kind={self.loss.kind} learns from samples of the policy alone, but {field}={share:g}; set "
                     'sampler.exploration.on_policy=1 and "replay={fresh: 1, prioritised: 0, uniform: 0}"'
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _actors_may_start_as_late_as_nodes_may_join(self) -> Config:
+        if self.cluster.wait_seconds > self.actors.start_seconds:
+            raise ValueError(
+                f"cluster.wait_seconds={self.cluster.wait_seconds:g} is above actors.start_seconds="
+                f"{self.actors.start_seconds:g}, after which a run ends whose actors are not placed and built; raise "
+                "actors.start_seconds or lower cluster.wait_seconds"
+            )
         return self
 
     @model_validator(mode="after")

@@ -16,8 +16,9 @@ def import_function(path: str, field: str) -> Callable[..., Any]:
     module_name, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{field}={path!r} cannot be imported: {error}") from error
+    # A border: a module of the user's may raise anything while it is imported, a SyntaxError or a NameError say.
+    except Exception as error:
+        raise ConfigError(f"{field}={path!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise ConfigError(f"{field}={path!r} is a {type(function).__name__}, not a function")
     return function

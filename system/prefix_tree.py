@@ -68,10 +68,6 @@ class PrefixTree:
         token_N, parent_N, length_N, depth_N, end_N = ints
         return cls(token_N, np.array(action), parent_N, length_N, depth_N, end_N, tuple(nodes_K))
 
-    def along_paths(self, values_N: np.ndarray) -> list[np.ndarray]:
-        """Values of the nodes as K arrays [T + 1] along the trajectories."""
-        return [values_N[nodes_T] for nodes_T in self.nodes_K]
-
 
 @dataclass(frozen=True, eq=False)
 class Packed:

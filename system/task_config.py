@@ -243,6 +243,15 @@ class Arithmetic(Drawn):
             raise ValueError("each number of operands must be from 2 to 10, as in [3, 4]")
         return operands
 
+    @model_validator(mode="after")
+    def _rationales_are_read(self) -> Arithmetic:
+        if self.rationales is not None and self.questions == "generated":
+            raise ValueError(
+                f"rationales={self.rationales!r} would not be read: questions=generated have rationales of their own; name a "
+                "file of questions, or set rationales=null"
+            )
+        return self
+
 
 class Subjectivity(Drawn):
     """Texts with labels. `reason` trains a rationale Z towards p(Z, label | X); the other stages answer with a label.

@@ -45,6 +45,17 @@ def test_demonstrations_are_right_rationales_that_the_policy_and_the_calculator_
         assert 0 < (~shown.is_action_T).sum() <= problem.constraints.tool_tokens
 
 
+def test_a_demonstration_with_the_most_actions_has_a_forced_stop(tokenizer: PreTrainedTokenizerBase) -> None:
+    def shown(**fields: Any) -> dict[int, str]:
+        """How demonstrations stop, by their actions."""
+        demonstrations = build(tokenizer, count=200, **fields).demonstrations.values()
+        return {int(one.is_action_T.sum()): one.stop for (one,) in demonstrations}
+
+    longest = max(shown())
+    assert set(shown().values()) == {"sampled"}
+    assert shown(max_tokens=longest).pop(longest) == "forced"
+
+
 def test_the_examples_stand_in_front_and_are_not_asked(tokenizer: PreTrainedTokenizerBase) -> None:
     problem = build(tokenizer, count=60, examples=2)
     texts = [decode(tokenizer, prompt.policy_tokens) for prompt in problem.prompts]
@@ -114,6 +125,33 @@ def test_a_question_that_is_none_is_refused_by_its_number(
     (tmp_path / "asked.json").write_text(json.dumps([record]))
     with pytest.raises(ConfigError, match=message):
         build(tokenizer, examples=0, questions=str(tmp_path / "asked.json"))
+
+
+@pytest.mark.parametrize(
+    ("rationale", "message"),
+    [
+        (None, 'has no "rationale"; give it one'),
+        ("", "'' is no step"),
+        ("foo", "'foo' is no step"),
+        ("6 - 0 =, foo =", "'foo =' is no step"),
+        ("6 - 0 =, 6-4 =", "'6-4 =' is no step"),
+        ("6 - 0", "'6 - 0' is no step"),
+        ("6 - 0 - 4 =", "'6 - 0 - 4 =' is no step"),
+        ("1000000 - 999998 =", "is no step"),
+        ("6 - 0 = 5, 6 - 4 = 2", "'6 - 0 = 5' is no step"),
+        ("6 - 0 =, 6 - 5 =", "ends at 1, not at 2; mend the file"),
+    ],
+)
+def test_a_rationale_that_is_not_what_the_calculator_computes_is_refused(
+    rationale: str | None, message: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    plain = {"question": "Question: 6 - 0 - 4 = ? Answer:", "answer": 2}
+    good = plain | {"rationale": "6 - 0 = 6, 6 - 4 ="}
+    (tmp_path / "asked.json").write_text(json.dumps([plain]))
+    (tmp_path / "worked.json").write_text(json.dumps([good, plain if rationale is None else plain | {"rationale": rationale}]))
+    files = {"questions": str(tmp_path / "asked.json"), "rationales": str(tmp_path / "worked.json")}
+    with pytest.raises(ConfigError, match=rf"task\.rationales='.*worked\.json', record 2: .*{message}"):
+        build(tokenizer, examples=1, **files)
 
 
 def test_votes_decide_and_what_cannot_be_read_is_wrong() -> None:

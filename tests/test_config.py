@@ -9,14 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from system.config import ConfigError, RewardTemperature
+from system.config import ConfigError, Exploration, RewardTemperature
 from system.config_file import dump, flatten, load, parse, parse_overrides
+from system.requests import explore
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGED = sorted((ROOT / "deploy" / "configs").glob("*.yaml"))
@@ -114,6 +116,11 @@ def test_a_bad_value_is_refused_by_field_value_and_fix(field: str, value: Any, f
         (with_field("actors.max", 1) | {"actors": {"min": 2, "max": 1}}, ["actors: min=2 is above max=1", "raise max"]),
         (with_field("learner.publish_every", 4), ["learner: max_staleness=1", "publish_every - 1 = 3", "set max_staleness >="]),
         (with_field("replay.fresh", 0.5), ["replay: fresh=0.5, prioritised=0 and uniform=0", "add up to 0.5", "change one"]),
+        (with_field("replay.demonstrations", True), ["replay: demonstrations=true", "fresh=1", "lower fresh"]),
+        (
+            {"task": NUMBER, "cluster": {"wait_seconds": 700}},
+            ["cluster.wait_seconds=700 is above actors.start_seconds=600", "raise actors.start_seconds or lower"],
+        ),
         (with_field("sampler.exploration.temperature", [2, 1]), ["sampler.exploration: temperature=[2.0, 1.0]", "low <= high"]),
         (with_field("sampler.exploration.temperature", [1, float("nan")]), ["sampler.exploration.temperature.1=nan", "finite"]),
         ({"task": NUMBER | {"reward": {"kind": "verifier"}}}, ["task.reward.kind='verifier': must be one of 'lm_posterior'"]),
@@ -122,6 +129,10 @@ def test_a_bad_value_is_refused_by_field_value_and_fix(field: str, value: Any, f
         (with_field("task.prompt", "{low.x}"), ["task: prompt='{low.x}'", "only {low} and {high}"]),
         (with_field("task.prompt", "{low[0]}"), ["task: prompt='{low[0]}'", "only {low} and {high}"]),
         (with_field("task.prompt", "a { b"), ["task: prompt='a { b'", "write {{ and }} for braces"]),
+        (
+            {"task": {"kind": "arithmetic", "rationales": "a.json"}},
+            ["task: rationales='a.json'", "questions=generated", "set rationales=null"],
+        ),
         (with_field("task.min_tokens", 31, CONTINUATION), ["task: min_tokens=31", "max_tokens=30", "lower min_tokens"]),
         ({"task": NUMBER | {"reward": FUNCTION | {"path": "a.b"}}}, ["task.reward.path='a.b'", "pattern"]),
         ({"task": NUMBER | {"reward": {"kind": "product", "of": [FUNCTION]}}}, ["task.reward.of=", "at least 2 items"]),
@@ -416,6 +427,42 @@ def test_the_job_without_a_config_says_what_it_needs(tmp_path: Path) -> None:
     done = job("--dry-run", "--resume", "nothing", cwd=tmp_path)
     assert done.returncode == 2
     assert "RUN='nothing': no such run" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("on_policy", "planted", "samples"),
+    [(1, 0.67, 12), (0.5, 0.05, 12), (0.95, 1, 8)],
+)
+def test_what_would_be_planted_into_no_sample_is_refused(on_policy: float, planted: float, samples: int) -> None:
+    exploration = Exploration(on_policy=on_policy, planted=planted)
+    hints, rng = [(1,)], np.random.default_rng(0)
+    assert not any(behaviour.planted for behaviour in explore(exploration, samples, hints, 4, rng))
+    tree = with_field("sampler.exploration", exploration.model_dump(), {"kind": "constrained", "keywords": ["a"]})
+    tree["sampler"]["samples_per_prompt"] = samples
+    message = refusal(tree)
+    expected = (f"sampler: exploration.planted={planted:g}", f"samples_per_prompt={samples}", "raise planted, lower on_policy")
+    assert all(piece in message for piece in expected), message
+    tree["sampler"]["exploration"] |= {"planted": 0.5, "on_policy": 0.5}
+    assert parse(tree)
+
+
+@pytest.mark.parametrize(
+    ("steps", "overrides", "warned"),
+    [
+        (60, [], True),
+        (80, [], True),
+        (81, [], False),
+        (60, ["loss.kind=mle", "replay={fresh: 1, prioritised: 0, uniform: 0}"], False),
+        (60, ["learner.reward_temperature.end=1"], False),
+    ],
+)
+def test_a_reward_temperature_that_does_not_reach_its_end_is_logged(
+    steps: int, overrides: list[str], warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(ROOT / "deploy/configs/continuation.yaml", [f"learner.steps={steps}", *overrides])
+    expected = [f"learner.reward_temperature.horizon=80 with learner.steps={steps}", "evaluations take T at its end, 0.8"]
+    assert [piece in caplog.text for piece in expected] == [warned] * 2
+    assert bool(caplog.records) == warned
 
 
 def test_what_is_to_be_planted_has_to_be_there_and_to_fit() -> None:

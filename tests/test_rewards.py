@@ -15,7 +15,9 @@ import torch
 from transformers import PreTrainedModel
 
 from actors import rewards
+from actors.build import build_reward
 from actors.rewards import Checked, Function, Posterior, Product, RewardError
+from system import tasks
 from system.config import ConfigError
 from system.config_file import parse
 from system.functions import import_function
@@ -157,6 +159,30 @@ def test_a_function_is_called_at_the_end_alone_unless_every_prefix_is_asked_for(
     assert [values.tolist() for values in everywhere] == [[0.0, 1.0, 2.0, 3.0], [0.0]]
 
 
+def last_letter(prompt: Prompt, text: str, tokens: list[int]) -> float:
+    """Knows nothing of the empty text."""
+    return float(ord(text[-1]))
+
+
+def test_a_function_is_not_called_where_a_sample_cannot_stop() -> None:
+    """Below the fewest actions, and where a tool writes what is next: what fails there alone costs no sample."""
+    calls: list[list[int]] = []
+
+    def noted(prompt: Prompt, text: str, tokens: list[int]) -> float:
+        calls.append(list(tokens))
+        return last_letter(prompt, text, tokens)
+
+    reward = function(noted, every_prefix=True, min_tokens=2)
+    tool = replace(sampled([1, 2, 3, 4, 5]), is_action_T=np.array([True, False, False, True, True]))
+    plain, written = reward.score(PROMPT, [sampled([6, 7, 8]), tool])
+    assert calls == [[6, 7], [6, 7, 8], [1, 2, 3, 4], [1, 2, 3, 4, 5]]
+    assert np.isfinite(plain).tolist() == [False, False, True, True]
+    assert np.isfinite(written).tolist() == [False, False, False, False, True, True]
+    # Where another factor knows a value and this one cannot stop, the product has none.
+    [both] = Product([Given([0.0] * 4), reward]).score(PROMPT, [sampled([6, 7, 8])])
+    assert np.isfinite(both).tolist() == [False, False, True, True]
+
+
 def test_beta_divides() -> None:
     scores = function(lambda *_: -3.0, beta=0.5).score(PROMPT, trajectories([[1]]))
     assert scores[0][-1] == -6.0
@@ -293,6 +319,20 @@ def test_a_function_that_is_not_there_is_refused_by_its_path(path: str, message:
     assert f"task.reward.path={path!r}" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("def f(:\n", "SyntaxError: .*line 1"), ("x = y\n", "NameError: name 'y'"), ("x = 1 / 0\n", "ZeroDivisionError")],
+)
+def test_a_module_that_fails_while_it_is_imported_is_refused_by_its_path(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"own_{message[:6].lower()}"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"task\.reward\.path='{name}:f' cannot be imported: {message}"):
+        import_function(f"{name}:f", "task.reward.path")
+
+
 def section(**reward: Any) -> Any:
     return parse({"task": {"kind": "continuation", "reward": reward}}).task.reward
 
@@ -314,6 +354,16 @@ def test_the_reward_of_a_config_is_built_as_it_says(own_module: str) -> None:
     assert_same(built.score(PROMPT, trajectories()), expected)
     alone = rewards.build(section(**factor), model=None, **options)
     assert alone.score(PROMPT, trajectories([[1, 2]]))[0].tolist() == [0.0, 0.5, 1.0]
+
+
+def test_a_built_reward_has_the_fewest_actions_of_the_task() -> None:
+    tokenizer = tiny.tokenizer(64)
+    factor = {"kind": "function", "path": "tests.test_rewards:last_letter", "every_prefix": True, "seconds": None}
+    config = parse({"task": {"kind": "continuation", "min_tokens": 1, "reward": factor}})
+    built = build_reward(config, tasks.build(config.task, tokenizer), tokenizer, None)
+    [scores] = built.score(PROMPT, [sampled(tokenizer.encode("ab", add_special_tokens=False))])
+    assert np.isnan(scores[0])
+    assert scores[1:].tolist() == [97.0, 98.0]
 
 
 def test_only_rewards_with_a_posterior_need_the_model() -> None:

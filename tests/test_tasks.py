@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from system import tasks
 from system.config import ConfigError
 from system.config_file import parse
+from system.constraints import Constraints
 from system.evaluation import means
 from system.function_process import FunctionFault
 from system.language_model import decode, load_tokenizer
@@ -122,6 +123,25 @@ def test_over_the_whole_vocabulary_numbers_are_listed_and_everything_else_costs_
     assert [paper_log_reward(prompt, text, [1] * len(text)) for text in ("", "7", "100", "101", "x")] == [-8, 8, 8, -24, -8]
 
 
+@pytest.mark.parametrize(
+    ("fields", "fix"),
+    [({"longest": 6}, -19), ({"support": "vocabulary"}, None), ({"low": 900, "high": 1000}, -14), ({"reward.beta": 2}, -24)],
+)
+def test_a_floor_under_which_uniform_is_not_the_posterior_is_refused(fields: dict[str, Any], fix: int | None) -> None:
+    """With the floor that the message names, everything but the numbers has next to no mass."""
+    beta = fields.pop("reward.beta", 1)
+    own = {"kind": "function", "path": "system.tasks.random_number:log_reward", "every_prefix": True, "beta": beta}
+    with pytest.raises(ConfigError, match=r"task\.floor=-12: .*task\.support=.*task\.longest.*lower task\.floor") as caught:
+        problem("random_number", reward=own, **fields)
+    lower = int(str(caught.value).rpartition(" ")[2])
+    assert fix in (None, lower)
+    task = problem("random_number", reward=own, floor=lower, **fields)
+    tokens, longest = len(task.constraints.columns) - 1, task.constraints.max_tokens
+    assert task.outcomes is not None
+    others = sum(tokens**length for length in range(longest + 1)) - len(task.outcomes)
+    assert others * np.exp(lower / beta) < 1e-4 * len(task.outcomes) < others * np.exp((lower + 2) / beta)
+
+
 def test_draws_too_short_for_the_largest_number_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"longest=2 is too short for high=100; raise longest to 3"):
         problem("random_number", longest=2)
@@ -202,9 +222,11 @@ def test_lengths_are_those_of_the_config() -> None:
     assert (support.min_tokens, support.max_tokens) == (2, 5)
 
 
-def test_an_illegal_list_that_leaves_nothing_is_refused() -> None:
+@pytest.mark.parametrize("kind", ["continuation", "infilling", "constrained", "subjectivity"])
+def test_an_illegal_list_that_leaves_nothing_is_refused(kind: str) -> None:
+    fields: dict[str, Any] = {"pattern": "a"} if kind == "constrained" else {}
     with pytest.raises(ConfigError, match=r"task\.illegal=\[''\] leaves no token"):
-        problem("continuation", illegal=[""])
+        problem(kind, illegal=[""], **fields)
 
 
 # --------------------------------------------------------------------------------------------- what tasks share
@@ -234,6 +256,24 @@ def test_a_sampled_trajectory_is_of_actions_alone() -> None:
     assert trajectory.tokens_T.tolist() == [3, 4]
     assert trajectory.is_action_T.all()
     assert len(sampled([])) == 0
+
+
+def test_a_sampled_trajectory_of_the_most_actions_ends_as_a_draw_does() -> None:
+    """The tool's tokens do not count; without constraints nothing is known to be the most."""
+    support = Constraints.of(stop_token=0, min_tokens=1, max_tokens=2, vocab_size=9)
+    tool = np.array([True, False])
+    stops = [sampled(tokens, constraints=support).stop for tokens in ([3], [3, 4])]
+    assert stops == ["sampled", "forced"]
+    assert sampled([3, 4], tool, constraints=support).stop == "sampled"
+    assert sampled([3, 4, 5], np.append(tool, True), constraints=support).stop == "forced"
+    assert sampled([3, 4]).stop == "sampled"
+
+
+@pytest.mark.parametrize(("longest", "stop"), [(4, "sampled"), (3, "forced")])
+def test_a_demonstration_as_long_as_may_be_has_a_forced_stop(tmp_path: Path, longest: int, stop: str) -> None:
+    task = infilling('{"before": "one.", "after": "two.", "middle": "ab."}', tmp_path, max_tokens=longest)  # " ab"
+    [demonstration] = task.demonstrations["line-1"]
+    assert demonstration.stop == stop
 
 
 # ------------------------------------------------------------------------------------------------------ infilling

@@ -1,6 +1,6 @@
 """One file for each inference problem: its prompts, its support, its reward where that is its own, its exact answer.
 
-A new task is a config section (system/config.py), a file here with a `build(section, tokenizer) -> Problem`, and an
+A new task is a config section (system/task_config.py), a file here with a `build(section, tokenizer) -> Problem`, and an
 entry in BUILDERS.
 """
 

@@ -25,6 +25,8 @@ from system.trajectory import Prompt
 from system.voting import wins
 
 QUESTION = re.compile(r"Question: (-?\d+(?: [+-] \d+)+) = \? Answer:", re.ASCII)
+STEP = re.compile(r"(-?\d{1,6} [+-] \d{1,6}) =( -?\d+)?", re.ASCII)
+"""What a rationale's steps look like in a file, the result being optional: all of it is understood by the calculator."""
 HELD_OUT = 5
 """Of generated questions, one in so many is for tests, by a hash of its text: no question is in both halves."""
 
@@ -71,7 +73,7 @@ def build(section: Arithmetic, tokenizer: PreTrainedTokenizerBase) -> Problem:
         prompt = Prompt(f"question-{number}", context, context, tuple(answer), {"answer": question.answer})
         prompts.append(prompt)
         if question.steps and constraints.admits(actions := encode_steps(tokenizer, question.steps)):
-            demonstrations[prompt.id] = (sampled(*play(tool, section.tool_tokens, actions)),)
+            demonstrations[prompt.id] = (sampled(*play(tool, section.tool_tokens, actions), constraints=constraints),)
     return Problem(
         prompts=tuple(prompts),
         constraints=constraints,
@@ -132,7 +134,7 @@ def read_questions(section: Arithmetic) -> tuple[list[tuple[int, Question]], lis
         shown = [replace(question, steps=steps_of(question.expression)) for question in asked[: section.worked]]
         asked = asked[section.worked :]
     if section.questions != "generated":
-        shown = _read(section.rationales, "task.rationales") if section.rationales else shown
+        shown = _read(section.rationales, "task.rationales", worked=True) if section.rationales else shown
         asked = _read(section.questions, "task.questions")
     elif section.split == "test":
         asked = generate(section.test_operands or section.operands, section.count, test=True)
@@ -158,8 +160,15 @@ def generate(operands: Sequence[int], count: int, *, test: bool) -> list[Questio
     raise ConfigError(f"task.count={count}: there are not so many questions with {list(operands)} operands; lower it")
 
 
-def _read(path: str, field: str) -> list[Question]:
-    return [_question(record, f"{field}={path!r}, record {number}") for number, record in read_records(Path(path), field)]
+def _read(path: str, field: str, worked: bool = False) -> list[Question]:
+    """The questions of a file, which have rationales, all of them, if they are to be `worked`."""
+    questions = []
+    for number, record in read_records(Path(path), field):
+        question = _question(record, where := f"{field}={path!r}, record {number}")
+        if worked and question.steps is None:
+            raise ConfigError(f'{where}: has no "rationale"; give it one, or move it to the file of task.questions')
+        questions.append(question)
+    return questions
 
 
 def _question(record: Any, where: str) -> Question:
@@ -168,9 +177,11 @@ def _question(record: Any, where: str) -> Question:
             steps = record.get("str_rationale", record.get("rationale"))
             asked = QUESTION.fullmatch(text.strip())
             if asked and isinstance(steps, (str, type(None))):
-                question = Question(asked.group(1), None if steps is None else _steps(steps))
+                question = Question(asked.group(1), None if steps is None else _steps(steps, where))
                 if answer != question.answer:
                     raise ConfigError(f"{where}: {text!r} is {question.answer}, not {answer}; mend the file")
+                if question.steps and (end := evaluate(question.steps[-1])) != answer:
+                    raise ConfigError(f"{where}: its rationale {steps!r} ends at {end}, not at {answer}; mend the file")
                 return question
     raise ConfigError(
         f'{where}: needs {{"question": "Question: 1 + 2 - 3 = ? Answer:", "answer": 0}}, and perhaps '
@@ -178,8 +189,17 @@ def _question(record: Any, where: str) -> Question:
     )
 
 
-def _steps(rationale: str) -> tuple[str, ...]:
-    return tuple(step.partition("=")[0].strip() for step in rationale.split(","))
+def _steps(rationale: str, where: str) -> tuple[str, ...]:
+    steps = []
+    for text in rationale.split(","):
+        step = STEP.fullmatch(text.strip())
+        if step is None or (step.group(2) and int(step.group(2)) != evaluate(step.group(1))):
+            raise ConfigError(
+                f"{where}: {text.strip()!r} is no step of a rationale; write two numbers of at most six digits, as in "
+                '"14 - 3 =", with the right result behind it or with none'
+            )
+        steps.append(step.group(1))
+    return tuple(steps)
 
 
 # ------------------------------------------------------------------------------------------------------- verdicts

@@ -23,11 +23,9 @@ PACKAGED_PROMPTS = Path(__file__).with_name("prompts.txt")
 
 
 def build(section: NextSentence, tokenizer: PreTrainedTokenizerBase) -> Problem:
-    """Raises ConfigError if the prompts cannot be read, or the stop is not one token."""
+    """Raises ConfigError if the prompts cannot be read, the stop is not one token, or there is nothing else to draw."""
     stop = single_token(tokenizer, section.stop, "task.stop")
-    allowed = legal_tokens(tokenizer, section.illegal)
-    if not set(allowed.tolist()) - {stop}:
-        raise ConfigError(f"task.illegal={list(section.illegal)} leaves no token of this tokenizer to draw; remove some of it")
+    constraints = support(section, tokenizer, stop, legal_tokens(tokenizer, section.illegal))
     prompts = []
     for number, text in read_prompts(section):
         # What follows a prompt begins with a space of its own, as words do in a byte-pair vocabulary.
@@ -35,7 +33,7 @@ def build(section: NextSentence, tokenizer: PreTrainedTokenizerBase) -> Problem:
         prompts.append(Prompt(f"line-{number}", context, context, meta={"text": text}))
     return Problem(
         prompts=tuple(prompts),
-        constraints=support(section, tokenizer, stop, allowed),
+        constraints=constraints,
         reward_stop=(stop,),
         judge=variety,
     )

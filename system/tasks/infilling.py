@@ -37,7 +37,8 @@ class Story:
 
 
 def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
-    """Raises ConfigError if the stories cannot be read, are of another tokenizer, or the stop is not one token."""
+    """Raises ConfigError if the stories cannot be read, are of another tokenizer, the stop is not one token, or there is
+    nothing else to draw."""
     stop = single_token(tokenizer, section.stop, "task.stop")
     constraints = support(section, tokenizer, stop, legal_tokens(tokenizer, section.illegal))
     prompts, demonstrations = [], {}
@@ -54,7 +55,7 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
         if middle is None and story.middle:
             middle = tokenizer.encode(" " + story.middle.removesuffix(section.stop), add_special_tokens=False)
         if middle is not None and constraints.admits(middle):
-            demonstrations[story.id] = (sampled(middle),)
+            demonstrations[story.id] = (sampled(middle, constraints=constraints),)
         prompts.append(Prompt(story.id, policy, context_tokens(tokenizer, story.before), tuple(tokens["after"]), meta))
     return Problem(
         prompts=tuple(prompts),

@@ -59,7 +59,13 @@ class Problem:
 
 
 def support(section: Any, tokenizer: PreTrainedTokenizerBase, stop: int, allowed: Sequence[int] | np.ndarray) -> Constraints:
-    """What a config section lets the policy draw: its lengths, the allowed tokens and the stop."""
+    """What a config section lets the policy draw: its lengths, the allowed tokens and the stop.
+
+    Raises:
+        ConfigError: the section's `illegal` leaves nothing but the stop.
+    """
+    if hasattr(section, "illegal") and np.isin(allowed, [stop]).all():
+        raise ConfigError(f"task.illegal={list(section.illegal)} leaves no token of this tokenizer to draw; remove some of it")
     return Constraints.of(
         stop_token=stop,
         min_tokens=section.min_tokens,
@@ -92,8 +98,16 @@ def context_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, 
     return tuple(ids)
 
 
-def sampled(tokens: Sequence[int] | np.ndarray, is_action_T: np.ndarray | None = None) -> Trajectory:
-    """A trajectory as it would be recorded if the policy had drawn it; of actions alone, unless it is said which are."""
+def sampled(
+    tokens: Sequence[int] | np.ndarray, is_action_T: np.ndarray | None = None, *, constraints: Constraints | None = None
+) -> Trajectory:
+    """A trajectory as it would be recorded if the policy had drawn it; of actions alone, unless it is said which are.
+
+    At the most actions of `constraints` the stop is forced, which a loss over actions leaves out. Without `constraints`, for
+    what is only to be scored, it counts as drawn.
+    """
     if is_action_T is None:
         is_action_T = np.ones(len(tokens), bool)
-    return Trajectory(np.array(tokens, np.int32), is_action_T, np.zeros(len(tokens) + 1, np.float32), "sampled")
+    forced = constraints is not None and bool(constraints.must_stop(is_action_T.sum()))
+    logp_T = np.zeros(len(tokens) + 1, np.float32)
+    return Trajectory(np.array(tokens, np.int32), is_action_T, logp_T, "forced" if forced else "sampled")

@@ -5,16 +5,23 @@ The posterior is known exactly, so that the distance to it can be measured and n
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from system.config import ConfigError
+from system.constraints import Constraints
 from system.task_config import FunctionReward, RandomNumber
 from system.tasks.problem import Problem, context_tokens, ordinary_tokens, sampled, single_token, support
 from system.trajectory import Prompt
 
+REST = 1e-4
+"""Most mass that everything but the numbers may have, as a share of theirs: nats by which the exact KL can be wrong."""
+
 
 def build(section: RandomNumber, tokenizer: PreTrainedTokenizerBase) -> Problem:
-    """One prompt. Raises ConfigError if a digit or the stop is no token.
+    """One prompt. Raises ConfigError if a digit or the stop is no token, or under `log_reward` other strings have real mass.
 
     The outcomes are the numbers, and the target is uniform over them. They are listed under the rewards of this file
     alone: by another one the numbers are not equally good.
@@ -23,16 +30,37 @@ def build(section: RandomNumber, tokenizer: PreTrainedTokenizerBase) -> Problem:
     stop = single_token(tokenizer, section.stop, "task.stop")
     context = context_tokens(tokenizer, section.prompt.format(low=section.low, high=section.high))
     meta = {"low": section.low, "high": section.high, "floor": section.floor}
-    outcomes = tuple(sampled([digits[digit] for digit in str(number)]) for number in range(section.low, section.high + 1))
-    uniform = isinstance(section.reward, FunctionReward) and section.reward.path in OWN_REWARDS
     allowed = list(digits.values()) if section.support == "digits" else ordinary_tokens(tokenizer)
+    constraints = support(section, tokenizer, stop, allowed)
+    outcomes = tuple(
+        sampled([digits[digit] for digit in str(number)], constraints=constraints)
+        for number in range(section.low, section.high + 1)
+    )
+    uniform = isinstance(section.reward, FunctionReward) and section.reward.path in OWN_REWARDS
+    if isinstance(section.reward, FunctionReward) and section.reward.path == DEFAULT_REWARD:
+        _check_floor(section, section.reward.beta, constraints, len(outcomes))
     return Problem(
         prompts=(Prompt("random_number", context, context, meta=meta),),
-        constraints=support(section, tokenizer, stop, allowed),
+        constraints=constraints,
         reward_stop=(stop,),
         outcomes=outcomes if uniform else None,
         log_target_O=np.full(len(outcomes), -np.log(len(outcomes))) if uniform else None,
     )
+
+
+def _check_floor(section: RandomNumber, beta: float, constraints: Constraints, numbers: int) -> None:
+    """Raises ConfigError if uniform over the numbers is not the posterior."""
+    tokens = len(constraints.columns) - 1  # besides the stop
+    strings = sum(tokens**length for length in range(constraints.min_tokens, constraints.max_tokens + 1))
+    others = strings - numbers
+    highest = beta * (math.log(REST * numbers) - math.log(others))
+    if section.floor > highest:
+        share = math.exp(min(700.0, section.floor / beta + math.log(others) - math.log(numbers)))
+        raise ConfigError(
+            f"task.floor={section.floor:g}: {others:.3g} strings that are no number can be drawn (task.support="
+            f"{section.support}, at most {constraints.max_tokens} tokens by task.longest), with {share:.2g} times the mass of "
+            f"the {numbers} numbers in all, so that uniform is not the posterior; lower task.floor to {math.floor(highest)}"
+        )
 
 
 def log_reward(prompt: Prompt, text: str, tokens: list[int]) -> float:
@@ -50,7 +78,8 @@ def paper_log_reward(prompt: Prompt, text: str, tokens: list[int]) -> float:
     return 8.0 if is_number(prompt, text) else -8.0 * max(1, len(tokens))
 
 
-OWN_REWARDS = {f"{__name__}:{function.__name__}" for function in (log_reward, paper_log_reward)}
+DEFAULT_REWARD, PAPER_REWARD = (f"{__name__}:{function.__name__}" for function in (log_reward, paper_log_reward))
+OWN_REWARDS = {DEFAULT_REWARD, PAPER_REWARD}
 
 
 def is_number(prompt: Prompt, text: str) -> bool:

@@ -32,7 +32,8 @@ class Record:
 
 
 def build(section: Subjectivity, tokenizer: PreTrainedTokenizerBase) -> Problem:
-    """Raises ConfigError if a file cannot be read or does not fit, or a text that has to be one token is not."""
+    """Raises ConfigError if a file cannot be read or does not fit, a text that has to be one token is not, or a rationale has
+    no token to be drawn with."""
     records = choose(read(section.records, section, "records"), section.offset, section.limit, "task.records", section.records)
     examples = _Examples(section)
     if section.stage == "reason":
@@ -64,7 +65,11 @@ def _answer(section: Subjectivity, tokenizer: PreTrainedTokenizerBase, records: 
     """Z is a label and nothing else, so log q is over the labels alone."""
     before, gap, after = _around(section)
     stop = single_token(tokenizer, after, "task.evidence after {label}")
-    choices = {label: sampled([single_token(tokenizer, gap + label, "task.labels")]) for label in section.labels}
+    labels = {label: single_token(tokenizer, gap + label, "task.labels") for label in section.labels}
+    constraints = Constraints.of(
+        stop_token=stop, min_tokens=1, max_tokens=1, vocab_size=len(tokenizer), allowed=list(labels.values())
+    )
+    choices = {label: sampled([token], constraints=constraints) for label, token in labels.items()}
     if section.stage == "label":
         texts = {record.id: [section.label_prompt.format(text=record.text)] for record in records}
     else:
@@ -81,8 +86,6 @@ def _answer(section: Subjectivity, tokenizer: PreTrainedTokenizerBase, records: 
             context = context_tokens(tokenizer, examples.before(record) + text)
             prompts.append(Prompt(name, context, context, meta=meta))
             demonstrations[name] = (choices[record.label],)
-    labels = [int(choice.tokens_T[0]) for choice in choices.values()]
-    constraints = Constraints.of(stop_token=stop, min_tokens=1, max_tokens=1, vocab_size=len(tokenizer), allowed=labels)
     return Problem(
         prompts=tuple(prompts),
         constraints=constraints,

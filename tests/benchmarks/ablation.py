@@ -55,7 +55,13 @@ TASKS = {
         "posterior/spread",
         every=10,
         steps=60,
-        overrides=("task.limit=6", "task.max_tokens=12", "learner.evaluation_samples=16", "learner.warmup_steps=5"),
+        overrides=(
+            "task.limit=6",
+            "task.max_tokens=12",
+            "learner.evaluation_samples=16",
+            "learner.warmup_steps=5",
+            "learner.reward_temperature.horizon=20",
+        ),
     ),
 }
 
