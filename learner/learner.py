@@ -267,20 +267,21 @@ class Learner:
     def restore(self, saved: np.ndarray, step: int) -> None:
         """Continues from `save`. Raises CheckpointError if it is of another model, LoRA rank or scale."""
         tensors = safetensors.numpy.load(saved.tobytes())
-        # An adapter that training starts from has neither: its folder was checked.
+        # An adapter that training starts from has neither these nor a scale: its folder was checked.
         if "canary/tokens" in tensors:
             self._check_base(tensors["canary/tokens"], tensors["canary/base"])
-            if not math.isclose(scale := float(tensors["scale"]), self.policy.scale):
-                raise CheckpointError(
-                    f"the checkpoint of step {step} has lora.alpha / lora.rank = {scale:g}, this run {self.policy.scale:g}: "
-                    "its weights would stand for another policy; set lora.alpha to what the run began with"
-                )
         prefix = "adapter/"
         adapter = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
         try:
             self.policy.load_adapter(adapter)
         except ValueError as error:
             raise CheckpointError(f"the checkpoint of step {step} has another lora section than this run: {error}") from error
+        scale = float(tensors.get("scale", self.policy.scale))
+        if not math.isclose(scale, self.policy.scale):
+            raise CheckpointError(
+                f"the checkpoint of step {step} has lora.alpha / lora.rank = {scale:g}, this run {self.policy.scale:g}: "
+                "its weights would stand for another policy; set lora.alpha to what the run began with"
+            )
         for name, parameter in self.policy.parameters.items():
             state: dict[str, Tensor] = {}
             for key in ("step", "exp_avg", "exp_avg_sq"):

@@ -156,6 +156,34 @@ def test_a_killed_and_an_interrupted_run_end_with_the_weights_of_one_that_was_no
     assert all(sorted(epoch) == [f"line-{number}" for number in range(1, 6)] for epoch in epochs)
 
 
+@pytest.mark.chaos
+@pytest.mark.timeout(600)  # three jobs
+def test_a_refused_resume_changes_nothing_and_a_finished_run_resumes_to_the_summary_that_it_had(runner: Runner) -> None:
+    def ended(*arguments: str) -> int:
+        job = runner.start(*arguments)
+        job.communicate(timeout=SECONDS)
+        runner.assert_nothing_runs()
+        return job.returncode
+
+    def summary() -> dict[str, Any]:
+        return json.loads((run_dir / "summary.json").read_text())
+
+    assert ended("config.json", "output_dir=done") == 0, runner.logs()[-3000:]
+    (run_dir,) = (runner.folder / "done").iterdir()
+    first, config, trained = summary(), (run_dir / "config.yaml").read_bytes(), weights(run_dir)
+    assert f"sqlite:///{runner.folder}/mlflow.db" in config.decode(), "the same database from wherever it is resumed"
+
+    assert ended("--resume", str(run_dir), "lora.alpha=99") == 1
+    assert "error: the checkpoint of step" in runner.logs() and "set lora.alpha to what the run began with" in runner.logs()
+    assert (run_dir / "config.yaml").read_bytes() == config
+
+    assert ended("--resume", str(run_dir)) == 0, runner.logs()[-3000:]
+    assert summary()["before"] == first["before"]
+    assert summary()["after"] == pytest.approx(first["after"])
+    assert summary()["after"] != summary()["before"]
+    assert (weights(run_dir), (run_dir / "config.yaml").read_bytes()) == (trained, config)
+
+
 def assert_no_secret(runner: Runner) -> None:
     """In no file that a job wrote: run folder, MLflow's database and artifacts, logs, and what Ray left."""
     files = [path for folder in (runner.folder, runner.ray) for path in folder.rglob("*") if path.is_file()]

@@ -198,7 +198,7 @@ class TestOneNode:
     def test_a_sampler_that_is_killed_while_it_starts_is_replaced_before_the_run_begins(self, tmp_path: Path) -> None:
         samplers = pool(config(tmp_path, {"count": 2}), Faults(killed_builds=1))
         wait_until_ready(samplers)
-        assert len(samplers._built()) == 2
+        assert len(ray.get(samplers.ready())) == 2
         samplers.close()
 
         (tmp_path / "again").mkdir()

@@ -144,10 +144,10 @@ def infilling(lab: Lab) -> Rows:
 
 
 def verifiable(lab: Lab) -> Rows:
-    """Sums up to 25 + 25, each once: 271 for training, 80 for evaluation. GRPO's reward is the verdict, and a KL penalty."""
-    pairs = [(a, b) for a in range(26) for b in range(a, 26)]
+    """Sums up to 14 + 14, each once: 90 for training, 30 for evaluation. GRPO's reward is the verdict, and a KL penalty."""
+    pairs = [(a, b) for a in range(15) for b in range(a, 15)]
     random.Random(0).shuffle(pairs)
-    for name, chosen in (("train", pairs[:271]), ("test", pairs[271:])):
+    for name, chosen in (("train", pairs[:90]), ("test", pairs[90:])):
         lines = [json.dumps({"question": f"What is {a} + {b}?", "answer": a + b}) for a, b in chosen]
         (lab.output / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     questions = f"task.questions={lab.output / 'train.jsonl'}"
