@@ -176,7 +176,7 @@ def recipe_seconds(settings: str, seed: int, limit: float) -> tuple[float, float
 
 
 def our_seconds(seed: int, *overrides: str) -> float:
-    """Seconds of training until TARGET, evaluations in between included; infinite if it is not reached."""
+    """Seconds of training until TARGET, without those of evaluations, as the recipe's; infinite if it is not reached."""
     path = str(Path("deploy/configs/random_number.yaml").resolve())
     evaluations = job(path, f"seed={seed}", "learner.evaluate_every=5", *overrides).evaluations
     reached = [metrics["seconds_training"] for metrics in evaluations if metrics["exact/kl_target_q"] <= TARGET]
