@@ -434,7 +434,8 @@ class Config(Section):
             if isinstance(self.loss, (Clipped, RLOO)) and share != 1:
                 raise ValueError(
                     f"loss.kind={self.loss.kind} learns from samples of the policy alone, but {field}={share:g}; set "
-                    'sampler.exploration.on_policy=1 and "replay={fresh: 1, prioritised: 0, uniform: 0}"'
+                    "sampler.exploration.on_policy=1, sampler.exploration.planted=0 and "
+                    '"replay={fresh: 1, prioritised: 0, uniform: 0, demonstrations: false}"'
                 )
         return self
 

@@ -172,7 +172,12 @@ def test_a_policy_gradient_refuses_samples_that_are_not_the_policys(loss: str) -
     message = refusal(base | own | {"replay": {"fresh": 0.5, "uniform": 0.5}})
     assert f"loss.kind={loss}" in message
     assert "replay.fresh=0.5" in message
-    assert 'set sampler.exploration.on_policy=1 and "replay={fresh: 1, prioritised: 0, uniform: 0}"' in message
+    fix = ["sampler.exploration.on_policy=1", "sampler.exploration.planted=0"]
+    assert all(each in message for each in fix)
+    fix.append("replay={fresh: 1, prioritised: 0, uniform: 0, demonstrations: false}")
+    assert fix[-1] in message
+    for name in ("arithmetic", "constrained"):
+        assert load(ROOT / f"deploy/configs/{name}.yaml", [f"loss.kind={loss}", *fix]).loss.kind == loss
     assert "sampler.exploration.on_policy=0.5" in refusal(base | {"replay": {"fresh": 1}})
 
 
