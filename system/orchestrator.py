@@ -150,6 +150,8 @@ class Orchestrator:
     _adapter_steps: dict[int, int] = field(default_factory=dict)
     _dead: set[str] = field(default_factory=set)
     _deaths_in_a_row: int = 0
+    _too_many_deaths: RuntimeError | None = None
+    """Raised between two updates, where a checkpoint can be left."""
     _learner_deaths_in_a_row: int = 0
     _saved_step: int | None = None
     """Of the last checkpoint; None: a learner begins anew."""
@@ -332,7 +334,7 @@ class Orchestrator:
         self.counters.deaths += 1
         self._deaths_in_a_row += 1
         if self._deaths_in_a_row > self.config.actors.max_deaths:
-            raise RuntimeError(
+            self._too_many_deaths = RuntimeError(
                 f"{self._deaths_in_a_row} samplers died with no group in between (actors.max_deaths="
                 f"{self.config.actors.max_deaths}); the last cause: {cause}"
             )
@@ -342,6 +344,9 @@ class Orchestrator:
         while len(self._taken) < wanted:
             if self.should_stop():
                 return False
+            if self._too_many_deaths:
+                self.checkpoint()
+                raise self._too_many_deaths
             self._feed()
             if not self._arrived:
                 self._receive()

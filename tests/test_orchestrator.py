@@ -137,6 +137,19 @@ def test_too_many_deaths_in_a_row_stop_the_run_with_the_cause(tmp_path: Path) ->
         orchestrator(tmp_path, config(), samplers, FakeLearner()).train()
 
 
+def test_a_run_that_its_samplers_end_leaves_what_it_learned(tmp_path: Path) -> None:
+    numbers = iter(range(1000))
+    fate = lambda request: dies(f"sampler-{next(numbers)}") if request.group_id >= 14 else None  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"actors.max_deaths=3"):
+        orchestrator(tmp_path, config(), FakeSamplers(fate=fate), FakeLearner()).train()
+    learner, samplers = FakeLearner(), FakeSamplers()
+    again = orchestrator(tmp_path, config(), samplers, learner)
+    learner.restore(again.restore(checkpoint.read_latest(tmp_path / "checkpoints")), again.counters.step)
+    assert again.counters.step == 7
+    again.train()
+    assert sorted(samplers.issued) == list(range(14, 24))
+
+
 def test_a_sampler_that_refuses_ends_the_run_with_its_own_error(tmp_path: Path) -> None:
     def fate(request: Request) -> None:
         raise ValueError("reward is NaN for prompt-1")
