@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from deploy.runs import adapter_file, find_run  # noqa: E402
+from deploy.runs import adapter_file, adapter_tensors, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
@@ -33,17 +33,14 @@ def merge(config: Config, adapter: Path, folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from system.adapters import Adapter, AdapterError, read_folder
+    from system.adapters import Adapter, AdapterError
     from system.language_model import load_tokenizer
     from system.models import locate
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--merge {str(folder)!r} is there already; name a new folder, or an empty one")
     base = locate(config.model)
-    try:
-        tensors = read_folder(adapter.parent, config.model.path)
-    except AdapterError as error:
-        raise ConfigError(str(error)) from error
+    tensors = adapter_tensors(adapter, config.model.path)
     tokenizer = load_tokenizer(base)
     # As it is on disk: what training changes of a model's config, such as its dropout, is no part of the result.
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)

@@ -101,9 +101,9 @@ class Job:
             self.run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"output_dir={config.output_dir!r}: no folder can be made there: {error}") from error
+        self.tracker = Tracker(self.run_dir, config, resume=self.resume)
         if not self.resume:
             self._keep_config()
-        self.tracker = Tracker(self.run_dir, config, resume=self.resume)
         self.progress, self.standing = show(), Standing(self.run_dir.name, config.learner.steps)
         status, ending = "FAILED", contextlib.ExitStack()
         try:
@@ -130,7 +130,6 @@ class Job:
                 self._restore_evaluations(loop.counters.step)
                 # Not before: with settings that are refused here, the run could not be resumed again.
                 self._keep_config()
-                self.tracker.artifact(self.run_dir / "config.yaml")
             elif start is not None:
                 self._start_from(start)
                 # A learner that dies begins again from here, not from the base.
@@ -152,6 +151,7 @@ class Job:
 
     def _keep_config(self) -> None:
         (self.run_dir / "config.yaml").write_text(config_file.dump(self.config), encoding="utf-8")
+        self.tracker.artifact(self.run_dir / "config.yaml")
 
     def _start_from(self, weights: np.ndarray) -> None:
         try:
@@ -193,8 +193,6 @@ class Job:
         (self.run_dir / "environment.json").write_text(json.dumps(made_with, indent=2), encoding="utf-8")
         self.tracker.tags({f"environment.{name}": value for name, value in made_with.items()})
         self.tracker.artifact(self.run_dir / "environment.json")
-        if not self.resume:
-            self.tracker.artifact(self.run_dir / "config.yaml")
 
     def _on_step(self, loop: Orchestrator, metrics: dict[str, float], fresh: list[Group]) -> None:
         step = loop.counters.step

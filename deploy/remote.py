@@ -201,20 +201,17 @@ def wait_until_ready(*handles: Handle, samplers: int | None = None) -> None:
         owners = {reference: handle for handle in handles for reference in handle.ready()}
         done, missing = ray.wait(list(owners), num_returns=len(owners), timeout=LOOK_SECONDS)
         for reference in done:
-            try:
-                ray.get(reference)
-            except RayTaskError as error:
-                raise plain(error) from None
-            except RayError as error:
-                if not owners[reference].replaces:
-                    raise
-                lost.add(reference)
-                missing.append(reference)
-                if len(lost) > config.actors.max_deaths:
-                    raise RuntimeError(
-                        f"{len(lost)} actors were lost before they were built (actors.max_deaths={config.actors.max_deaths}); "
-                        f"the last cause: {first_line(error)}"
-                    ) from error
+            if (loss := _loss(reference)) is None:
+                continue
+            if not owners[reference].replaces:
+                raise loss
+            lost.add(reference)
+            missing.append(reference)
+            if len(lost) > config.actors.max_deaths:
+                raise RuntimeError(
+                    f"{len(lost)} actors were lost before they were built (actors.max_deaths={config.actors.max_deaths}); "
+                    f"the last cause: {first_line(loss)}"
+                ) from loss
         if not missing and all(handle.complete() for handle in handles):
             return
         waited = time.monotonic() - began
@@ -227,6 +224,17 @@ def wait_until_ready(*handles: Handle, samplers: int | None = None) -> None:
             )
         if lost.issuperset(missing):
             time.sleep(LOOK_SECONDS)  # until their successors are started
+
+
+def _loss(built: Any) -> RayError | None:
+    """How an actor was lost; None if it is built. Raises what building its part raised."""
+    try:
+        ray.get(built)
+    except RayTaskError as error:
+        raise plain(error) from None
+    except RayError as error:
+        return error
+    return None
 
 
 def _shown(resources: Mapping[str, float]) -> str:

@@ -40,14 +40,21 @@ def adapter_file(run_dir: Path) -> Path:
     return path
 
 
-def load_adapter(policy: Policy, path: Path, model: str, rank: int) -> None:
-    """Raises ConfigError if the adapter is damaged, or not of `model` and `rank`, the policy's own."""
+def adapter_tensors(path: Path, model: str) -> dict[str, np.ndarray]:
+    """What an adapter's file holds, by PEFT's names. Raises ConfigError if it is damaged, or of another base than `model`."""
     from system.adapters import AdapterError, read_folder
 
     try:
-        policy.load_adapter(read_folder(path.parent, model))
+        return read_folder(path.parent, model)
     except AdapterError as error:
         raise ConfigError(str(error)) from error
+
+
+def load_adapter(policy: Policy, path: Path, model: str, rank: int) -> None:
+    """Raises ConfigError if the adapter is damaged, or not of `model` and `rank`, the policy's own."""
+    tensors = adapter_tensors(path, model)
+    try:
+        policy.load_adapter(tensors)
     except ValueError as error:
         raise ConfigError(f"{path} does not fit lora.rank={rank}: {error}") from error
 

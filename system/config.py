@@ -56,6 +56,11 @@ class Exploration(Section):
     """Share of the exploring samples into which the task's keywords are written at random places: where the policy hardly ever
     meets a constraint by itself, it has nothing to learn from."""
 
+    def counts(self, samples: int) -> tuple[int, int]:
+        """Of a group of so many: (those from the policy itself, those of the others into which keywords are written)."""
+        on_policy = round(self.on_policy * samples)
+        return on_policy, round(self.planted * (samples - on_policy))
+
     @model_validator(mode="after")
     def _an_interval(self) -> Exploration:
         low, high = self.temperature
@@ -96,12 +101,12 @@ class Sampler(Section):
 
     @model_validator(mode="after")
     def _what_is_planted_is_in_some_sample(self) -> Sampler:
-        exploring = self.samples_per_prompt - round(self.exploration.on_policy * self.samples_per_prompt)
-        if self.exploration.planted and not round(self.exploration.planted * exploring):
+        on_policy, planted = self.exploration.counts(self.samples_per_prompt)
+        if self.exploration.planted and not planted:
             raise ValueError(
                 f"exploration.planted={self.exploration.planted:g} is no whole sample: of samples_per_prompt="
-                f"{self.samples_per_prompt} with exploration.on_policy={self.exploration.on_policy:g}, {exploring} explore; "
-                "raise planted, lower on_policy, or set planted=0"
+                f"{self.samples_per_prompt} with exploration.on_policy={self.exploration.on_policy:g}, "
+                f"{self.samples_per_prompt - on_policy} explore; raise planted, lower on_policy, or set planted=0"
             )
         return self
 

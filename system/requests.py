@@ -55,10 +55,10 @@ def explore(
     Into the last of them, `exploration.planted` of the exploring ones, the hints are planted: a target that the policy hardly
     ever meets gives it nothing to learn from, and the losses take samples from anywhere.
     """
-    on_policy = round(exploration.on_policy * samples)
+    on_policy, planted = exploration.counts(samples)
     temperatures = rng.uniform(*exploration.temperature, size=samples - on_policy)
     exploring = [Behaviour(float(temperature), exploration.epsilon) for temperature in temperatures]
-    for index in range(len(exploring) - round(exploration.planted * len(exploring)), len(exploring)):
+    for index in range(len(exploring) - planted, len(exploring)):
         exploring[index] = replace(exploring[index], planted=places(hints, max_tokens, rng))
     return (Behaviour(),) * on_policy + tuple(exploring)
 

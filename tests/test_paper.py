@@ -58,7 +58,8 @@ def test_what_has_its_result_is_not_run_again(tmp_path: Path):
 
 def test_seeds_of_a_method_are_one_row_with_their_range():
     results = {"0": {"a": {"m": 1.0}, "b": {"n": 5.0}}, "1": {"a": {"m": 3.0}}}
-    assert table(results).splitlines()[2:] == ["| a | 2 | 2 (1 to 3) |  |", "| b | 1 |  | 5 |"]
+    heads = ["| run | runs | m | n |", "|---|---|---|---|"]
+    assert table(results).splitlines() == [*heads, "| a | 2 | 2 (1 to 3) |  |", "| b | 1 |  | 5 |"]
 
 
 def test_what_goes_to_every_training_reaches_the_baselines_too(tmp_path: Path):

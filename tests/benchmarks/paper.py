@@ -61,14 +61,9 @@ class Lab:
         """(of the base model, of the run's adapter), one of them empty unless `only` is None."""
         result = self.output / f"{name}-{self.seed}.json"
         if not result.exists():
-            options = (
-                "--samples",
-                str(samples),
-                "--samples-file",
-                str(self.samples(name)),
-                *(["--only", only] if only else []),
-            )
-            result.write_text(self._run("evaluate", str(run), *overrides, *options).splitlines()[-1], encoding="utf-8")
+            drawn = ("--samples", str(samples), "--samples-file", str(self.samples(name)))
+            which = ("--only", only) if only else ()
+            result.write_text(self._run("evaluate", str(run), *overrides, *drawn, *which).splitlines()[-1], encoding="utf-8")
         return held_out(json.loads(result.read_text(encoding="utf-8")))
 
     def samples(self, name: str) -> Path:
