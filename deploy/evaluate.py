@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import os
 import sys
 from pathlib import Path
@@ -128,11 +127,9 @@ def main(argv: list[str]) -> int:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (arguments.samples_file or run_dir / "heldout_samples.jsonl").write_text(lines, encoding="utf-8")
     metrics = _log(run_dir, results, arguments.overrides, arguments.samples)
-    names = list(dict.fromkeys(name for result in results.values() for name in result.metrics))
-    width = max(map(len, names))
-    for name in names:
-        values = (f"{which} {result.metrics.get(name, math.nan):12.5g}" for which, result in results.items())
-        print(f"{name:{width}}  {'  '.join(values)}")
+    from deploy.report import table
+
+    print(table({which: result.metrics for which, result in results.items()}))
     print(json.dumps(metrics))
     return 0
 

@@ -22,7 +22,7 @@ if str(ROOT) not in sys.path:
 from jinja2 import Environment, FileSystemLoader, StrictUndefined  # noqa: E402
 
 from deploy.charts import Chart, data_uri, draw  # noqa: E402
-from deploy.report import columns  # noqa: E402
+from deploy.report import shown  # noqa: E402
 from deploy.runs import find_run  # noqa: E402
 from system import config_file, evaluation, journal  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
@@ -107,10 +107,10 @@ def charts(metrics: Metrics) -> list[Chart]:
 
 def comparison(evaluations: list[tuple[int, Evaluation]]) -> dict[str, Any]:
     """The evaluations side by side, as the table that a run prints."""
-    shown = columns(evaluations) if evaluations else []
-    names = dict.fromkeys(name for _, result in shown for name in result.metrics)
-    rows = [(name, MEANING.get(name, ""), [result.metrics.get(name) for _, result in shown]) for name in names]
-    return {"steps": [step for step, _ in shown], "rows": rows}
+    columns = shown(evaluations) if evaluations else []
+    names = dict.fromkeys(name for _, result in columns for name in result.metrics)
+    rows = [(name, MEANING.get(name, ""), [result.metrics.get(name) for _, result in columns]) for name in names]
+    return {"steps": [step for step, _ in columns], "rows": rows}
 
 
 def by_prompt(evaluations: list[tuple[int, Evaluation]]) -> dict[str, Any]:

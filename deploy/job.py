@@ -277,7 +277,8 @@ class Job:
         (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
         self.tracker.artifact(self.run_dir / "summary.json")
         if len(self.evaluations) > 1:
-            print(report.table(self.evaluations), flush=True)
+            shown = report.shown(self.evaluations)
+            print(report.table({f"step {step}": result.metrics for step, result in shown}), flush=True)
             for plot in report.plots(self.run_dir / "plots", self.problem, self.tokenizer, self.evaluations):
                 self.tracker.artifact(plot, "plots")
         self.tracker.artifact(html_report.write(self.run_dir))
@@ -305,6 +306,8 @@ def main(argv: list[str]) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         config, run_dir, arguments = parse_arguments(argv)
+        for warning in config.warnings():
+            logger.warning(warning)
         if arguments.dry_run:
             print(config_file.dump(config), end="")
             return 0

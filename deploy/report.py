@@ -92,20 +92,19 @@ def timeline(path: Path, processes: Mapping[str, Iterable[Span]]) -> float:
     return 1.0 - float(np.mean(fractions)) if fractions else math.nan
 
 
-def columns(evaluations: list[tuple[int, Evaluation]]) -> list[tuple[int, Evaluation]]:
+def shown(evaluations: list[tuple[int, Evaluation]]) -> list[tuple[int, Evaluation]]:
     """Those that a table has room for: all, or the first and the last of many."""
     return [evaluations[0], evaluations[-1]] if len(evaluations) > 6 else evaluations
 
 
-def table(evaluations: list[tuple[int, Evaluation]]) -> str:
-    """The evaluations side by side: a row a metric, a column a step, NaN where an evaluation has no such metric."""
-    shown = columns(evaluations)
-    names = list(dict.fromkeys(name for _, result in shown for name in result.metrics))
-    heads = [f"step {step}" for step, _ in shown]
-    width = max(len(name) for name in names)
-    lines = [f"{'':{width}}  " + "  ".join(f"{head:>12}" for head in heads)]
+def table(columns: Mapping[str, Mapping[str, float]]) -> str:
+    """Metrics by the head of their column: a row a metric, NaN where a column has no such metric."""
+    names = list(dict.fromkeys(name for metrics in columns.values() for name in metrics))
+    width = max(map(len, names))
+    lines = [f"{'':{width}}  " + "  ".join(f"{head:>12}" for head in columns)]
     for name in names:
-        lines.append(f"{name:{width}}  " + "  ".join(f"{result.metrics.get(name, math.nan):12.5g}" for _, result in shown))
+        values = (f"{metrics.get(name, math.nan):12.5g}" for metrics in columns.values())
+        lines.append(f"{name:{width}}  " + "  ".join(values))
     return "\n".join(lines)
 
 

@@ -417,6 +417,18 @@ class Config(Section):
         exact = self.sampler.dtype == self.learner.dtype == "float32"
         return self.sampler.canary_tolerance or (0.005 if exact else 0.15)
 
+    def warnings(self) -> list[str]:
+        """What is allowed and hardly meant. A run may be shortened to have a look at it, so nothing here is an error."""
+        temperature, steps = self.learner.reward_temperature, self.learner.steps
+        # Supervised fine-tuning has no use for a temperature.
+        if temperature.horizon < steps or temperature.start == temperature.end or isinstance(self.loss, MLE):
+            return []
+        return [
+            f"learner.reward_temperature.horizon={temperature.horizon} with learner.steps={steps}: the last update has T = "
+            f"{temperature.at(steps - 1):.3g}, while evaluations take T at its end, {temperature.end:g}; lower horizon below "
+            "steps, or raise steps"
+        ]
+
     @model_validator(mode="after")
     def _the_loss_has_its_rewards(self) -> Config:
         if self.loss.kind in NEEDS_PREFIX_REWARDS and not self.task.reward.every_prefix:

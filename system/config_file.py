@@ -5,7 +5,6 @@ Every mistake becomes a ConfigError that names the field, the value and the fix.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,8 +15,6 @@ from pydantic import BaseModel, ValidationError
 
 from system.config import Config, ConfigError, Loss
 from system.task_config import Reward, Task
-
-logger = logging.getLogger(__name__)
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -148,8 +145,6 @@ def parse(tree: Any) -> Config:
 def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
     """Reads a YAML file, lays the overrides on it, and validates the result.
 
-    A reward temperature that does not reach its end is logged and not refused: a run may be shortened to have a look at it.
-
     Raises:
         ConfigError: the file is missing, not UTF-8 or not YAML, or a value is wrong.
     """
@@ -169,16 +164,7 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"config {str(path)!r} is a {type(tree).__name__}, but must be a mapping of sections")
-    config = parse(_merged(tree, parse_overrides(overrides)))
-    temperature, steps = config.learner.reward_temperature, config.learner.steps
-    # Supervised fine-tuning has no use for a temperature.
-    if temperature.horizon >= steps and temperature.start != temperature.end and config.loss.kind != "mle":
-        logger.warning(
-            "learner.reward_temperature.horizon=%d with learner.steps=%d: the last update has T = %.3g, while evaluations take "
-            "T at its end, %g; lower horizon below steps, or raise steps",
-            temperature.horizon, steps, temperature.at(steps - 1), temperature.end,
-        )  # fmt: skip
-    return config
+    return parse(_merged(tree, parse_overrides(overrides)))
 
 
 def dump(config: Config) -> str:

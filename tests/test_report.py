@@ -36,19 +36,17 @@ def test_the_summary_compares_prompt_by_prompt() -> None:
     assert figures["prompts_bound_rose"] == figures["prompts"] == 2
 
 
-def test_the_table_has_a_column_for_the_first_and_the_last_evaluation() -> None:
-    text = report.table([(0, sampled(100.0, -9.0)), (5, sampled(4.0, -5.0))])
-    assert text.splitlines()[0].split() == ["step", "0", "step", "5"]
-    assert ["posterior/spread", "100", "4"] in [line.split() for line in text.splitlines()]
+def test_the_table_has_a_column_for_each_evaluation_or_the_first_and_the_last_of_many() -> None:
+    few = [(step, sampled(4.0, -5.0)) for step in range(6)]
+    assert report.shown(few) == few
+    many = [*few, (9, sampled(1.0, -4.0))]
+    assert report.shown(many) == [many[0], many[-1]]
 
 
 def test_the_table_has_every_metric_of_every_column_and_says_where_there_is_none() -> None:
-    first, last = sampled(100.0, -9.0), sampled(4.0, -5.0)
-    first.metrics["task/distinct_answers"] = 2.0
-    last.metrics["task/bleu_4"] = 0.5
-    lines = [line.split() for line in report.table([(0, first), (5, last)]).splitlines()]
-    assert ["task/distinct_answers", "2", "nan"] in lines
-    assert ["task/bleu_4", "nan", "0.5"] in lines
+    text = report.table({"step 0": {"task/distinct_answers": 2.0}, "step 5": {"task/bleu_4": 0.5}})
+    lines = [line.split() for line in text.splitlines()]
+    assert lines == [["step", "0", "step", "5"], ["task/distinct_answers", "2", "nan"], ["task/bleu_4", "nan", "0.5"]]
 
 
 def test_a_prompt_keeps_its_place_in_the_plot_where_others_lost_their_samples(
