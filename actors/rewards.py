@@ -17,21 +17,9 @@ from system.function_process import FunctionProcess
 from system.functions import import_function
 from system.language_model import LanguageModel
 from system.prefix_tree import Packed, PrefixTree, rows_by_budget
+from system.reward_error import RewardError
 from system.task_config import FunctionReward, LMPosterior, ProductReward
 from system.trajectory import Prompt, Trajectory
-
-
-class RewardError(RuntimeError):
-    """A reward gave nothing that can be learned from for some of a group. The message has the first one's prompt and text."""
-
-    def __init__(self, faults: dict[int, str], log_reward_K: Sequence[np.ndarray]) -> None:
-        """`faults` says by a trajectory's index what is wrong with it; `log_reward_K` is good for the others."""
-        super().__init__(faults, log_reward_K)
-        self.faults, self.log_reward_K = faults, list(log_reward_K)
-
-    def __str__(self) -> str:
-        first, *others = self.faults.values()
-        return first + (f" (and {len(others)} more of this group)" if others else "")
 
 
 class Reward(Protocol):

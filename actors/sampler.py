@@ -25,6 +25,7 @@ from actors.settings import BLOCK, EngineSettings
 from system.adapters import Adapter, AdapterError
 from system.config import Config
 from system.constraints import Constraints
+from system.reward_error import RewardError
 from system.timeline import Timeline
 from system.tools import Tool
 from system.trajectory import Group, Prompt, Request, Trajectory
@@ -285,8 +286,6 @@ class Sampler:
 
     def _scored(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> tuple[Sequence[np.ndarray], dict[int, str]]:
         """(log R at every prefix, what is wrong with a trajectory that has none, by its index)."""
-        from actors.rewards import RewardError  # brings torch, which the driver, who reads this file, does without
-
         try:
             return self._reward.score(prompt, trajectories_K), {}
         # A border: tolerated on purpose; whoever asked for the group counts what it lacks.

@@ -28,6 +28,7 @@ from system import config_file  # noqa: E402
 from system.checkpoint import CheckpointError  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 from system.journal import TrackingError  # noqa: E402
+from system.reward_error import RewardError  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
@@ -318,7 +319,8 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(f"config error: {_plain(error)}", file=sys.stderr)
         return 2
-    except (CheckpointError, TrackingError) as error:
+    # A reward's error of a sample is counted; this one is of a demonstration.
+    except (CheckpointError, TrackingError, RewardError) as error:
         print(f"error: {_plain(error)}", file=sys.stderr)
         return 1
     print(json.dumps(summary))

@@ -234,3 +234,22 @@ def test_a_resume_from_a_damaged_checkpoint_is_refused_with_the_one_before(runne
     expected = f"error: checkpoint {run_dir}/checkpoints/step-00000010 is refused: damaged: state.json; step-00000005 is whole"
     assert expected in runner.logs()
     assert "--from-step 5" in runner.logs()
+
+
+def test_an_error_of_an_actor_ends_the_job_with_its_line_and_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ray.exceptions import RayTaskError
+
+    from deploy import job
+    from system.reward_error import RewardError
+
+    def run(_: job.Job) -> None:
+        error = RewardError({0: "prompt 'a', text 'b': log of zero"}, [])
+        raise RayTaskError("score", "Traceback (most recent call last): …", error).as_instanceof_cause()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(job.Job, "run", run)
+    monkeypatch.setattr(job.signal, "signal", lambda *_: None)
+    assert job.main([str(ROOT / "deploy/configs/random_number.yaml")]) == 1
+    assert capsys.readouterr().err == "error: prompt 'a', text 'b': log of zero\n"

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 
 from actors import rewards
 from actors.build import build_reward
-from actors.rewards import Checked, Function, Posterior, Product, RewardError
+from actors.rewards import Checked, Function, Posterior, Product
 from system import tasks
 from system.config import ConfigError
 from system.config_file import parse
 from system.functions import import_function
 from system.language_model import LanguageModel
 from system.prefix_tree import PrefixTree
+from system.reward_error import RewardError
 from system.tasks.problem import sampled
 from system.trajectory import Prompt, Trajectory
 from tests import faulty, tiny

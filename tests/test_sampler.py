@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from actors.rewards import RewardError
 from actors.sampler import EngineDied, Sampler
 from system.adapters import Adapter, AdapterError
 from system.config_file import parse
 from system.constraints import Constraints
+from system.reward_error import RewardError
 from system.trajectory import Behaviour, Prompt, Request, Trajectory
 from tests import lora
 

@@ -1,0 +1,22 @@
+"""What a reward raises for samples that it cannot score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class RewardError(RuntimeError):
+    """A reward gave nothing that can be learned from for some of a group. The message has the first one's prompt and text."""
+
+    def __init__(self, faults: dict[int, str], log_reward_K: Sequence[np.ndarray]) -> None:
+        """`faults` says by a trajectory's index what is wrong with it; `log_reward_K` is good for the others."""
+        super().__init__(faults, log_reward_K)
+        self.faults, self.log_reward_K = faults, list(log_reward_K)
+
+    def __str__(self) -> str:
+        first, *others = self.faults.values()
+        return first + (f" (and {len(others)} more of this group)" if others else "")
