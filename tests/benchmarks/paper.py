@@ -98,11 +98,11 @@ class Lab:
 
 
 def continuation(lab: Lab) -> Rows:
-    """The first 950 prompts are for training, and 8 of the last 50 for evaluation."""
+    """The first 950 prompts are for training, and 24 of the last 50 for evaluation."""
     prompts = f"task.prompts={lab.data / 'prompts/openwebtext_1000.txt'}"
     run = lab.train("gflownet", "continuation", prompts, "task.limit=950", *lab.overrides)
     methods = "ancestral,tempered,nucleus,beam,diverse_beam,best_of_n,smc"
-    return lab.baselines(run, prompts, "task.offset=950", "task.limit=8", methods=methods, samples=8)
+    return lab.baselines(run, prompts, "task.offset=950", "task.limit=24", methods=methods, samples=8)
 
 
 def constrained(lab: Lab) -> Rows:
