@@ -26,6 +26,7 @@ def build_reward(
         decode=lambda tokens: decode(tokenizer, tokens),
         token_budget=config.sampler.token_budget,
         min_tokens=problem.constraints.min_tokens,
+        evidences=problem.evidences,
     )
 
 

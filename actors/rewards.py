@@ -7,7 +7,8 @@ which has the log R of the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from system.functions import import_function
 from system.language_model import LanguageModel
 from system.prefix_tree import Packed, PrefixTree, rows_by_budget
 from system.reward_error import RewardError
+from system.task_config import Contrast as ContrastReward
 from system.task_config import FunctionReward, LMPosterior, ProductReward
 from system.trajectory import Prompt, Trajectory
 
@@ -84,6 +86,28 @@ class Posterior:
             for subtree, inner in self._parts(prompt, [trajectories_K[k] for k in members], suffix):
                 parts.append((subtree, [members[k] for k in inner]))
         return parts
+
+
+class Contrast:
+    """power * log of how much of p(Y' | X Z stop), over all evidences Y' that a prompt may have, is the prompt's own Y's."""
+
+    def __init__(self, posterior: Posterior, evidences: Mapping[str, Sequence[tuple[int, ...]]], power: float = 1.0) -> None:
+        """`evidences` has, by a prompt's id, its own and those of the other labels."""
+        self.posterior, self.evidences, self.power = posterior, evidences, power
+
+    @property
+    def tokens_forwarded(self) -> int:
+        return self.posterior.tokens_forwarded
+
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+        others = [evidence for evidence in self.evidences[prompt.id] if evidence != prompt.evidence_tokens]
+        prompts = [prompt, *(replace(prompt, evidence_tokens=evidence) for evidence in others)]
+        # p(Z stop | X) is in each of them and cancels.
+        log_joint_EK = [self.posterior.score(one, trajectories_K) for one in prompts]
+        return [
+            self.power * (own_T - np.logaddexp.reduce((own_T, *others_ET)))
+            for own_T, *others_ET in zip(*log_joint_EK, strict=True)
+        ]
 
 
 class Function:
@@ -222,7 +246,7 @@ def _learnable(trajectory: Trajectory, log_reward_T: np.ndarray) -> bool:
 
 def needs_language_model(section: LMPosterior | FunctionReward | ProductReward) -> bool:
     factors = section.of if isinstance(section, ProductReward) else (section,)
-    return any(isinstance(factor, LMPosterior) for factor in factors)
+    return any(isinstance(factor, (LMPosterior, ContrastReward)) for factor in factors)
 
 
 def build(
@@ -233,21 +257,23 @@ def build(
     decode: Callable[[list[int]], str],
     token_budget: int,
     min_tokens: int = 0,
+    evidences: Mapping[str, Sequence[tuple[int, ...]]] | None = None,
 ) -> Reward:
     """The reward of a config section `task.reward`; `model` may be None where `needs_language_model` says so.
 
-    `min_tokens` is the fewest actions after which a sample can stop.
+    `min_tokens` is the fewest actions after which a sample can stop, `evidences` what a contrast is over, by a prompt's id.
 
     Raises:
         ConfigError: a function cannot be imported.
     """
 
-    def one(factor: LMPosterior | FunctionReward) -> Reward:
+    def one(factor: LMPosterior | FunctionReward | ContrastReward) -> Reward:
         if isinstance(factor, FunctionReward):
             return Function(_function(factor), decode, factor.beta, factor.every_prefix, min_tokens)
         if model is None:
-            raise ValueError("an lm_posterior reward needs the frozen model")
-        return Posterior(model, stop, token_budget, factor.every_prefix)
+            raise ValueError(f"a reward of kind {factor.kind} needs the frozen model")
+        posterior = Posterior(model, stop, token_budget, factor.every_prefix)
+        return Contrast(posterior, evidences or {}, factor.power) if isinstance(factor, ContrastReward) else posterior
 
     if isinstance(section, ProductReward):
         return Checked(Product([one(factor) for factor in section.of]), decode)

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from system.section import ConfigError, Section
-from system.task_config import Task
+from system.task_config import ProductReward, Task
 
 NAME = r"^[A-Za-z0-9][\w.-]*$"
 NEEDS_PREFIX_REWARDS = ("db", "subtb", "tb")
@@ -436,6 +436,16 @@ class Config(Section):
                 f"loss.kind={self.loss.kind} compares states inside a trajectory, but task.reward.kind="
                 f"{self.task.reward.kind} gives a reward at the end alone; use loss.kind=vargrad or pooled, "
                 "or a reward with every_prefix=true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_contrast_has_labels(self) -> Config:
+        contrasts = isinstance(self.task.reward, ProductReward) and self.task.reward.contrasts
+        if contrasts and getattr(self.task, "stage", None) != "reason":
+            raise ValueError(
+                f"task.reward has kind=contrast, which compares labels as evidence, but task.kind={self.task.kind} has none; "
+                "use it with kind=subjectivity and stage=reason"
             )
         return self
 

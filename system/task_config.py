@@ -35,15 +35,29 @@ class FunctionReward(Section):
     null: in the sampler's process and without a limit, for a function that is known to end."""
 
 
+class Contrast(Section):
+    """(p(Y | X Z stop) / Σ p(Y' | X Z stop))^power, over the evidence Y and those of the task's other labels: how well Z tells
+    the label. Beside `lm_posterior` it sharpens a likelihood that is too soft for the label to matter to Z."""
+
+    kind: Literal["contrast"] = "contrast"
+    power: float = Field(default=1.0, gt=0)
+    every_prefix: bool = True
+    """As of `lm_posterior`."""
+
+
 class ProductReward(Section):
     """The product of rewards: their logs add up. With `lm_posterior` and a verifier: p(Z | X) exp(r / beta)."""
 
     kind: Literal["product"] = "product"
-    of: tuple[Annotated[LMPosterior | FunctionReward, Field(discriminator="kind")], ...] = Field(min_length=2)
+    of: tuple[Annotated[LMPosterior | FunctionReward | Contrast, Field(discriminator="kind")], ...] = Field(min_length=2)
 
     @property
     def every_prefix(self) -> bool:
         return all(factor.every_prefix for factor in self.of)
+
+    @property
+    def contrasts(self) -> bool:
+        return any(isinstance(factor, Contrast) for factor in self.of)
 
 
 Reward = Annotated[LMPosterior | FunctionReward | ProductReward, Field(discriminator="kind")]

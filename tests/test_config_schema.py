@@ -54,13 +54,16 @@ def fields(section: dict[str, Any], tree: dict[str, Any], path: tuple[str, ...])
         for branch in branches(schema):
             if "properties" in branch:
                 yield from fields(branch, placed(tree, at, smallest(branch)), at)
+            for entry in branches(branch.get("items", {})):
+                if "properties" in entry:
+                    yield from fields(entry, placed(tree, at, [smallest(entry)] * 2), (*at, "0"))
 
 
 def placed(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
     tree = copy.deepcopy(tree)
-    node = tree
+    node: Any = tree
     for name in path[:-1]:
-        node = node.setdefault(name, {})
+        node = node[int(name)] if isinstance(node, list) else node.setdefault(name, {})
     node[path[-1]] = value
     return tree
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from actors import rewards
 from actors.build import build_reward
-from actors.rewards import Checked, Function, Posterior, Product
+from actors.rewards import Checked, Contrast, Function, Posterior, Product
 from system import tasks
 from system.config import ConfigError
 from system.config_file import parse
@@ -119,6 +119,18 @@ def test_rewards_at_the_ends_alone_are_the_same_there_and_cost_fewer_tokens(mode
         assert np.isfinite(found[0]).tolist() == [True, False, True, False, True]
         nodes, ends = len(PrefixTree.of(trajectories())), len({tuple(z) for z in SAMPLES})
         assert reward.tokens_forwarded == len(EVIDENCE.reward_tokens) + nodes - 1 + ends * 3
+
+
+def test_a_contrast_is_the_share_of_the_own_evidence_at_every_prefix(model: PreTrainedModel) -> None:
+    others = [(34, 35), (36, 32, 33, 37)]
+    evidences = {EVIDENCE.id: ((31, 32, 33), *others)}
+    contrast = Contrast(Posterior(LanguageModel(model), (2,)), evidences, power=3.0)
+    own, *rest = [one_at_a_time(model, replace(EVIDENCE, evidence_tokens=y), (2,)) for y in evidences[EVIDENCE.id]]
+    total = [np.log(np.exp(a) + np.exp(b) + np.exp(c)) for a, b, c in zip(own, *rest, strict=True)]
+    assert_same(contrast.score(EVIDENCE, trajectories()), [3.0 * (a - t) for a, t in zip(own, total, strict=True)], 1e-3)
+    # Asked about another label, as in a vote, it is over the same evidences.
+    asked = contrast.score(replace(EVIDENCE, evidence_tokens=others[0]), trajectories())
+    assert_same(asked, [3.0 * (b - t) for b, t in zip(rest[0], total, strict=True)], 1e-3)
 
 
 def test_nothing_stops_inside_a_tools_output(model: PreTrainedModel) -> None:
@@ -371,6 +383,8 @@ def test_only_rewards_with_a_posterior_need_the_model() -> None:
     function = {"kind": "function", "path": "a:b"}
     assert rewards.needs_language_model(section(kind="lm_posterior"))
     assert rewards.needs_language_model(section(kind="product", of=[function, {"kind": "lm_posterior"}]))
+    contrast = {"kind": "product", "of": [function, {"kind": "contrast"}]}
+    assert rewards.needs_language_model(parse({"task": {"kind": "subjectivity", "reward": contrast}}).task.reward)
     assert not rewards.needs_language_model(section(**function))
     assert not rewards.needs_language_model(section(kind="product", of=[function, function]))
     with pytest.raises(ValueError, match="needs the frozen model"):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from actors.build import build_reward
 from actors.rewards import Posterior
 from learner.learner import Learner
 from system import demonstrations, evaluation, tasks
@@ -337,6 +338,19 @@ def test_an_evaluation_lets_each_sample_vote_for_the_label_that_the_frozen_model
     assert result.metrics["task/accuracy"] == pytest.approx(np.mean(right))
     assert result.metrics["task/sample_accuracy"] == pytest.approx(np.mean(shares))
     assert result.metrics["task/votes_agree"] == pytest.approx(np.mean(agreement))
+
+
+def test_a_contrast_sharpens_the_likelihood_among_the_labels_of_the_task(folder: Path, tmp_path: Path) -> None:
+    factors = [{"kind": "lm_posterior"}, {"kind": "contrast", "power": 2.0}]
+    cfg, tokenizer, problem = built(folder, section(tmp_path, reward={"kind": "product", "of": factors}))
+    model = load_pretrained(folder, torch.float32, torch.device("cpu"))
+    reward = build_reward(cfg, problem, tokenizer, LanguageModel(model))
+    for prompt in problem.prompts:
+        [log_reward_T] = reward.score(prompt, [sampled([7, 8])])
+        context = [*prompt.reward_tokens, 7, 8]
+        own, other = (log_prob(model, context, [*problem.reward_stop, *y]) for y in problem.evidences[prompt.id])
+        path = log_prob(model, prompt.reward_tokens, [7, 8])
+        assert log_reward_T[-1] == pytest.approx(path + own + 2.0 * (own - np.logaddexp(own, other)), abs=1e-3)
 
 
 def test_a_verdict_of_texts_and_a_vote_come_together(tmp_path: Path, folder: Path) -> None:

@@ -43,12 +43,17 @@ class Problem:
     function of a module, since it travels between processes. Evaluations log the means over prompts as task/…."""
 
     @property
+    def evidences(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Prompt id -> its own evidence, empty where it has none, and the alternatives."""
+        return {p.id: (p.evidence_tokens or (), *self.alternatives.get(p.id, ())) for p in self.prompts}
+
+    @property
     def lengths(self) -> dict[str, int]:
         """Prompt id -> tokens of the longest context that a model has to hold besides Z."""
+        evidences = self.evidences
 
         def scored(prompt: Prompt) -> int:
-            evidences = (prompt.evidence_tokens or (), *self.alternatives.get(prompt.id, ()))
-            return len(prompt.reward_tokens) + len(self.reward_stop) + max(map(len, evidences))
+            return len(prompt.reward_tokens) + len(self.reward_stop) + max(map(len, evidences[prompt.id]))
 
         return {prompt.id: max(len(prompt.policy_tokens), scored(prompt)) for prompt in self.prompts}
 
