@@ -6,8 +6,9 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import pytest
 from mlflow import MlflowClient
@@ -28,15 +29,30 @@ def test_every_combination_is_a_run() -> None:
     ]
 
 
-def test_commas_inside_brackets_are_part_of_a_value() -> None:
-    values = ["loss={kind: subtb, decay: 0.9}", "loss={kind: pooled}"]
-    assert list(sweep.combinations(["loss={kind: subtb, decay: 0.9},{kind: pooled}"])) == [[value] for value in values]
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["{kind: subtb, decay: 0.9}", "{kind: pooled}"],
+        ["[0.9, 0.99]", "[0.8, 0.9]"],
+        ["'Once, {before}'", '"Then, {before}"'],
+        ["null", "1e-3", "C:/models/a b", "http://127.0.0.1:5000", "tests.faulty:slow"],
+    ],
+)
+def test_commas_inside_brackets_and_quotes_are_part_of_a_value(values: list[str]) -> None:
+    assert list(sweep.combinations(["key=" + ",".join(values)])) == [[f"key={value}"] for value in values]
+    assert list(sweep.combinations(["key=" + ", ".join(values)])) == [[f"key={value}"] for value in values]
 
 
 @pytest.mark.parametrize("text", ["seed", "=1,2", "seed="])
 def test_what_is_no_axis_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ConfigError, match="such as --over seed=0,1,2"):
         list(sweep.combinations([text]))
+
+
+@pytest.mark.parametrize("values", ["0,,1", "[1,2", "a],[b", "'open"])
+def test_values_that_are_no_list_are_refused(values: str) -> None:
+    with pytest.raises(ConfigError, match="the values are no YAML list; put a text in quotes"):
+        list(sweep.combinations([f"key={values}"]))
 
 
 def test_a_wrong_value_is_refused_before_the_first_run_starts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,11 +65,11 @@ def test_each_run_is_a_job_under_one_sweep_and_a_failure_is_named_at_the_end(
 ) -> None:
     commands: list[list[str]] = []
 
-    def job(arguments: list[str]) -> int:
+    def run(_: sweep.Jobs, arguments: list[str]) -> bool:
         commands.append(arguments)
-        return int("seed=1" in arguments)
+        return "seed=1" not in arguments
 
-    monkeypatch.setattr(sweep, "run_job", job)
+    monkeypatch.setattr(sweep.Jobs, "run", run)
     config = str(ROOT / "deploy/configs/random_number.yaml")
     assert sweep.main([config, "learner.steps=10", "--over", "seed=0,1,2"]) == 1
     assert [command[:3] for command in commands] == [[config, "learner.steps=10", f"seed={seed}"] for seed in range(3)]
@@ -62,12 +78,65 @@ def test_each_run_is_a_job_under_one_sweep_and_a_failure_is_named_at_the_end(
     assert capsys.readouterr().err.splitlines()[-1].endswith("failed: seed=1")
 
 
+class Process:
+    """In place of Popen: a job that ends with a status, after it was interrupted or before."""
+
+    status = 0
+    interrupted: Callable[[], None] | None = None
+    started: ClassVar[list[Process]] = []
+
+    def __init__(self, _command: list[str]) -> None:
+        self.signals: list[int] = []
+        self.started.append(self)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def send_signal(self, number: int) -> None:
+        self.signals.append(number)
+
+    def wait(self) -> int:
+        if self.interrupted:
+            self.interrupted()
+        return self.status
+
+
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch) -> type[Process]:
+    kind = type("Process", (Process,), {"started": []})
+    monkeypatch.setattr(sweep.subprocess, "Popen", kind)
+    return kind
+
+
+SWEEP = [str(ROOT / "deploy/configs/random_number.yaml"), "--over", "seed=0,1"]
+
+
 @pytest.mark.parametrize("status", [sweep.STOPPED, -signal.SIGTERM])
-def test_a_stopped_run_ends_the_sweep(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-    monkeypatch.setattr(sweep, "run_job", lambda arguments: calls.append(arguments) or status)
-    assert sweep.main([str(ROOT / "deploy/configs/random_number.yaml"), "--over", "seed=0,1"]) == sweep.STOPPED
-    assert len(calls) == 1
+def test_a_stopped_run_ends_the_sweep(status: int, process: type[Process]) -> None:
+    process.status = status
+    assert sweep.main(SWEEP) == sweep.STOPPED
+    assert len(process.started) == 1
+
+
+@pytest.mark.parametrize("number", sweep.SIGNALS)
+def test_a_signal_goes_to_the_job_and_ends_the_sweep_even_if_the_job_was_just_done(number: int, process: type[Process]) -> None:
+    handlers = [signal.getsignal(each) for each in sweep.SIGNALS]
+    process.interrupted = staticmethod(lambda: signal.raise_signal(number))
+    assert sweep.main(SWEEP) == sweep.STOPPED
+    [job] = process.started
+    assert job.signals == [number]
+    assert [signal.getsignal(each) for each in sweep.SIGNALS] == handlers
+
+
+def test_a_signal_between_two_jobs_stops_the_next_one_at_once(process: type[Process]) -> None:
+    jobs = sweep.Jobs()
+    with jobs.hearing():
+        assert jobs.run([]) is True
+        signal.raise_signal(signal.SIGTERM)
+        assert jobs.run([]) is None
+    assert process.started[1].signals == [signal.SIGTERM]
 
 
 @pytest.mark.chaos
