@@ -31,8 +31,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def combinations(over: Sequence[str]) -> Iterator[list[str]]:
-    """Overrides of each run. Values are entries of a YAML list: one with commas of its own stands in brackets, braces or quotes,
-    as in `learner.betas=[0.9,0.99],[0.8,0.9]`.
+    """Overrides of each run. Values are entries of a YAML list: one with commas of its own stands in brackets, braces or
+    quotes, as in `learner.betas=[0.9,0.99],[0.8,0.9]`.
 
     Raises:
         ConfigError: not of the form `key=value,value`, or the values are no such entries.

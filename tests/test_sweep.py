@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -82,7 +81,7 @@ class Process:
     """In place of Popen: a job that ends with a status, after it was interrupted or before."""
 
     status = 0
-    interrupted: Callable[[], None] | None = None
+    interrupted_by: int | None = None
     started: ClassVar[list[Process]] = []
 
     def __init__(self, _command: list[str]) -> None:
@@ -98,8 +97,8 @@ class Process:
         self.signals.append(number)
 
     def wait(self) -> int:
-        if self.interrupted:
-            self.interrupted()
+        if self.interrupted_by:
+            signal.raise_signal(self.interrupted_by)
         return self.status
 
 
@@ -123,7 +122,7 @@ def test_a_stopped_run_ends_the_sweep(status: int, process: type[Process]) -> No
 @pytest.mark.parametrize("number", sweep.SIGNALS)
 def test_a_signal_goes_to_the_job_and_ends_the_sweep_even_if_the_job_was_just_done(number: int, process: type[Process]) -> None:
     handlers = [signal.getsignal(each) for each in sweep.SIGNALS]
-    process.interrupted = staticmethod(lambda: signal.raise_signal(number))
+    process.interrupted_by = number
     assert sweep.main(SWEEP) == sweep.STOPPED
     [job] = process.started
     assert job.signals == [number]
