@@ -17,7 +17,7 @@ from system.tracking import Tracker, system_metrics
 logger = logging.getLogger(__name__)
 
 SPANS = 200_000
-"""Spans of one process that a timeline holds; of a longer run it has the end."""
+"""Spans of all processes that a timeline holds; of a longer run it has the end. About 400 bytes each."""
 LAST_SECONDS = 5.0
 """Longest wait for an actor's last spans."""
 
@@ -34,7 +34,8 @@ class Observer:
         self._actors, self._tracker, self._seconds = actors, tracker, seconds
         self._pending: dict[tuple[str, str], Any] = {}
         self._asked = 0.0
-        self._spans: dict[str, deque[Span]] = {}
+        self._spans: deque[tuple[str, Span]] = deque(maxlen=SPANS)
+        """With the process that each is of."""
         self.sampler_idle: dict[str, float] = {}
         """Sampler -> share of the time since its start in which it neither drew nor installed."""
 
@@ -75,7 +76,7 @@ class Observer:
         return {name: actor for actors in self._actors for name, actor in actors.named().items()}
 
     def keep(self, name: str, spans: Sequence[Span]) -> None:
-        self._spans.setdefault(name, deque(maxlen=SPANS)).extend(spans)
+        self._spans.extend((name, span) for span in spans)
 
     def all_spans(self) -> Mapping[str, Sequence[Span]]:
         """Process -> what it did, the last that it did included."""
@@ -88,4 +89,7 @@ class Observer:
             except RayError as error:
                 logger.warning("the timeline lacks the last spans of %s: %s", name, error)
         self._pending = {}
-        return self._spans
+        by_process: dict[str, list[Span]] = {}
+        for name, span in self._spans:
+            by_process.setdefault(name, []).append(span)
+        return by_process

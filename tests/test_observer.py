@@ -60,3 +60,13 @@ def test_no_span_is_lost_between_two_looks_or_before_the_end() -> None:
     starts = [span.start for span in observer.all_spans()["sampler-0"]]
     assert len(starts) > 2
     assert starts == list(range(1, len(starts) + 1))
+
+
+def test_of_a_long_run_the_last_spans_of_all_processes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.observer.SPANS", 6)
+    observer = Observer((), FakeTracker(), seconds=0.0)  # type: ignore[arg-type]
+    for at in range(5):
+        for name in ("driver", "learner"):
+            observer.keep(name, [Span("work", "loop", at, at + 1)])
+    kept = {name: [span.start for span in spans] for name, spans in observer.all_spans().items()}
+    assert kept == {"driver": [2, 3, 4], "learner": [2, 3, 4]}
