@@ -112,10 +112,6 @@ def test_a_process_of_its_own_takes_all_cores_and_fills_the_engine(monkeypatch: 
     assert alone(wide, samples=8).actors.threads == cores + 3
     monkeypatch.setenv("OMP_NUM_THREADS", "1,2")
     assert alone(cfg, samples=8).actors.threads == 1
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    # Of a container that may use half of a core's time on a machine with many.
-    monkeypatch.setattr("joblib.cpu_count", lambda: 1)
-    assert alone(cfg, samples=8).learner.threads == 1
 
 
 def test_the_command_compares_the_base_with_the_adapter_on_other_data(
