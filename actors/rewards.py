@@ -19,8 +19,7 @@ from system.functions import import_function
 from system.language_model import LanguageModel
 from system.prefix_tree import Packed, PrefixTree, rows_by_budget
 from system.reward_error import RewardError
-from system.task_config import Contrast as ContrastReward
-from system.task_config import FunctionReward, LMPosterior, ProductReward
+from system.task_config import ContrastReward, FunctionReward, LMPosterior, ProductReward
 from system.trajectory import Prompt, Trajectory
 
 

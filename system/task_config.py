@@ -35,7 +35,7 @@ class FunctionReward(Section):
     null: in the sampler's process and without a limit, for a function that is known to end."""
 
 
-class Contrast(Section):
+class ContrastReward(Section):
     """(p(Y | X Z stop) / Σ p(Y' | X Z stop))^power, over the evidence Y and those of the task's other labels: how well Z tells
     the label. Beside `lm_posterior` it sharpens a likelihood that is too soft for the label to matter to Z."""
 
@@ -49,7 +49,7 @@ class ProductReward(Section):
     """The product of rewards: their logs add up. With `lm_posterior` and a verifier: p(Z | X) exp(r / beta)."""
 
     kind: Literal["product"] = "product"
-    of: tuple[Annotated[LMPosterior | FunctionReward | Contrast, Field(discriminator="kind")], ...] = Field(min_length=2)
+    of: tuple[Annotated[LMPosterior | FunctionReward | ContrastReward, Field(discriminator="kind")], ...] = Field(min_length=2)
 
     @property
     def every_prefix(self) -> bool:
@@ -57,7 +57,7 @@ class ProductReward(Section):
 
     @property
     def contrasts(self) -> bool:
-        return any(isinstance(factor, Contrast) for factor in self.of)
+        return any(isinstance(factor, ContrastReward) for factor in self.of)
 
 
 Reward = Annotated[LMPosterior | FunctionReward | ProductReward, Field(discriminator="kind")]
