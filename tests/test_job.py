@@ -146,7 +146,8 @@ class TwoNodes:
 
     def _node(self, *flags: str) -> subprocess.Popen[bytes]:
         log = (self.folder / f"node-{int('--head' not in flags)}.txt").open("w")
-        command = ["ray", "start", "--block", *flags]
+        # A free port for the agent: its default is taken where another test's Ray runs, and it takes no jobs then.
+        command = ["ray", "start", "--block", "--dashboard-agent-listen-port=0", *flags]
         return subprocess.Popen(command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
     def job(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
