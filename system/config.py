@@ -442,10 +442,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _a_contrast_has_labels(self) -> Config:
         contrasts = isinstance(self.task.reward, ProductReward) and self.task.reward.contrasts
-        if contrasts and getattr(self.task, "stage", None) != "reason":
+        if contrasts and (stage := getattr(self.task, "stage", None)) != "reason":
+            without = f"task.stage={stage}" if stage else f"task.kind={self.task.kind}"
             raise ValueError(
-                f"task.reward has kind=contrast, which compares labels as evidence, but task.kind={self.task.kind} has none; "
-                "use it with kind=subjectivity and stage=reason"
+                f"task.reward has kind=contrast, which compares labels as evidence, but {without} has none; use it with "
+                "kind=subjectivity and stage=reason"
             )
         return self
 
