@@ -3,7 +3,8 @@
 Reads the folders of runs (summary.json, heldout.json) and of `deploy/baselines.py` (baselines.json); no server is needed. A
 row is a run or a method: at the end of training, and on held-out prompts where `deploy/evaluate.py` was run, the base model
 beside it. Runs that differ in nothing but the seed, evaluated in the same way, are one row: their mean, with the least and the
-largest. `--mlflow` asks the tracking server and prints the address of its compare view with all of them.
+largest. `--mlflow` prints the addresses, at the tracking server, of the compare view with all of them and of views of their
+experiments, which it saves there: the columns that say how near to the posterior runs are, and how fast.
 """
 
 from __future__ import annotations
@@ -200,14 +201,14 @@ def plots(folder: Path, table: Sequence[Row], metrics: Sequence[str]) -> list[Pa
     return written
 
 
-def compare_views(folders: Sequence[Path]) -> dict[str, str]:
-    """Tracking URI -> address of MLflow's compare view of the runs that are there, those of baselines included.
+def mlflow_views(folders: Sequence[Path]) -> dict[str, dict[str, str]]:
+    """Tracking URI -> addresses of views in MLflow with the runs that are there, those of baselines included.
 
     Raises:
         ConfigError: a folder has no run at MLflow.
         TrackingError: a server does not know a run, or cannot be reached.
     """
-    from system.mlflow_run import compare_view
+    from system.mlflow_views import save_views
 
     set_environment()
     runs: dict[str, list[str]] = {}
@@ -221,7 +222,7 @@ def compare_views(folders: Sequence[Path]) -> dict[str, str]:
                     f"{path.parent} has not reached {state.uri}; python -m system.tracking {path.parent} sends it"
                 )
             runs.setdefault(state.uri, []).append(state.run_id)
-    return {uri: compare_view(uri, run_ids) for uri, run_ids in runs.items()}
+    return {uri: save_views(uri, run_ids) for uri, run_ids in runs.items()}
 
 
 def main(argv: list[str]) -> int:
@@ -229,22 +230,24 @@ def main(argv: list[str]) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or of baselines, or its name under runs/")
     parser.add_argument("--metric", action="append", default=[], help="a column; may be given several times")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="writes PNG files there")
-    parser.add_argument("--mlflow", action="store_true", help="prints the address of MLflow's compare view")
+    parser.add_argument(
+        "--mlflow", action="store_true", help="prints addresses of views in MLflow, and saves those views there"
+    )
     arguments = parser.parse_args(argv)
     try:
         folders = [find_run(name) for name in arguments.runs]
         table = rows([entry for folder in folders for entry in read(folder)])
         metrics = metrics_of(table, arguments.metric)
-        views = compare_views(folders) if arguments.mlflow else {}
+        views = mlflow_views(folders) if arguments.mlflow else {}
     except (ConfigError, TrackingError) as error:
         print(f"config error: {error}", file=sys.stderr)
         return 2
     print(markdown(table, metrics))
     for path in plots(arguments.plots, table, metrics) if arguments.plots else []:
         print(path, file=sys.stderr)
-    for uri, address in views.items():
+    for uri, addresses in views.items():
         start = f" (mlflow ui --backend-store-uri {uri} --host 127.0.0.1)" if uri.startswith("sqlite:") else ""
-        print(f"in MLflow{start}: {address}", file=sys.stderr)
+        print(f"in MLflow{start}:", *(f"  {name}: {address}" for name, address in addresses.items()), sep="\n", file=sys.stderr)
     return 0
 
 

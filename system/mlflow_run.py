@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlsplit
 
 from system.journal import BATCH, Entry, State, TrackingError, first_line
 
@@ -21,7 +21,6 @@ _KEY_TAG = "headwater.journal"
 _SWEEP_TAG, _PARENT_TAG = "headwater.sweep", "mlflow.parentRunId"  # of a parent run, and of its children
 _TABLES_TAG = "mlflow.loggedArtifacts"  # the MLflow UI shows the files listed here as tables
 _BATCH_LIMIT = {"metrics": BATCH, "params": 100, "tags": 100}
-_LOCAL_UI = "http://127.0.0.1:5000"
 _NAME_LIMIT, _PARAM_LIMIT, _TAG_LIMIT = 250, 6000, 8000
 
 
@@ -46,24 +45,6 @@ def _passing(error: BaseException | None) -> bool:
     if isinstance(error, RequestException):
         return error.response is None or error.response.status_code in (429, 502, 503, 504)
     return error is not None and _passing(error.__cause__ or error.__context__)
-
-
-def compare_view(uri: str, run_ids: Sequence[str]) -> str:
-    """Address of the compare view with these runs: at the server, or of a database file where `mlflow ui` serves it.
-
-    Raises:
-        TrackingError: MLflow does not know a run, or cannot be reached.
-    """
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    client = MlflowClient(tracking_uri=uri)
-    try:
-        experiments = list(dict.fromkeys(client.get_run(run_id).info.experiment_id for run_id in run_ids))
-    except MlflowException as error:
-        raise TrackingError(f"{uri}: {first_line(error)}") from error
-    query = urlencode({"runs": json.dumps(list(run_ids)), "experiments": json.dumps(experiments)}, quote_via=quote)
-    return f"{_LOCAL_UI if uri.startswith('sqlite:') else uri}/#/compare-runs?{query}"
 
 
 class MlflowRun:

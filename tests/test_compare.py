@@ -187,20 +187,30 @@ def test_each_method_is_measured_and_the_adapter_beside_it(tiny_config: Config, 
     content = json.loads(samples.read_text())
     assert len(content["data"]) == 2 * 8
     assert {"prompt", "text", "log_reward", "log_weight"} <= set(content["columns"])
-    [(uri, address)] = compare.compare_views([folder]).items()
+    [(uri, addresses)] = compare.mlflow_views([folder]).items()
+    address = addresses["compare"]
     assert uri.startswith("sqlite:") and address.startswith("http://127.0.0.1:5000/#/compare-runs?runs=")
     client = MlflowClient(uri)
     run_ids = json.loads(parse_qs(address.partition("?")[2])["runs"][0])
     assert {client.get_run(run_id).info.run_name for run_id in run_ids} == {f"told-{name}" for name in [*methods, "gflownet"]}
+    saved = client.get_experiment_by_name("headwater").tags
+    for name in ("headwater-posterior", "headwater-speed"):
+        assert addresses[f"headwater: {name}"].endswith(f"/runs?viewStateShareKey={name}")
+        view = json.loads(saved[f"mlflow.sharedViewState.{name}"])
+        assert view["name"] == name and "params.`seed`" in json.loads(view["state"])["selectedColumns"]
+    experiment = client.get_experiment_by_name("headwater").experiment_id
+    client.set_experiment_tag(experiment, "mlflow.sharedViewState.headwater-speed", "as a user changed it")
+    assert compare.mlflow_views([folder]) == {uri: addresses}
+    assert client.get_experiment(experiment).tags["mlflow.sharedViewState.headwater-speed"] == "as a user changed it"
 
 
 def test_a_run_that_never_reached_mlflow_is_named_with_what_sends_it(tmp_path: Path) -> None:
     folder = run(tmp_path, "one", 0, -10.0)
     with pytest.raises(ConfigError, match=r"no tracking\.json"):
-        compare.compare_views([folder])
+        compare.mlflow_views([folder])
     State("http://127.0.0.1:1", "headwater", "one").save(folder / "tracking.json")
     with pytest.raises(ConfigError, match=r"has not reached http://127\.0\.0\.1:1; python -m system\.tracking"):
-        compare.compare_views([folder])
+        compare.mlflow_views([folder])
 
 
 def test_a_method_that_is_not_there_is_named(tiny_config: Config) -> None:

@@ -140,7 +140,7 @@ def test_a_bad_value_is_refused_by_field_value_and_fix(field: str, value: Any, f
         ({"task": NUMBER | {"reward": FUNCTION | {"path": "a.b"}}}, ["task.reward.path='a.b'", "pattern"]),
         ({"task": NUMBER | {"reward": {"kind": "product", "of": [FUNCTION]}}}, ["task.reward.of=", "at least 2 items"]),
         ({"task": NUMBER | {"reward": CONTRAST}}, ["kind=contrast", "task.kind=random_number has none", "stage=reason"]),
-        ({"task": {"kind": "subjectivity", "stage": "label", "reward": CONTRAST}}, ["kind=contrast", "task.stage=label has none"]),
+        ({"task": {"kind": "subjectivity", "stage": "label", "reward": CONTRAST}}, ["task.stage=label has none"]),
         (with_field("learner.reward_temperature.start", 2.0), ["learner.reward_temperature: start=2", "set horizon"]),
         (with_field("learner.steps", True), ["learner: steps=True", "truth value", "give a number"]),
         (with_field("loss.decay", 0.5), ["loss.kind: must be set, to one of pooled, vargrad", "subtb, grpo, ppo, rloo, mle"]),

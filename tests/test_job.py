@@ -22,6 +22,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from system.config import Model
+from system.mlflow_views import VIEWS
 from system.models import locate
 from tests import tiny
 
@@ -61,6 +62,8 @@ def test_the_main_job_runs_on_the_packaged_model_and_leaves_everything_in_mlflow
     assert len(client.get_metric_history(run.info.run_id, "loss")) == 8
     wanted = {"log_z", "spread", "ess", "log_q_stop", "staleness", "length/mean", "seconds/update", "exact/kl_target_q"}
     assert wanted <= run.data.metrics.keys()
+    speed = VIEWS["headwater-speed"]
+    assert set(speed["metrics"]) <= run.data.metrics.keys() and set(speed["params"]) <= run.data.params.keys()
     assert any(name.startswith("system/") for name in run.data.metrics)
     artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"adapter", "plots", "config.yaml", "summary.json", "tables", "timeline.json"} <= artifacts
