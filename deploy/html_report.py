@@ -50,8 +50,10 @@ MEANING = {
 
 @dataclass
 class Metrics:
-    """What the journal of a run says, by name: the last value of each step, since a resumed run repeats some."""
+    """What the journal of a run says. Of a run that was resumed from an earlier step, what it said of later ones is gone."""
 
+    step: int = 0
+    """Updates done."""
     series: dict[str, dict[int, float]] = field(default_factory=dict)
     started: int = 0
     """Milliseconds since 1970."""
@@ -64,11 +66,20 @@ class Metrics:
             result.started = result.started or entry.get("time", 0)
             result.status = entry.get("status", result.status)
             if entry["kind"] == "metrics":
+                if "loss" in entry["values"]:
+                    result._go_to(entry["step"])
                 for name, value in entry["values"].items():
                     result.series.setdefault(name, {})[entry["step"]] = value
         for name, points in result.series.items():
             result.series[name] = dict(sorted(points.items()))
         return result
+
+    def _go_to(self, step: int) -> None:
+        """The update that the run does next."""
+        if step <= self.step:
+            for name, points in self.series.items():
+                self.series[name] = {at: value for at, value in points.items() if at < step}
+        self.step = step
 
     def lines(self, names: dict[str, str]) -> dict[str, dict[int, float]]:
         """Those of these metrics that the run has, by their labels."""
@@ -171,11 +182,14 @@ def number(value: Any) -> str:
 def context(run_dir: Path, config: Config) -> dict[str, Any]:
     """All that the template shows."""
     metrics = Metrics.read(run_dir / "journal.jsonl")
-    evaluations = evaluation.read(run_dir / "evaluations")
+    evaluations = [(at, result) for at, result in evaluation.read(run_dir / "evaluations") if at <= metrics.step]
     contexts = {str(row["id"]): row["text"] for row in _table(run_dir / "datasets" / f"{config.task.kind}.json")}
-    tables = sorted((run_dir / "tables" / "samples").glob("*.json"))
+    tables = [path for path in sorted((run_dir / "tables" / "samples").glob("*.json")) if int(path.stem) <= metrics.step]
     drawn = _table(tables[-1]) if tables else []
     summary = _json(run_dir / "summary.json")
+    if summary.get("steps") != metrics.step:
+        # Of before the run was resumed.
+        summary = {}
     temperature = config.learner.reward_temperature.end
     return {
         "name": run_dir.name,

@@ -11,9 +11,7 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +22,13 @@ if str(ROOT) not in sys.path:  # `python deploy/job.py` puts deploy/ on the path
     sys.path.insert(0, str(ROOT))
 
 from deploy.runs import find_run, starting_weights  # noqa: E402
+from deploy.stop import Stop  # noqa: E402
 from system import config_file  # noqa: E402
 from system.checkpoint import CheckpointError  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 from system.journal import TrackingError  # noqa: E402
 from system.reward_error import RewardError  # noqa: E402
+from system.run_error import RunError  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("headwater")
 
 STOPPED = 130
-"""Exit status of a run that was asked to stop and left a checkpoint."""
+"""Exit status of a run that was asked to stop."""
 
 
 def parse_arguments(argv: list[str]) -> tuple[Config, Path, argparse.Namespace]:
@@ -77,7 +77,7 @@ class Job:
         tracking = config.tracking.model_copy(update={"uri": resolve_uri(config.tracking.uri)})
         self.config = config.model_copy(update={"tracking": tracking})
         self.run_dir, self.resume, self.from_step = run_dir, resume, from_step
-        self.stop = threading.Event()
+        self.stop = Stop()
         self.evaluations: list[tuple[int, Evaluation]] = []
 
     def run(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class Job:
             requests, samplers, replay = self._sources(lambda: loop.counters.version, buffered=bool(files))
             loop = Orchestrator(
                 config, requests, samplers, self.learner, replay, self.tracker,
-                self.run_dir / "checkpoints", on_step=self._on_step, evaluate=self._evaluate, should_stop=self.stop.is_set,
+                self.run_dir / "checkpoints", on_step=self._on_step, evaluate=self._evaluate, should_stop=self.stop,
             )  # fmt: skip
             if files:
                 self.learner.restore(loop.restore(files), loop.counters.step)
@@ -137,11 +137,15 @@ class Job:
                 loop.checkpoint()
             logger.info("ready after %.0f s; run folder %s", time.perf_counter() - started, self.run_dir)
             self.ray_metrics.resume(loop.counters.trajectories, loop.counters.deaths)
-            loop.train()
-            self.progress.close()
-            summary = self._finish(loop, time.perf_counter() - started)
+            with self.stop.patient():
+                loop.train()
+                self.progress.close()
+                summary = self._finish(loop, time.perf_counter() - started)
             status = "FINISHED" if summary["finished"] else "KILLED"
             return summary
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
         finally:
             self.progress.close()
             ending.close()
@@ -232,19 +236,13 @@ class Job:
         from system.language_model import decode
 
         step = loop.counters.step
-        result = evaluation.without_samples(self.problem, self.learner)
-        if result is None:
-            prompts = evaluation.spread(self.problem.prompts, self.config.learner.evaluation_prompts)
-            result = evaluation.sampled(
-                self.requests.of(prompts), self.samplers, self.learner,
-                samples=self.config.learner.evaluation_samples,
-                temperature=self.config.learner.reward_temperature.end, round_=step,
-                judge=evaluation.judge(self.problem, lambda tokens: decode(self.tokenizer, tokens), self.samplers),
-            )  # fmt: skip
+        # It takes long, and nothing is lost with it.
+        with self.stop.patient(False):
+            result = self._evaluation(step)
         result.metrics["seconds_training"] = loop.counters.seconds
         for row in result.samples:
             row["text"] = decode(self.tokenizer, row.pop("tokens"))
-        self.evaluations.append((step, result))
+        self.evaluations = [(at, earlier) for at, earlier in self.evaluations if at != step] + [(step, result)]
         self.tracker.metrics(result.metrics, step)
         self.tracker.table("posterior_by_prompt", result.per_prompt, step)
         if result.samples:
@@ -252,10 +250,24 @@ class Job:
         evaluation.write(self.run_dir / "evaluations", step, result)
         self.progress.say(f"evaluation at step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items()))
 
+    def _evaluation(self, step: int) -> Evaluation:
+        from system import evaluation
+        from system.language_model import decode
+
+        if (listed := evaluation.without_samples(self.problem, self.learner)) is not None:
+            return listed
+        prompts = evaluation.spread(self.problem.prompts, self.config.learner.evaluation_prompts)
+        return evaluation.sampled(
+            self.requests.of(prompts), self.samplers, self.learner,
+            samples=self.config.learner.evaluation_samples,
+            temperature=self.config.learner.reward_temperature.end, round_=step,
+            judge=evaluation.judge(self.problem, lambda tokens: decode(self.tokenizer, tokens), self.samplers),
+        )  # fmt: skip
+
     def _restore_evaluations(self, step: int) -> None:
         from system import evaluation
 
-        self.evaluations = [(at, result) for at, result in evaluation.read(self.run_dir / "evaluations") if at < step]
+        self.evaluations = [(at, result) for at, result in evaluation.read(self.run_dir / "evaluations") if at <= step]
 
     # ---------------------------------------------------------------------------------------------- at the end
 
@@ -313,14 +325,16 @@ def main(argv: list[str]) -> int:
             print(config_file.dump(config), end="")
             return 0
         job = Job(config, run_dir, bool(arguments.resume), arguments.from_step)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: (job.stop.set(), logger.warning("stopping after this update, with a checkpoint")))
+        job.stop.hear()
         summary = job.run()
+    except KeyboardInterrupt:
+        print("stopped at once; what the run's last checkpoint has can be resumed", file=sys.stderr)
+        return STOPPED
     except ConfigError as error:
         print(f"config error: {_plain(error)}", file=sys.stderr)
         return 2
-    # A reward's error of a sample is counted; this one is of a demonstration.
-    except (CheckpointError, TrackingError, RewardError) as error:
+    # A reward's error of a sample is counted; this one is of a demonstration. A FloatingPointError is a loss without a value.
+    except (RunError, CheckpointError, TrackingError, RewardError, FloatingPointError) as error:
         print(f"error: {_plain(error)}", file=sys.stderr)
         return 1
     print(json.dumps(summary))

@@ -28,7 +28,8 @@ from deploy.placement import Resources
 from deploy.ray_actors import BuiltActor, SamplerActor
 from deploy.remote import first_line, is_loss, plain
 from system.config import Config
-from system.orchestrator import SamplerDied
+from system.orchestrator import SamplerDied, SamplerLeft
+from system.run_error import RunError
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt, Request, Trajectory
 
@@ -97,7 +98,7 @@ class RaySamplers:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._adapter: Any = None
         self._target = config.actors.fewest
-        self._failed_starts, self._start_after = 0, 0.0
+        self._failed_starts, self._failed_at, self._start_after = 0, 0.0, 0.0
         self._most_asked = self._spare_steps = 0
         self._paused = self._closed = False
         self._ended: BaseException | None = None
@@ -261,16 +262,19 @@ class RaySamplers:
     def _failed(self, member: _Member, error: BaseException) -> None:
         """A start that failed. Those who wait are told if there have been too many and no sampler is left."""
         self._lose(member, first_line(error))
-        self._failed_starts += 1
+        # Those that were begun before the last failure failed with it: a node that is gone counts once.
+        if member.heard > self._failed_at:
+            self._failed_starts += 1
+            self._failed_at = time.monotonic()
         self._start_after = time.monotonic() + min(LONGEST_PAUSE, 2.0**self._failed_starts)
         if self._failed_starts > self.config.actors.max_deaths and not self._built():
             message = (
-                f"{self._failed_starts} samplers in a row could not be started (actors.max_deaths="
+                f"samplers could not be started {self._failed_starts} times in a row (actors.max_deaths="
                 f"{self.config.actors.max_deaths}) and none is left; the last cause: {first_line(error)}"
             )
-            self._fail_waiting(RuntimeError(message))
+            self._fail_waiting(RunError(message))
 
-    def _lose(self, member: _Member, cause: str) -> None:
+    def _lose(self, member: _Member, cause: str, kind: type[SamplerDied] = SamplerDied) -> None:
         """Ends a sampler, which may be dead already. Its calls fail now; what it might still answer is dropped."""
         logger.warning("%s is given up: %s", member.name, cause)
         del self._members[member.name]
@@ -278,12 +282,12 @@ class RaySamplers:
         ray.kill(member.actor, no_restart=True)
         calls, member.calls = member.calls, []
         for call in calls:
-            call.future.set_exception(SamplerDied(cause, member.name))
+            call.future.set_exception(kind(cause, member.name))
 
     def _give_way(self) -> None:
         """One sampler less, for the learner: one that does not work yet, or else the newest."""
         if members := sorted(self._members.values(), key=lambda member: member.is_built, reverse=True):
-            self._lose(members[-1], "it gives way to the learner")
+            self._lose(members[-1], "it gives way to the learner", SamplerLeft)
 
     def _dispatch(self) -> None:
         calls = [*self._waiting, *(call for member in self._members.values() for call in member.calls)]
@@ -339,7 +343,7 @@ class RaySamplers:
         resting = [member for member in self._members.values() if not member.calls]
         if self._target > self.config.actors.fewest and resting:
             self._target, self._spare_steps = self._target - 1, 0
-            self._lose(resting[-1], "the others do all the work that there is")
+            self._lose(resting[-1], "the others do all the work that there is", SamplerLeft)
 
 
 def _within(seconds: float, true: Callable[[], bool]) -> bool:

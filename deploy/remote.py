@@ -23,6 +23,7 @@ from deploy.placement import Resources
 from deploy.ray_actors import BuiltActor, LearnerActor
 from system.config import Config, ConfigError
 from system.orchestrator import LearnerDied
+from system.run_error import RunError
 from system.trajectory import Group
 
 if TYPE_CHECKING:
@@ -192,26 +193,27 @@ def wait_until_ready(*handles: Handle, samplers: int | None = None) -> None:
     Raises:
         ConfigError: the learner and `samplers` (by default the fewest) fit no nodes, or were not placed and built in time;
             the message has what was asked for and what there is.
-        RuntimeError: more than actors.max_deaths actors were lost over it.
+        RunError: actors were lost over it more than actors.max_deaths times, those that are lost together counting once.
         RayError: one that has no successor was lost.
         Exception: what building an actor's part raised.
     """
-    config, began, lost = handles[0].config, time.monotonic(), set()
+    config, began, lost, waves = handles[0].config, time.monotonic(), set(), 0
     while True:
         owners = {reference: handle for handle in handles for reference in handle.ready()}
         done, missing = ray.wait(list(owners), num_returns=len(owners), timeout=LOOK_SECONDS)
-        for reference in done:
-            if (loss := _loss(reference)) is None:
-                continue
+        losses = {reference: loss for reference in done if (loss := _loss(reference)) is not None}
+        for reference, loss in losses.items():
             if not owners[reference].replaces:
                 raise loss
-            lost.add(reference)
             missing.append(reference)
-            if len(lost) > config.actors.max_deaths:
-                raise RuntimeError(
-                    f"{len(lost)} actors were lost before they were built (actors.max_deaths={config.actors.max_deaths}); "
-                    f"the last cause: {first_line(loss)}"
-                ) from loss
+        waves += not lost.issuperset(losses)
+        lost.update(losses)
+        if waves > config.actors.max_deaths:
+            cause = list(losses.values())[-1]
+            raise RunError(
+                f"actors were lost before they were built {waves} times (actors.max_deaths={config.actors.max_deaths}); "
+                f"the last cause: {first_line(cause)}"
+            ) from cause
         if not missing and all(handle.complete() for handle in handles):
             return
         waited = time.monotonic() - began

@@ -59,8 +59,10 @@ def summary(
         "sampler_idle": None if math.isnan(sampler_idle) else round(sampler_idle, 3),
         "sampler_deaths": counters.deaths,
     }
-    if evaluations:
+    # A run that was stopped before its next evaluation has nothing to say of what it learned.
+    if len(evaluations) > 1:
         result["before"], result["after"] = evaluations[0][1].metrics, evaluations[-1][1].metrics
+        result["after_step"] = evaluations[-1][0]
         result |= _improvement(evaluations[0][1], evaluations[-1][1])
     return result
 

@@ -19,6 +19,8 @@ import numpy as np
 import safetensors.numpy
 from safetensors import safe_open
 
+from system.run_error import RunError
+
 if TYPE_CHECKING:
     import torch
 
@@ -31,7 +33,7 @@ PLAIN_LORA = {
 """What adapter_config.json says, or leaves out, of an update that is W + (alpha / r) B A and nothing else."""
 
 
-class AdapterError(RuntimeError):
+class AdapterError(RunError):
     """An adapter is damaged, belongs to another model, or is not what the engine runs."""
 
 

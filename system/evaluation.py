@@ -18,6 +18,7 @@ from system.demonstrations import Rewards
 from system.orchestrator import Samplers, asked
 from system.posterior import Bounds, Exact, mean_metrics
 from system.requests import Requests
+from system.run_error import RunError
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt, Trajectory
 from system.voting import preferred, tally
@@ -170,7 +171,7 @@ def _draw(requests: Requests, samplers: Samplers, samples: int, round_: int) -> 
     answers = [asked(partial(samplers.sample, request)) for request in wanted]
     groups = [group for answer in answers if _bounded(group := answer())]
     if not groups:
-        raise RuntimeError("no prompt of the evaluation has two samples with a reward; the log has the reasons")
+        raise RunError("no prompt of the evaluation has two samples with a reward; the log has the reasons")
     return groups
 
 

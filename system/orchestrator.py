@@ -15,14 +15,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import safetensors.numpy
 
 from system import checkpoint
+from system.checkpoint import CheckpointError
 from system.config import Config
 from system.requests import Requests
+from system.run_error import RunError
 from system.timeline import Timeline
 from system.trajectory import Group, Request, merge_by_prompt
 
@@ -40,6 +42,10 @@ class SamplerDied(RuntimeError):
 
     The name is unique to that sampler, so that a death which costs several requests counts once.
     """
+
+
+class SamplerLeft(SamplerDied):
+    """SamplerLeft(cause, name): the pool itself ended the sampler, so that it counts for no death."""
 
 
 class LearnerDied(RuntimeError):
@@ -68,7 +74,8 @@ class Samplers(Protocol):
 
     def publish(self, adapter: Any) -> None: ...
     def sample(self, request: Request) -> Future[Group]:
-        """Fails with SamplerDied if the sampler is lost, with the sampler's own error if it refuses."""
+        """Fails with SamplerDied if the sampler is lost, with the sampler's own error if it refuses, and with RunError if
+        there is none left to ask."""
         ...
 
 
@@ -115,9 +122,10 @@ class Counters:
     trajectories: int = 0
     sampled_tokens: int = 0
     deaths: int = 0
-    """Samplers that died."""
+    """Samplers that died over a group."""
     learner_deaths: int = 0
     reissued: int = 0
+    """Groups that were issued again because their sampler was gone."""
     reward_faults: int = 0
     """Samples that were left out because their reward could not be had."""
     given_up: int = 0
@@ -125,6 +133,14 @@ class Counters:
     seconds: float = 0.0
     """Time in the loop, over all sessions of the run."""
     learner_busy_seconds: float = 0.0
+
+
+class Issued(NamedTuple):
+    """A group in flight."""
+
+    group_id: int
+    waves: int
+    """Waves of deaths before it was issued."""
 
 
 @dataclass
@@ -139,32 +155,43 @@ class Orchestrator:
     on_step: Callable[[Orchestrator, dict[str, float], list[Group]], None] = lambda loop, metrics, fresh: None
     """Called after each update, with its metrics and the fresh groups it used: progress, tables, evaluations."""
     evaluate: Callable[[Orchestrator], None] = lambda loop: None
-    """Called before the first update, every evaluate_every updates and after the last; the learner's weights are published."""
+    """Called before the first update, every evaluate_every updates and after the last; the learner's weights are published,
+    and what was learned is in a checkpoint."""
     should_stop: Callable[[], bool] = lambda: False
     counters: Counters = field(default_factory=Counters)
     timeline: Timeline = field(default_factory=Timeline)
     _reissue: deque[int] = field(default_factory=deque)
-    _in_flight: dict[Future[Group], int] = field(default_factory=dict)
+    _in_flight: dict[Future[Group], Issued] = field(default_factory=dict)
     _arrived: deque[Group] = field(default_factory=deque)
     _taken: list[Group] = field(default_factory=list)
     _adapter_steps: dict[int, int] = field(default_factory=dict)
     _dead: set[str] = field(default_factory=set)
-    _deaths_in_a_row: int = 0
-    _too_many_deaths: RuntimeError | None = None
-    """Raised between two updates, where a checkpoint can be left."""
+    _waves: int = 0
+    """Deaths of samplers, those that fell together as one."""
+    _waves_in_a_row: int = 0
+    _last_cause: str = ""
     _learner_deaths_in_a_row: int = 0
+    _learner_is_lost: bool = False
     _saved_step: int | None = None
     """Of the last checkpoint; None: a learner begins anew."""
     _since_saved: list[list[Group]] = field(default_factory=list)
     """The batches of the updates since then: a new learner does them again, so that a death of the old one costs time alone."""
 
     def train(self) -> None:
-        """Runs until learner.steps updates are done or a stop is asked for, and leaves a checkpoint.
+        """Runs until learner.steps updates are done or a stop is asked for. Whatever ends it, an error too, a checkpoint has
+        what was learned, unless the learner itself is lost.
 
         Raises:
-            RuntimeError: more than actors.max_deaths samplers died with no group in between, or learners with no checkpoint;
-                or more than sampler.max_reward_faults samples had no reward.
+            RunError: samplers died more than actors.max_deaths times with no group in between, or the learner with no
+                checkpoint; or more than sampler.max_reward_faults samples had no reward.
         """
+        try:
+            self._train()
+        except Exception as error:
+            self._keep(error)
+            raise
+
+    def _train(self) -> None:
         settings = self.config.learner
         evaluate_every = settings.evaluate_every or settings.steps
         self.publish()
@@ -193,13 +220,23 @@ class Orchestrator:
             # An evaluation draws from the weights that it scores.
             if self._due(settings.publish_every) or self._due(evaluate_every):
                 self.publish()
-            if self._due(settings.checkpoint_every):
+            # An evaluation takes long, and may be cut off.
+            if self._due(settings.checkpoint_every) or self._due(evaluate_every):
                 self.checkpoint()
-            if self._due(evaluate_every):
+            if self._due(evaluate_every) and not (self.should_stop() and self.counters.step < settings.steps):
                 self._evaluate()
                 began = time.perf_counter()  # it is no part of the next step
-        if self.counters.step < settings.steps:
+        if self._saved_step != self.counters.step:
             self.checkpoint()
+
+    def _keep(self, error: Exception) -> None:
+        """A checkpoint before the run ends by `error`, which is what the run is to say of its end: not why there is none."""
+        if self._learner_is_lost or self._saved_step == self.counters.step or isinstance(error, CheckpointError):
+            return
+        try:
+            self.checkpoint()
+        except Exception:
+            logger.exception("what was learned since the last checkpoint is lost")
 
     def _update(self, batch: list[Group]) -> dict[str, float]:
         update = self.learner.update(batch)
@@ -238,7 +275,7 @@ class Orchestrator:
                     self._revive()
                 return call()
             except LearnerDied as death:
-                died = True
+                died = self._learner_is_lost = True
                 self._count_learner_death(death)
 
     def _count_learner_death(self, death: LearnerDied) -> None:
@@ -246,7 +283,7 @@ class Orchestrator:
         self._learner_deaths_in_a_row += 1
         logger.warning("the learner died at step %d and is started again: %s", self.counters.step, death)
         if self._learner_deaths_in_a_row > self.config.actors.max_deaths:
-            raise RuntimeError(
+            raise RunError(
                 f"the learner died {self._learner_deaths_in_a_row} times with no checkpoint in between (actors.max_deaths="
                 f"{self.config.actors.max_deaths}); the last cause: {death}"
             ) from death
@@ -263,6 +300,7 @@ class Orchestrator:
                 self.learner.restore(_learner_state(files), self._saved_step)
             for batch in self._since_saved:
                 self.learner.update(batch).result()
+            self._learner_is_lost = False
             # The adapter published last may have been on a node that is gone.
             self._publish()
 
@@ -286,20 +324,25 @@ class Orchestrator:
                 group_id = self._reissue.popleft()
             else:
                 group_id, self.counters.next_group = self.counters.next_group, self.counters.next_group + 1
-            self._in_flight[self.samplers.sample(self.requests.training(group_id))] = group_id
+            self._in_flight[self.samplers.sample(self.requests.training(group_id))] = Issued(group_id, self._waves)
 
     def _receive(self, update: Future[dict[str, float]] | None = None) -> None:
         """Takes in the groups that have come back, waiting a little if there is none."""
         awaited: list[Future[Any]] = [*self._in_flight, *([update] if update else [])]
         done, _ = wait(awaited, POLL_SECONDS, FIRST_COMPLETED)
         for future in done & self._in_flight.keys():
-            group_id = self._in_flight.pop(future)
+            issued = self._in_flight.pop(future)
             try:
                 group = future.result()
+            # Whatever went wrong, the group is still to be sampled: now, or by the run that is resumed.
             except SamplerDied as death:
-                self._mourn(group_id, death)
+                self._reissue.append(issued.group_id)
+                self._mourn(issued, death)
                 continue
-            self._deaths_in_a_row = 0
+            except Exception:
+                self._reissue.append(issued.group_id)
+                raise
+            self._waves_in_a_row = 0
             self._arrived.append(group)
 
     def _usable(self, group: Group) -> bool:
@@ -311,8 +354,7 @@ class Orchestrator:
         if (faults := counters.reward_faults + len(group.faults)) > limit:
             # With a mended reward the run goes on from here, and this group is sampled again.
             self._reissue.append(group.group_id)
-            self.checkpoint()
-            raise RuntimeError(
+            raise RunError(
                 f"{faults} samples had no reward, more than sampler.max_reward_faults={limit}; mend the reward "
                 f"or raise the limit, and resume; the last: {group.faults[-1]}"
             )
@@ -322,31 +364,31 @@ class Orchestrator:
         counters.given_up += given_up
         return not given_up
 
-    def _mourn(self, group_id: int, death: SamplerDied) -> None:
+    def _mourn(self, issued: Issued, death: SamplerDied) -> None:
         """Tolerated on purpose: a lost sampler costs time, not groups. Its request is issued again under its number."""
-        self._reissue.append(group_id)
         self.counters.reissued += 1
         cause, name = death.args
-        logger.warning("group %d is issued again: %s died: %s", group_id, name, cause)
-        if name in self._dead:
+        logger.warning("group %d is issued again: %s is gone: %s", issued.group_id, name, cause)
+        if isinstance(death, SamplerLeft) or name in self._dead:
             return
         self._dead.add(name)
         self.counters.deaths += 1
-        self._deaths_in_a_row += 1
-        if self._deaths_in_a_row > self.config.actors.max_deaths:
-            self._too_many_deaths = RuntimeError(
-                f"{self._deaths_in_a_row} samplers died with no group in between (actors.max_deaths="
-                f"{self.config.actors.max_deaths}); the last cause: {cause}"
-            )
+        self._last_cause = cause
+        # Samplers that were lost together, with their node for example, are one wave: all their requests are from before it.
+        if issued.waves == self._waves:
+            self._waves += 1
+            self._waves_in_a_row += 1
 
     def _collect(self, wanted: int) -> bool:
         """Takes the next `wanted` groups that are fresh enough; False if a stop was asked for meanwhile."""
         while len(self._taken) < wanted:
             if self.should_stop():
                 return False
-            if self._too_many_deaths:
-                self.checkpoint()
-                raise self._too_many_deaths
+            if self._waves_in_a_row > (limit := self.config.actors.max_deaths):
+                raise RunError(
+                    f"samplers died {self._waves_in_a_row} times with no group in between (actors.max_deaths={limit}); "
+                    f"the last cause: {self._last_cause}"
+                )
             self._feed()
             if not self._arrived:
                 self._receive()
@@ -390,6 +432,7 @@ class Orchestrator:
             "groups/waiting": float(len(self._arrived)),
             "groups/too_stale": float(counters.too_stale),
             "groups/given_up": float(counters.given_up),
+            "groups/reissued": float(counters.reissued),
             "reward_faults": float(counters.reward_faults),
             "samplers/deaths": float(counters.deaths),
             "learner/deaths": float(counters.learner_deaths),
@@ -413,7 +456,7 @@ class Orchestrator:
         saved = self.with_learner(lambda: self.learner.save().result())
         arrays, records = self.replay.save()
         waiting = [group.group_id for group in (*self._arrived, *self._taken)]
-        unused = sorted([*self._in_flight.values(), *waiting, *self._reissue])
+        unused = sorted([*(issued.group_id for issued in self._in_flight.values()), *waiting, *self._reissue])
         task = self.config.task.model_dump(mode="json")
         state = {"counters": vars(self.counters), "unused_groups": unused, "replay": records, "task": task}
         files = {

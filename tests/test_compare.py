@@ -193,15 +193,16 @@ def test_each_method_is_measured_and_the_adapter_beside_it(tiny_config: Config, 
     client = MlflowClient(uri)
     run_ids = json.loads(parse_qs(address.partition("?")[2])["runs"][0])
     assert {client.get_run(run_id).info.run_name for run_id in run_ids} == {f"told-{name}" for name in [*methods, "gflownet"]}
-    saved = client.get_experiment_by_name("headwater").tags
+    experiment = client.get_experiment_by_name("headwater")
+    assert experiment is not None
     for name in ("headwater-posterior", "headwater-speed"):
         assert addresses[f"headwater: {name}"].endswith(f"/runs?viewStateShareKey={name}")
-        view = json.loads(saved[f"mlflow.sharedViewState.{name}"])
+        view = json.loads(experiment.tags[f"mlflow.sharedViewState.{name}"])
         assert view["name"] == name and "params.`seed`" in json.loads(view["state"])["selectedColumns"]
-    experiment = client.get_experiment_by_name("headwater").experiment_id
-    client.set_experiment_tag(experiment, "mlflow.sharedViewState.headwater-speed", "as a user changed it")
+    client.set_experiment_tag(experiment.experiment_id, "mlflow.sharedViewState.headwater-speed", "as a user changed it")
     assert compare.mlflow_views([folder]) == {uri: addresses}
-    assert client.get_experiment(experiment).tags["mlflow.sharedViewState.headwater-speed"] == "as a user changed it"
+    tags = client.get_experiment(experiment.experiment_id).tags
+    assert tags["mlflow.sharedViewState.headwater-speed"] == "as a user changed it"
 
 
 def test_a_run_that_never_reached_mlflow_is_named_with_what_sends_it(tmp_path: Path) -> None:

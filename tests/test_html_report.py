@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy import environment, html_report
+from deploy import environment, html_report, report
 from deploy.charts import Chart, draw, running_mean, thinned
 from deploy.html_report import Metrics
 from system import config_file, evaluation
 from system.config import ConfigError
 from system.evaluation import Evaluation
 from system.journal import Journal
+from system.orchestrator import Counters
 
 EVIL = '<script>alert("x")</script><img src="https://example.com/x.png" onerror=alert(1)>{{ 7 * 7 }}'
 
@@ -114,6 +115,17 @@ def test_it_has_the_figures_the_config_and_what_the_run_was_made_with(run_dir: P
     after = words[words.index("step 90") :]
     # At T = 0.5: u = -2 / 0.5 + 1.
     assert "-1 -2 -3" in after
+
+
+def test_a_run_that_went_back_shows_nothing_of_what_came_after(run_dir: Path) -> None:
+    config = config_file.load(run_dir / "config.yaml", [])
+    (run_dir / "summary.json").write_text(json.dumps(report.summary(config, Counters(step=90, seconds=1.0), [], 1.0, True)))
+    assert "finished" in page(run_dir).text
+    Journal(run_dir / "journal.jsonl").append("metrics", step=71, values={"loss": 0.5})
+    assert max(Metrics.read(run_dir / "journal.jsonl").series["spread"]) == 70
+    shown = page(run_dir).text
+    assert "before <script>" in shown
+    assert "after <script>" not in shown and "finished" not in shown
 
 
 def test_a_run_that_goes_on_has_a_report_without_evaluations_and_summary(run_dir: Path) -> None:

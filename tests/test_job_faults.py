@@ -250,6 +250,6 @@ def test_an_error_of_an_actor_ends_the_job_with_its_line_and_no_traceback(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(job.Job, "run", run)
-    monkeypatch.setattr(job.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(job.Stop, "hear", lambda _: None)
     assert job.main([str(ROOT / "deploy/configs/random_number.yaml")]) == 1
     assert capsys.readouterr().err == "error: prompt 'a', text 'b': log of zero\n"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from system import checkpoint
 from system.checkpoint import CheckpointError
 from system.config import Config
 from system.config_file import parse
-from system.orchestrator import ATTEMPTS, LearnerDied, Orchestrator, SamplerDied, asked
+from system.orchestrator import ATTEMPTS, LearnerDied, Orchestrator, SamplerDied, SamplerLeft, asked
 from system.requests import Requests
+from system.run_error import RunError
 from system.trajectory import Group, Request
 from tests.fakes import PROMPTS, FakeLearner, FakeSamplers, FakeTracker, dies
 
@@ -137,10 +139,47 @@ def test_too_many_deaths_in_a_row_stop_the_run_with_the_cause(tmp_path: Path) ->
         orchestrator(tmp_path, config(), samplers, FakeLearner()).train()
 
 
-def test_a_run_that_its_samplers_end_leaves_what_it_learned(tmp_path: Path) -> None:
+def test_samplers_that_are_lost_together_count_as_one_death_in_a_row(tmp_path: Path) -> None:
+    together, numbers = threading.Barrier(8), iter(range(1000))
+
+    def fate(request: Request) -> None:
+        if request.group_id < 8 and (number := next(numbers)) < 8:
+            together.wait(10)
+            dies(f"sampler-{number}")
+
+    loop = orchestrator(tmp_path, config(max_staleness=3), FakeSamplers(workers=8, fate=fate), FakeLearner())
+    loop.train()
+    assert (loop.counters.deaths, loop.counters.reissued, loop.counters.groups) == (8, 8, 24)
+
+
+def test_samplers_that_the_pool_itself_ends_are_no_deaths(tmp_path: Path) -> None:
     numbers = iter(range(1000))
-    fate = lambda request: dies(f"sampler-{next(numbers)}") if request.group_id >= 14 else None  # noqa: E731
-    with pytest.raises(RuntimeError, match=r"actors.max_deaths=3"):
+
+    def fate(request: Request) -> None:
+        if (number := next(numbers)) < 10:
+            raise SamplerLeft("it gives way", f"sampler-{number}")
+
+    loop = orchestrator(tmp_path, config(), FakeSamplers(fate=fate), FakeLearner())
+    loop.train()
+    assert (loop.counters.deaths, loop.counters.reissued, loop.counters.groups) == (0, 10, 24)
+
+
+def dying(request: Request) -> None:
+    dies(f"sampler-{time.monotonic_ns()}")
+
+
+def refusing(request: Request) -> None:
+    raise ValueError("reward is NaN for prompt-1")
+
+
+def without_any(request: Request) -> None:
+    raise RunError("samplers could not be started 4 times in a row")
+
+
+@pytest.mark.parametrize("end", [dying, refusing, without_any])
+def test_a_run_that_its_samplers_end_leaves_what_it_learned(tmp_path: Path, end: Callable[[Request], None]) -> None:
+    fate = lambda request: end(request) if request.group_id >= 14 else None  # noqa: E731
+    with pytest.raises((RunError, ValueError), match=r"actors.max_deaths=3|reward is NaN|could not be started"):
         orchestrator(tmp_path, config(), FakeSamplers(fate=fate), FakeLearner()).train()
     learner, samplers = FakeLearner(), FakeSamplers()
     again = orchestrator(tmp_path, config(), samplers, learner)
@@ -225,6 +264,34 @@ def test_a_learner_that_fails_ends_the_run_with_its_own_error(tmp_path: Path) ->
 
     with pytest.raises(FloatingPointError, match="loss nan"):
         orchestrator(tmp_path, config(), FakeSamplers(), FakeLearner(during_update)).train()
+
+
+def test_a_learner_that_fails_leaves_what_it_had_learned(tmp_path: Path) -> None:
+    updates = iter(range(1000))
+
+    def during_update() -> None:
+        if next(updates) == 7:
+            raise FloatingPointError("loss nan")
+
+    with pytest.raises(FloatingPointError, match="loss nan"):
+        orchestrator(tmp_path, config(), FakeSamplers(), FakeLearner(during_update)).train()
+    learner, samplers = FakeLearner(), FakeSamplers()
+    again = orchestrator(tmp_path, config(), samplers, learner)
+    learner.restore(again.restore(checkpoint.read_latest(tmp_path / "checkpoints")), again.counters.step)
+    again.train()
+    assert samplers.issued == list(range(14, 24))
+
+
+def test_a_run_ends_by_its_error_also_where_no_checkpoint_can_be_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*_: Any) -> Path:
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    with pytest.raises(ValueError, match="reward is NaN"):
+        orchestrator(tmp_path, config(), FakeSamplers(fate=refusing), FakeLearner()).train()
+    assert "what was learned since the last checkpoint is lost" in caplog.text and "the disk is full" in caplog.text
 
 
 def deadly(*deaths: int) -> Any:
@@ -412,6 +479,32 @@ def test_a_run_that_was_cut_off_before_an_evaluation_has_it_after_a_resume(tmp_p
     orchestrator(tmp_path, cfg, FakeSamplers(), FakeLearner()).train()
     assert resumed(12) == [12]
     assert resumed(10) == [10, 12]
+
+
+def test_what_was_learned_is_safe_before_an_evaluation(tmp_path: Path) -> None:
+    saved: list[tuple[int, list[str]]] = []
+
+    def evaluate(loop: Orchestrator) -> None:
+        saved.append((loop.counters.step, sorted(path.name for path in loop.checkpoints.glob("step-*"))[-1:]))
+
+    loop = orchestrator(
+        tmp_path, config(evaluate_every=4, checkpoint_every=100), FakeSamplers(), FakeLearner(), evaluate=evaluate
+    )
+    loop.train()
+    assert saved == [(0, []), (4, ["step-00000004"]), (8, ["step-00000008"]), (12, ["step-00000012"])]
+
+
+def test_a_stop_is_not_kept_waiting_by_an_evaluation(tmp_path: Path) -> None:
+    at: list[int] = []
+    stop = threading.Event()
+    loop = orchestrator(
+        tmp_path, config(evaluate_every=4), FakeSamplers(), FakeLearner(), should_stop=stop.is_set,
+        evaluate=lambda loop: at.append(loop.counters.step),
+    )  # fmt: skip
+    loop.on_step = lambda loop, metrics, fresh: stop.set() if loop.counters.step == 4 else None
+    loop.train()
+    assert at == [0]
+    assert checkpoint.read_latest(tmp_path / "checkpoints", 4)
 
 
 def test_an_evaluation_is_no_part_of_the_step_after_it(tmp_path: Path) -> None:

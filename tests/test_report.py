@@ -36,6 +36,11 @@ def test_the_summary_compares_prompt_by_prompt() -> None:
     assert figures["prompts_bound_rose"] == figures["prompts"] == 2
 
 
+def test_a_run_that_was_not_evaluated_since_it_began_says_nothing_of_what_it_learned() -> None:
+    figures = report.summary(parse({"task": {"kind": "continuation"}}), Counters(step=5), [(0, sampled(9.0, -9.0))], 1.0, False)
+    assert not figures.keys() & {"before", "after", "after_step", "prompts_bound_rose"}
+
+
 def test_the_table_has_a_column_for_each_evaluation_or_the_first_and_the_last_of_many() -> None:
     few = [(step, sampled(4.0, -5.0)) for step in range(6)]
     assert report.shown(few) == few

@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM, as a request that the loop looks at or as an end at once."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Iterator
+
+logger = logging.getLogger("headwater")
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+AGAIN_SECONDS = 3.0
+"""A signal so soon after the first is the same request: a terminal, a sweep and Ray's job manager may each pass it on."""
+
+
+class Stop:
+    """What a signal does: it raises KeyboardInterrupt, or while the loop is `patient` is a request for it to end with a
+    checkpoint. Asked for again, it is KeyboardInterrupt all the same. Calling the object says whether a stop was asked for."""
+
+    def __init__(self) -> None:
+        self._asked: float | None = None
+        self._patient = False
+
+    def __call__(self) -> bool:
+        return self._asked is not None
+
+    def hear(self) -> None:
+        """From now on signals come here."""
+        for number in SIGNALS:
+            signal.signal(number, self._heard)
+
+    @contextlib.contextmanager
+    def patient(self, patient: bool = True) -> Iterator[None]:
+        """Inside, a signal is a request; with False, an end at once."""
+        before, self._patient = self._patient, patient
+        try:
+            yield
+        finally:
+            self._patient = before
+
+    def _heard(self, number: int, _frame: object) -> None:
+        now = time.monotonic()
+        if self._asked is None and self._patient:
+            self._asked = now
+            logger.warning("stopping after this update, with a checkpoint; once more stops at once")
+        elif self._asked is None or now - self._asked > AGAIN_SECONDS:
+            raise KeyboardInterrupt(signal.Signals(number).name)
