@@ -266,22 +266,22 @@ def build(
         ConfigError: a function cannot be imported.
     """
 
-    def one(factor: LMPosterior | FunctionReward | ContrastReward) -> Reward:
+    def one(factor: LMPosterior | FunctionReward | ContrastReward, field: str = "task.reward") -> Reward:
         if isinstance(factor, FunctionReward):
-            return Function(_function(factor), decode, factor.beta, factor.every_prefix, min_tokens)
+            return Function(_function(factor, f"{field}.path"), decode, factor.beta, factor.every_prefix, min_tokens)
         if model is None:
             raise ValueError(f"a reward of kind {factor.kind} needs the frozen model")
         posterior = Posterior(model, stop, token_budget, factor.every_prefix)
         return Contrast(posterior, evidences or {}, factor.power) if isinstance(factor, ContrastReward) else posterior
 
     if isinstance(section, ProductReward):
-        return Checked(Product([one(factor) for factor in section.of]), decode)
+        return Checked(Product([one(factor, f"task.reward.of.{at}") for at, factor in enumerate(section.of)]), decode)
     return Checked(one(section), decode)
 
 
-def _function(section: FunctionReward) -> Callable[..., float]:
+def _function(section: FunctionReward, field: str) -> Callable[..., float]:
     if section.seconds is None:
-        return import_function(section.path, "task.reward.path")
-    function = FunctionProcess(section.path, "task.reward.path", section.seconds)
+        return import_function(section.path, field)
+    function = FunctionProcess(section.path, field, section.seconds)
     function.start()
     return function

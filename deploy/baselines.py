@@ -32,6 +32,7 @@ from actors.settings import alone, engine_environment  # noqa: E402
 from deploy.runs import adapter_file, find_run, load_adapter  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
+from system.reward_error import RewardError  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
@@ -189,9 +190,10 @@ def run(config: Config, methods: list[str], samples: int, settings: dict[str, An
     Raises:
         ConfigError: as `Baselines`, or as `check`.
     """
-    from system.tracking import Tracker
+    from system.tracking import Tracker, resolve_uri
 
     check(methods, settings)
+    resolve_uri(config.tracking.uri)
     baselines = Baselines(config, settings, run_dir)
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = (Path(config.output_dir) / f"{config.name}-baselines-{stamp}").resolve()
@@ -200,18 +202,22 @@ def run(config: Config, methods: list[str], samples: int, settings: dict[str, An
     if run_dir:
         trained = config_file.load(run_dir / "config.yaml", [])
         result |= {"adapter": str(run_dir), "adapter_config": trained.model_dump(mode="json")}
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir={config.output_dir!r}: no folder can be made there: {error}") from error
+    (folder / "config.yaml").write_text(config_file.dump(config), encoding="utf-8")
     for method in [*methods, TUNED] if run_dir else methods:
         metrics, rows = baselines.measure(method, samples)
         logger.info("%s: %s", method, " ".join(f"{name}={value:.4g}" for name, value in metrics.items()))
         result["methods"][method] = metrics
+        # After each method: what is measured stays if the next one is interrupted.
+        (folder / "baselines.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
         tracker = Tracker(folder / method, config.model_copy(update={"name": f"{config.name}-{method}"}))
         tracker.tags({"method": method, "samples": str(samples)} | {f"method.{k}": str(v) for k, v in settings.items()})
         tracker.metrics(metrics, 0)
         tracker.table("samples", rows, 0)
         tracker.close("FINISHED")
-        # After each method: what is measured stays if the next one is interrupted.
-        (folder / "config.yaml").write_text(config_file.dump(config), encoding="utf-8")
-        (folder / "baselines.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
     return folder
 
 
@@ -243,6 +249,9 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(f"config error: {error}", file=sys.stderr)
         return 2
+    except RewardError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(folder)
     return 0
 

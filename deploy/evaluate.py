@@ -8,9 +8,9 @@ once).
 The adapter's samples go to RUN/heldout_samples.jsonl, or to the file of --samples-file: one line a sample, with its prompt's
 id and text, log q and log R in nats.
 
-Where a prompt's true Z is known (its demonstrations), E[u] over the true Z is an upper bound on log Z, provided that the
-stories were drawn from the model itself (python deploy/self_consistent.py): then the gap between the bounds is
-KL(q || p) + KL(p || q), and zero means done.
+For stories that the model told itself (python deploy/self_consistent.py) the true Z is an exact sample of the posterior at
+T = 1, so that E[u] over it is an upper bound on log Z: the gap between the bounds is KL(q || p) + KL(p || q), and zero means
+done.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from actors.settings import alone, engine_environment  # noqa: E402
 from deploy.runs import adapter_file, check_output, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
+from system.journal import TrackingError  # noqa: E402
+from system.reward_error import RewardError  # noqa: E402
+from system.run_error import RunError  # noqa: E402
 
 if TYPE_CHECKING:
     from deploy.local import Local
@@ -69,7 +72,9 @@ def evaluate(config: Config, run_dir: Path, samples: int, only: str | None = Non
                     requests, local, local, samples=samples, temperature=temperature, round_=ROUND,
                     judge=evaluation.judge(problem, lambda tokens: decode(tokenizer, tokens), local),
                 )  # fmt: skip
-                result.metrics.update(_upper_bound(problem, local, temperature, result))
+                # What the model told is a sample of its own posterior, not of a tempered or sharpened one.
+                if temperature == 1 and config.task.reward.kind == "lm_posterior":
+                    result.metrics.update(_upper_bound(problem, local, result))
                 contexts = {prompt.id: decode(tokenizer, prompt.policy_tokens) for prompt in problem.prompts}
                 for row in result.samples:
                     row |= {"text": decode(tokenizer, row.pop("tokens")), "context": contexts[row["prompt"]]}
@@ -77,8 +82,8 @@ def evaluate(config: Config, run_dir: Path, samples: int, only: str | None = Non
     return results
 
 
-def _upper_bound(problem: Problem, local: Local, temperature: float, result: Evaluation) -> dict[str, float]:
-    """From the prompts whose true Z is known and could have been drawn; nothing where there is none."""
+def _upper_bound(problem: Problem, local: Local, result: Evaluation) -> dict[str, float]:
+    """From the prompts whose true Z is an exact sample and could have been drawn; nothing where there is none."""
     import numpy as np
 
     from system.trajectory import Group
@@ -87,11 +92,12 @@ def _upper_bound(problem: Problem, local: Local, temperature: float, result: Eva
     prompts = {prompt.id: prompt for prompt in problem.prompts}
     for row in result.per_prompt:
         prompt = prompts[row["prompt"]]
-        if not (trajectories_K := problem.demonstrations.get(prompt.id)):
+        if prompt.id not in problem.exact:
             continue
+        trajectories_K = problem.demonstrations[prompt.id]
         log_reward_K = tuple(local.sampler.score(prompt, trajectories_K))
         [score] = local.learner.score([Group(prompt, trajectories_K, log_reward_K, 0, 0)])
-        upper.append(float(np.mean(score.log_reward_K / temperature - score.log_q_K)))
+        upper.append(float(np.mean(score.log_reward_K - score.log_q_K)))
         lower.append(row["log_z_lower"])
     if not upper:
         return {}
@@ -123,30 +129,45 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(f"config error: {error}", file=sys.stderr)
         return 2
+    except (RunError, RewardError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if "adapter" in results and (rows := results["adapter"].samples):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (arguments.samples_file or run_dir / "heldout_samples.jsonl").write_text(lines, encoding="utf-8")
-    metrics = _log(run_dir, results, arguments.overrides, arguments.samples)
     from deploy.report import table
-
-    print(table({which: result.metrics for which, result in results.items()}))
-    print(json.dumps(metrics))
-    return 0
-
-
-def _log(run_dir: Path, results: dict[str, Evaluation], overrides: list[str], samples: int) -> dict[str, float]:
-    from system.tracking import Tracker
 
     prefixes = {"base": "heldout/base/", "adapter": "heldout/"}
     metrics = {prefixes[which] + name: value for which, result in results.items() for name, value in result.metrics.items()}
-    content = {"overrides": overrides, "samples": samples, "metrics": metrics}
-    (run_dir / "heldout.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+    _keep(run_dir, metrics, arguments.overrides, arguments.samples)
+    print(table({which: result.metrics for which, result in results.items()}))
+    print(json.dumps(metrics), flush=True)
+    try:
+        _track(run_dir, metrics)
+    except TrackingError as error:
+        print(f"error: RUN/heldout.json has the metrics, but MLflow does not: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _keep(run_dir: Path, metrics: dict[str, float], overrides: list[str], samples: int) -> None:
+    """In RUN/heldout.json, beside those of the other model where these were found in the same way."""
+    path, how = run_dir / "heldout.json", {"overrides": overrides, "samples": samples}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if {name: known.get(name) for name in how} == how:
+        metrics = known["metrics"] | metrics
+    path.write_text(json.dumps(how | {"metrics": metrics}, indent=2), encoding="utf-8")
+
+
+def _track(run_dir: Path, metrics: dict[str, float]) -> None:
+    """Raises TrackingError if the run's journal is in use."""
+    from system.tracking import Tracker
+
     # The run's own config: what this evaluation changes is no param of the run.
-    tracker = Tracker(run_dir, config_file.load(run_dir / "config.yaml", []), resume=True)
+    tracker = Tracker(run_dir, config_file.load(run_dir / "config.yaml", []), amend=True)
     tracker.metrics(metrics, 0)
     tracker.artifact(run_dir / "heldout.json")
     tracker.close("FINISHED")
-    return metrics
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from deploy.runs import find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
@@ -274,7 +275,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--run", type=Path, help="folder of a run with a timeline.json")
+    parser.add_argument("--run", help="folder of a run with a timeline.json, or its name under runs/")
     for name in ("update", "group", "install"):
         parser.add_argument(f"--{name}", type=float, help="seconds of work")
     for name in ("reward", "adapter"):
@@ -307,10 +308,13 @@ def _counts(text: str) -> list[int]:
 
 def _durations(arguments: argparse.Namespace, config: Config) -> Durations:
     if arguments.run:
-        path = arguments.run / "timeline.json"
+        run_dir = find_run(arguments.run)
+        path = run_dir / "timeline.json"
         if not path.is_file():
-            raise ConfigError(f"--run {str(arguments.run)!r}: there is no {path}; a run writes it when it ends")
-        one_thread = config.actors.threads == config.learner.threads == 1 and not config.actors.gpus
+            raise ConfigError(f"--run {arguments.run!r}: there is no {path}; a run writes it when it ends")
+        measured = config_file.load(run_dir / "config.yaml", [])
+        one_thread = measured.actors.threads == measured.learner.threads == 1
+        one_thread = one_thread and not (measured.actors.gpus or measured.learner.gpus)
         return Durations.of_trace(json.loads(path.read_text(encoding="utf-8")), one_thread)
     missing = [f"--{name}" for name in ("update", "group", "install") if getattr(arguments, name) is None]
     if missing:

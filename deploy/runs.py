@@ -20,8 +20,9 @@ def find_run(name: str) -> Path:
     for folder in (Path(name), Path("runs") / name):
         if (folder / "config.yaml").is_file():
             return folder.resolve()
-    known = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))[-5:]
-    raise ConfigError(f"RUN={name!r}: no such run; the newest here are: {', '.join(known) or 'none'}")
+    known = sorted(Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)[-5:]
+    newest = ", ".join(path.parent.name for path in known)
+    raise ConfigError(f"RUN={name!r}: no such run; the newest here are: {newest or 'none'}")
 
 
 def check_output(option: str, path: Path) -> None:

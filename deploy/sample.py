@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from deploy.local import Local
     from system.trajectory import Group
 
+logger = logging.getLogger("headwater")
+
 FILES = {
     "continuation": "prompts", "constrained": "prompts", "infilling": "stories",
     "verifiable": "questions", "arithmetic": "questions", "subjectivity": "records",
@@ -97,6 +99,11 @@ def _record(local: Local, group: Group) -> dict[str, Any]:
     from system.language_model import decode
     from system.posterior import effective_share, log_mean_exp, self_normalised
 
+    record: dict[str, Any] = {"prompt": group.prompt.id, "context": decode(local.tokenizer, group.prompt.policy_tokens)}
+    if group.faults:
+        logger.warning("%s: %d samples have no reward: %s", group.prompt.id, len(group.faults), group.faults[0])
+    if not len(group):
+        return record | {"log_z": None, "ess": None, "samples": []}
     [score] = local.learner.score([group])
     log_weight_K = score.log_reward_K / local.config.learner.reward_temperature.end - score.log_q_K
     weights_K = self_normalised(log_weight_K)
@@ -114,17 +121,13 @@ def _record(local: Local, group: Group) -> dict[str, Any]:
                 "weight": float(weights_K[k]),
             }
         )
-    return {
-        "prompt": group.prompt.id,
-        "context": decode(local.tokenizer, group.prompt.policy_tokens),
-        "log_z": log_mean_exp(log_weight_K),
-        "ess": effective_share(log_weight_K),
-        "samples": rows,
-    }
+    return record | {"log_z": log_mean_exp(log_weight_K), "ess": effective_share(log_weight_K), "samples": rows}
 
 
 def table(record: dict[str, Any]) -> str:
     """A record for a terminal, the likeliest first. Texts are quoted: a model may write control characters."""
+    if not record["samples"]:
+        return f"{record['prompt']}  no sample has a reward  {record['context']!r}\n"
     lines = [f"{record['prompt']}  log Z {record['log_z']:.4g}  ESS {record['ess']:.2f}  {record['context']!r}"]
     lines.append(f"{'weight':>8} {'log q':>9} {'log R':>9}  text")
     for row in sorted(record["samples"], key=lambda row: -row["log_q"]):

@@ -451,6 +451,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _answers_are_imitated(self) -> Config:
+        if (stage := getattr(self.task, "stage", "reason")) != "reason" and not isinstance(self.loss, MLE):
+            raise ValueError(
+                f"task.stage={stage} with loss.kind={self.loss.kind} would learn the frozen model's answers, right or wrong; "
+                "set loss.kind=mle, or stage=reason"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_baseline_has_its_own_samples(self) -> Config:
         if isinstance(self.loss, MLE) and (self.replay.fresh != 1 or self.replay.demonstrations):
             raise ValueError(

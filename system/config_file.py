@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from system.config import Config, ConfigError, Loss
-from system.task_config import Reward, Task
+from system.task_config import Factor, Reward, Task
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _readable(error: ValidationError, tree: dict[str, Any]) -> str:
             field, shown = f"{field}.kind", f"={context['tag']!r}"
             message = f"must be one of {context['expected_tags']}"
         elif kind == "union_tag_not_found" or (kind == "missing" and field == "task"):
-            union = {"task": Task, "loss": Loss}.get(field, Reward)
+            union = {"task": Task, "loss": Loss, "task.reward": Reward}.get(field, Factor)
             field, message = f"{field}.kind", f"must be set, to one of {_kinds(union)}"
         lines.append(f"{field or 'config'}{shown}: {message}")
     return "\n".join(lines)

@@ -45,11 +45,14 @@ class ContrastReward(Section):
     """As of `lm_posterior`."""
 
 
+Factor = Annotated[LMPosterior | FunctionReward | ContrastReward, Field(discriminator="kind")]
+
+
 class ProductReward(Section):
     """The product of rewards: their logs add up. With `lm_posterior` and a verifier: p(Z | X) exp(r / beta)."""
 
     kind: Literal["product"] = "product"
-    of: tuple[Annotated[LMPosterior | FunctionReward | ContrastReward, Field(discriminator="kind")], ...] = Field(min_length=2)
+    of: tuple[Factor, ...] = Field(min_length=2)
 
     @property
     def every_prefix(self) -> bool:
@@ -63,13 +66,16 @@ class ProductReward(Section):
 Reward = Annotated[LMPosterior | FunctionReward | ProductReward, Field(discriminator="kind")]
 
 
-def _check_template(prompt: str, **values: object) -> None:
-    """Raises ValueError for a prompt with anything else to fill in than `values`."""
+def _check_template(field: str, text: str, /, needed: bool = True, **values: object) -> None:
+    """Raises ValueError for a text with anything else to fill in than `values`, or if `needed` without one of them."""
     try:
-        prompt.format(**values)
+        filled = text.format(**values)
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         names = " and ".join(f"{{{name}}}" for name in values)
-        raise ValueError(f"prompt={prompt!r}: only {names} can be filled in; write {{{{ and }}}} for braces") from error
+        raise ValueError(f"{field}={text!r}: only {names} can be filled in; write {{{{ and }}}} for braces") from error
+    for name in values if needed else ():
+        if text.format(**values | {name: f"{values[name]}x"}) == filled:
+            raise ValueError(f"{field}={text!r} is the same for every {name}; write {{{name}}} where it belongs")
 
 
 class RandomNumber(Section):
@@ -106,7 +112,7 @@ class RandomNumber(Section):
         digits = len(str(self.high))
         if self.max_tokens < digits:
             raise ValueError(f"longest={self.longest} is too short for high={self.high}; raise longest to {digits}")
-        _check_template(self.prompt, low=self.low, high=self.high)
+        _check_template("prompt", self.prompt, needed=False, low=self.low, high=self.high)
         return self
 
 
@@ -197,7 +203,7 @@ class Infilling(Sentence):
 
     @model_validator(mode="after")
     def _a_text_to_fill_in(self) -> Infilling:
-        _check_template(self.prompt, before="", after="")
+        _check_template("prompt", self.prompt, before="", after="")
         return self
 
 
@@ -218,7 +224,7 @@ class Verifiable(Drawn):
 
     @model_validator(mode="after")
     def _a_question_to_fill_in(self) -> Verifiable:
-        _check_template(self.prompt, question="")
+        _check_template("prompt", self.prompt, question="")
         return self
 
 
@@ -302,11 +308,9 @@ class Subjectivity(Drawn):
 
     @model_validator(mode="after")
     def _texts_to_fill_in(self) -> Subjectivity:
-        _check_template(self.prompt, text="")
-        _check_template(self.label_prompt, text="")
-        _check_template(self.evidence, label="")
-        if self.evidence.format(label="") == self.evidence.format(label="x"):
-            raise ValueError(f"evidence={self.evidence!r} is the same for every label; write {{label}} where the label belongs")
+        _check_template("prompt", self.prompt, text="")
+        _check_template("label_prompt", self.label_prompt, text="")
+        _check_template("evidence", self.evidence, label="")
         if len(set(self.labels)) < max(2, len(self.labels)):
             raise ValueError(f"labels={list(self.labels)} must be two or more that differ")
         return self

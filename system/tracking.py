@@ -35,6 +35,7 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
 _MIB = 1 << 20
+REPLAY_ATTEMPTS = 3
 
 
 def resolve_uri(uri: str) -> str:
@@ -69,11 +70,12 @@ def resolve_uri(uri: str) -> str:
 class Tracker:
     """Records one run. Every call writes to the run folder and returns, whatever the server does. Thread-safe."""
 
-    def __init__(self, run_dir: Path, config: Config, resume: bool = False) -> None:
+    def __init__(self, run_dir: Path, config: Config, resume: bool = False, amend: bool = False) -> None:
         """Opens run_dir/journal.jsonl and run_dir/tracking.json, and logs the config as params.
 
         With `resume` the same MLflow run goes on, if there was one. A param never changes at MLflow, so a value that
         differs from the first one becomes the tag `resumed.NAME`. Another uri or experiment gets the whole journal.
+        With `amend` a run that has ended gets more, and keeps the end that it had.
 
         Raises:
             ConfigError: tracking.uri cannot be used.
@@ -83,7 +85,7 @@ class Tracker:
         uri = resolve_uri(settings.uri)
         run_dir.mkdir(parents=True, exist_ok=True)
         known = (run_dir / "tracking.json").exists()
-        if known and not resume:
+        if known and not (resume or amend):
             raise TrackingError(f"{run_dir} already holds a run; resume it, or choose another folder")
         self._dir = run_dir.resolve()
         self._journal = Journal(run_dir / "journal.jsonl")
@@ -95,7 +97,9 @@ class Tracker:
         state.move(uri, settings.experiment)
         self._courier = _courier(self._dir, self._journal, state)
         self._flush_seconds, self._close_seconds = settings.flush_seconds, settings.close_seconds
-        self._log_config({name: str(value) for name, value in flatten(config).items()})
+        self._amends = known and amend
+        if not self._amends:
+            self._log_config({name: str(value) for name, value in flatten(config).items()})
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._deliver, name="tracking", daemon=True)
         self._thread.start()
@@ -177,11 +181,13 @@ class Tracker:
         return self._courier.state.refused
 
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """Ends the run at MLflow. Waits tracking.close_seconds at most; what then still waits stays in the journal."""
+        """Ends the run at MLflow, unless it was amended. Waits tracking.close_seconds at most; what then still waits stays in
+        the journal."""
         if self._closing.is_set():
             return
         try:
-            self._journal.append("status", status=status)
+            if not self._amends:
+                self._journal.append("status", status=status)
         # Tolerated at the end: what stopped the run is the error to see, and a replay calls a run without an end KILLED.
         except TrackingError as error:
             log.warning("the run's end is not recorded: %s", error)
@@ -243,7 +249,8 @@ def replay(run_dir: Path, uri: str | None = None) -> int:
             status, last = entry.get("status", status), entry.get("time", last)
         if status == "RUNNING":
             journal.append("status", last, status="KILLED")
-        courier.deliver()
+        # An item that MLflow never answers is given up from the third attempt on, and lets the rest through.
+        any(courier.deliver() for _ in range(REPLAY_ATTEMPTS))
         return journal.waiting
     finally:
         journal.close()
@@ -271,17 +278,19 @@ def system_metrics() -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m system.tracking", description="Send a run's journal to MLflow.")
-    parser.add_argument("run_dir", type=Path, help="the folder of a run that has ended")
+    parser.add_argument("run_dir", type=Path, help="the folder of a run that has ended, or its name under runs/")
     parser.add_argument("--uri", help="send all of it to this server or SQLite file instead")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    given = arguments.run_dir
+    folder = next((path for path in (given, "runs" / given) if (path / "tracking.json").is_file()), given)
     try:
-        waiting = replay(arguments.run_dir, arguments.uri)
+        waiting = replay(folder, arguments.uri)
     except (ConfigError, TrackingError) as error:
         sys.exit(str(error))
     if waiting:
-        sys.exit(f"{waiting} entries still wait in {arguments.run_dir}")
-    print(f"MLflow has all of {arguments.run_dir}")
+        sys.exit(f"{waiting} entries still wait in {folder}")
+    print(f"MLflow has all of {folder}")
 
 
 if __name__ == "__main__":

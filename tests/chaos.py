@@ -183,7 +183,7 @@ def run(name: str, injections: int, folder: Path) -> dict[str, Any]:
 def _unused(loop: Orchestrator) -> set[int]:
     """Groups that were asked for and not used when the run ended."""
     waiting = [group.group_id for group in loop._arrived]
-    return {*loop._in_flight.values(), *waiting, *loop._reissue}
+    return {*(issued.group_id for issued in loop._in_flight.values()), *waiting, *loop._reissue}
 
 
 def main(argv: Sequence[str]) -> int:

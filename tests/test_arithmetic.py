@@ -155,19 +155,49 @@ def test_a_rationale_that_is_not_what_the_calculator_computes_is_refused(
 
 
 def test_votes_decide_and_what_cannot_be_read_is_wrong() -> None:
-    prompt = Prompt("p", (1,), (1,), meta={"answer": 6})
+    prompt = Prompt("p", (1,), (1,), meta={"answer": 6, "operands": 2})
     right, wrong, none = " 9 - 3 = 6", " 9 - 2 = 7", " 9 - 3 = 6, 6"
-    assert judge(prompt, [right, right, wrong]) == {"accuracy": 1.0, "sample_accuracy": pytest.approx(2 / 3)}
+    verdict = judge(prompt, [right, right, wrong])
+    assert verdict == {"accuracy": 1.0, "sample_accuracy": pytest.approx(2 / 3), "worked_out": pytest.approx(2 / 3)}
     assert judge(prompt, [right, wrong])["accuracy"] == 0.0
     assert judge(prompt, [wrong, wrong, right])["accuracy"] == 0.0
-    assert judge(prompt, [none, "6", ""]) == {"accuracy": 0.0, "sample_accuracy": 0.0}
+    assert judge(prompt, [none, "6", ""]) == {"accuracy": 0.0, "sample_accuracy": 0.0, "worked_out": 0.0}
     assert judge(prompt, [right, none, none])["accuracy"] == 1.0
+    assert judge(prompt, [" 2 + 2 + 2 = 6"]) == {"accuracy": 1.0, "sample_accuracy": 1.0, "worked_out": 0.0}
 
 
-def test_a_rationale_counts_as_right_only_by_its_last_result() -> None:
-    prompt = Prompt("p", (1,), (1,), meta={"answer": 6})
-    texts = (" 9 - 3 = 6", " 9 - 2 = 7, 7 - 1 = 6", " 9 - 3 = 6, 6 - 1 = 5", " 6", "")
-    assert [log_correct(prompt, text, []) for text in texts] == [0.0, 0.0, -20.0, -20.0, -20.0]
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        (" 9 - 3 = 6, 6 + 6 = 12, 12 - 1 = 11", True),
+        (" 9 - 3 + 6 - 1 = 11", False),  # the calculator leaves it alone: 11 is a guess
+        (" 9 + 2 = 11", False),
+        (" 9 - 3 = 6, 6 + 5 = 11", False),
+        (" 9 - 3 = 6, 6 + 6 = 11, 11 + 0 = 11", False),  # not what the calculator writes
+        (" 9 - 3 = 6, 6 + 6 = 12, 10 + 1 = 11", False),
+        (" 9 - 3 = 6, 6 + 6 = 12, 12 - 2 = 10", False),
+        (" 9 - 3 = 6, 6 + 6 = 12, 12 - 1 = 11, 11 + 0 = 11", False),
+        (" 9 - 3 = 6, 6 + 6 = 12, 12 - 1 =", False),
+        (" 11", False),
+        ("", False),
+    ],
+)
+def test_only_a_rationale_that_works_the_question_out_is_rewarded(text: str, right: bool) -> None:
+    prompt = Prompt("p", (1,), (1,), meta={"answer": 11, "operands": 4})
+    assert log_correct(prompt, text, []) == (0.0 if right else -20.0)
+
+
+def test_what_demonstrations_show_is_rewarded(tokenizer: PreTrainedTokenizerBase) -> None:
+    problem = build(tokenizer, count=200)
+    for prompt in problem.prompts:
+        for shown in problem.demonstrations.get(prompt.id, ()):
+            assert log_correct(prompt, decode(tokenizer, shown.tokens_T.tolist()), []) == 0.0
+
+
+def test_a_question_that_no_sample_has_room_for_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    for field in ("max_tokens", "tool_tokens"):
+        with pytest.raises(ConfigError, match=rf"task\.{field}=12: to work out .* takes \d+ of them; raise it"):
+            build(tokenizer, operands=(8,), count=60, **({"max_tokens": 100, "tool_tokens": 100} | {field: 12}))
 
 
 def test_an_evaluation_takes_prompts_evenly_from_all_of_them() -> None:

@@ -94,7 +94,7 @@ def test_bounds_from_self_consistent_stories_enclose_the_exact_log_z(folder: Pat
         gaps.append(float(((p - q) * u).sum()))
     rows = [{"prompt": prompt.id, "log_z_lower": value} for prompt, value in zip(problem.prompts, lower, strict=True)]
     local: Any = SimpleNamespace(sampler=reward, learner=learner)
-    metrics = evaluate._upper_bound(problem, local, 1.0, Evaluation({}, rows))
+    metrics = evaluate._upper_bound(problem, local, Evaluation({}, rows))
     assert metrics["posterior/prompts_with_true_z"] == 150
     assert np.mean(lower) < np.mean(exact) < metrics["posterior/log_z_upper"]
     # E over the stories of u(true Z) - E_q[u] is the symmetrised KL, here known by enumeration.
@@ -160,10 +160,12 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
         only = Evaluation({"posterior/spread": 2.0}, samples=[{"text": "new"}])
         patch.setattr(evaluate, "evaluate", lambda _config, _run, _samples, which: asked.append(which) or {which: only})
         patch.setattr(evaluate, "engine_environment", lambda *_: {})
+        known: dict[str, float] = {}
         for which, name in (("base", "heldout/base/posterior/spread"), ("adapter", "heldout/posterior/spread")):
+            known[name] = 2.0
             before = (run / "heldout_samples.jsonl").read_text()
             assert evaluate.main(["one", "--only", which]) == 0
-            assert json.loads((run / "heldout.json").read_text())["metrics"] == {name: 2.0}
+            assert json.loads((run / "heldout.json").read_text())["metrics"] == known
             assert ((run / "heldout_samples.jsonl").read_text() == before) is (which == "base")
             assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {name: 2.0}
     assert asked == ["base", "adapter"]

@@ -113,6 +113,9 @@ def test_the_command_prints_a_table_and_says_how_many_are_enough(
     assert len(output.splitlines()) == 6
     content = trace(update=[1, 1], adapter=[0.1, 0.1], install=[0.1, 0.1], generate=[1], reward=[1])
     (tmp_path / "timeline.json").write_text(json.dumps(content))
+    assert plan.main([*base, "--run", str(tmp_path)]) == 2
+    assert "no such run" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text(Path("deploy/configs/random_number.yaml").read_text())
     assert plan.main([*base, "--run", str(tmp_path)]) == 0
     capsys.readouterr()
     assert plan.main(base) == 2

@@ -21,6 +21,7 @@ from system.language_model import load_tokenizer
 from system.posterior import log_mean_exp
 from system.tasks.arithmetic import read_questions
 from system.tasks.problem import sampled
+from system.trajectory import Group
 from tests import fakes, finished, lora, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,6 +109,15 @@ def test_a_table_shows_no_control_characters_of_a_sample() -> None:
     row = {"text": "\x1b[31mred", "log_q": -1.0, "log_reward": -2.0, "weight": 1.0}
     text = sample.table({"prompt": "a", "context": "\x07", "log_z": 0.0, "ess": 1.0, "samples": [row]})
     assert text.isascii() and not {"\x1b", "\x07"} & set(text)
+
+
+def test_a_prompt_of_which_no_sample_has_a_reward_is_a_record_without_samples(caplog: pytest.LogCaptureFixture) -> None:
+    group = Group(fakes.PROMPTS[0], (), (), 0, 0, faults=("log of zero", "log of zero"))
+    local: Any = SimpleNamespace(tokenizer=tiny.tokenizer())
+    record = sample._record(local, group)
+    assert (record["prompt"], record["samples"], record["log_z"]) == ("prompt-0", [], None)
+    assert "2 samples have no reward: log of zero" in caplog.text
+    assert "no sample has a reward" in sample.table(record)
 
 
 @pytest.mark.parametrize(

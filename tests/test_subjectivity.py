@@ -41,8 +41,14 @@ def section(folder: Path, text: str = RECORDS, **fields: Any) -> dict[str, Any]:
     return {"kind": "subjectivity", "records": str(folder / "records.jsonl")} | LETTERS | fields
 
 
+def config(task: dict[str, Any], **others: Any) -> Config:
+    """With the loss that the task's stage asks for."""
+    loss = "pooled" if task.get("stage", "reason") == "reason" else "mle"
+    return parse({"task": task, "loss": {"kind": loss}} | others)
+
+
 def labelled(folder: Path, text: str = RECORDS, **fields: Any) -> Problem:
-    return tasks.build(parse({"task": section(folder, text, **fields)}).task, TOKENIZER)
+    return tasks.build(config(section(folder, text, **fields)).task, TOKENIZER)
 
 
 def text_of(tokens: Sequence[int] | None) -> str:
@@ -200,9 +206,9 @@ def test_settings_that_contradict_are_refused(tmp_path: Path, fields: dict[str, 
 
 
 def test_the_packaged_records_are_balanced_and_every_stage_fits_the_packaged_model(tmp_path: Path) -> None:
-    config = load(ROOT / "deploy/configs/subjectivity.yaml")
-    tokenizer = load_tokenizer(locate(config.model))
-    task = tasks.build(config.task, tokenizer)
+    packaged = load(ROOT / "deploy/configs/subjectivity.yaml")
+    tokenizer = load_tokenizer(locate(packaged.model))
+    task = tasks.build(packaged.task, tokenizer)
     labels = [prompt.meta["label"] for prompt in task.prompts]
     assert labels.count("objective") == labels.count("subjective") == 10
     assert [decode(tokenizer, task.prompts[0].evidence_tokens or ())] == [" so it is objective."]
@@ -210,9 +216,9 @@ def test_the_packaged_records_are_balanced_and_every_stage_fits_the_packaged_mod
     lines = [json.loads(line) for line in PACKAGED_REVIEWS.read_text(encoding="utf-8").splitlines()]
     assert len({line["text"] for line in lines}) == 20
     fields = {"kind": "subjectivity", "stage": "label", "examples": 4, "examples_from": "packaged"}
-    answer = tasks.build(parse({"task": fields}).task, tokenizer)
+    answer = tasks.build(config(fields).task, tokenizer)
     file = rationales(tmp_path, *[(prompt.id, " long", prompt.meta["text"]) for prompt in task.prompts])
-    last = tasks.build(parse({"task": {"kind": "subjectivity", "stage": "predict", "rationales": file}}).task, tokenizer)
+    last = tasks.build(config({"kind": "subjectivity", "stage": "predict", "rationales": file}).task, tokenizer)
     # The space before a label is part of its token, so no prompt ends with it.
     assert decode(tokenizer, last.prompts[0].policy_tokens).endswith('" This review is long, so it is')
     assert [decode(tokenizer, choice.tokens_T.tolist()) for choice in answer.choices] == [" objective", " subjective"]
@@ -296,7 +302,7 @@ def tuned(cfg: Config, problem: Problem) -> Learner:
 
 
 def built(folder: Path, task: dict[str, Any]) -> tuple[Config, PreTrainedTokenizerBase, Problem]:
-    cfg = parse({"model": {"path": str(folder)}, "lora": {"rank": 4}, "task": task})
+    cfg = config(task, model={"path": str(folder)}, lora={"rank": 4})
     return cfg, TOKENIZER, tasks.build(cfg.task, TOKENIZER)
 
 

@@ -125,6 +125,20 @@ def test_a_resumed_run_goes_on_without_gaps_or_duplicates(tmp_path, database):
     assert len(datasets(run)) == 1
 
 
+def test_a_run_that_is_amended_keeps_its_end(tmp_path, database):
+    first = Tracker(tmp_path, config(database, "amended"))
+    first.metrics({"loss": 1.0}, 1)
+    first.close("KILLED")
+    ended = recorded(database, "amended").info.end_time
+    more = Tracker(tmp_path, config(database, "amended", learner={"steps": 7}), amend=True)
+    more.metrics({"heldout/loss": 2.0}, 0)
+    more.close("FINISHED")
+    run = recorded(database, "amended")
+    assert (run.info.status, run.info.end_time) == ("KILLED", ended)
+    assert run.data.metrics == {"loss": 1.0, "heldout/loss": 2.0}
+    assert not any(name.startswith("resumed.") for name in run.data.tags)
+
+
 def test_runs_of_a_sweep_share_a_parent_however_often_it_was_created(tmp_path, database):
     client, states = MlflowClient(database), []
     for name in ("one", "two"):

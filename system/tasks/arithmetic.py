@@ -62,15 +62,17 @@ def build(section: Arithmetic, tokenizer: PreTrainedTokenizerBase) -> Problem:
     if len(shown) < section.examples:
         raise ConfigError(
             f"task.examples={section.examples}, but only {len(shown)} questions have a rationale; "
-            "lower it, or give more in task.rationales"
+            f"lower it, or {'give more in task.rationales' if section.rationales else 'raise task.worked'}"
         )
     front = "".join(question.worked for question in shown[: section.examples])
     constraints = support(section, tokenizer, stop, sorted(rationale_tokens(tokenizer)))
+    _check_room(section, tokenizer, tool, [question for _, question in questions])
     prompts, demonstrations = [], {}
     for number, question in questions:
         context = context_tokens(tokenizer, front + question.text)
         answer = tokenizer.encode(f" The answer is {question.answer}.", add_special_tokens=False)
-        prompt = Prompt(f"question-{number}", context, context, tuple(answer), {"answer": question.answer})
+        meta = {"answer": question.answer, "operands": len(_terms(question.expression))}
+        prompt = Prompt(f"question-{number}", context, context, tuple(answer), meta)
         prompts.append(prompt)
         if question.steps and constraints.admits(actions := encode_steps(tokenizer, question.steps)):
             demonstrations[prompt.id] = (sampled(*play(tool, section.tool_tokens, actions), constraints=constraints),)
@@ -82,6 +84,19 @@ def build(section: Arithmetic, tokenizer: PreTrainedTokenizerBase) -> Problem:
         tool=tool,
         judge=judge,
     )
+
+
+def _check_room(section: Arithmetic, tokenizer: PreTrainedTokenizerBase, tool: Calculator, asked: Sequence[Question]) -> None:
+    """Raises ConfigError if a question's rationale, worked out from left to right, is longer than a sample may be."""
+    for question in asked:
+        _, is_action_T = play(tool, 1 << 30, encode_steps(tokenizer, steps_of(question.expression)))
+        needed = {"max_tokens": int(is_action_T.sum()), "tool_tokens": int((~is_action_T).sum())}
+        for field, tokens in needed.items():
+            if tokens > getattr(section, field):
+                raise ConfigError(
+                    f"task.{field}={getattr(section, field)}: to work out {question.expression!r} takes {tokens} of them; "
+                    "raise it, or ask questions of fewer operands"
+                )
 
 
 def encode_steps(tokenizer: PreTrainedTokenizerBase, steps: Sequence[str]) -> list[int]:
@@ -211,18 +226,37 @@ def result(text: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def works_out(text: str, operands: int, answer: int) -> bool:
+    """The text is a rationale: a step for each operand but the first, each going on from the last one's result, and the last
+    one's is the answer. A result that the calculator did not write is none."""
+    running: str | None = None
+    parts = text.split(",")
+    for part in parts:
+        step = STEP.fullmatch(part.strip())
+        if step is None or step.group(2) is None or int(step.group(2)) != evaluate(step.group(1)):
+            return False
+        if running is not None and step.group(1).split()[0] != running:
+            return False
+        running = step.group(2).strip()
+    return len(parts) == operands - 1 and running == str(answer)
+
+
 def log_correct(prompt: Prompt, text: str, tokens: list[int]) -> float:
-    """0 for a rationale that ends with the right result, -20 for any other one: p(Y | Z) where a small model's is too soft.
+    """0 for a rationale that works the question out, -20 for any other text: p(Y | Z) where a small model's is too soft.
 
     After a rationale with a wrong result a small model finds the right answer only a few nats less likely, and a step that is
-    left out saves more than that, so that its own posterior prefers short wrong rationales.
+    left out saves more than that, so that its own posterior prefers short wrong rationales. If only the last result counted,
+    it would prefer ` 9 - 3 + 6 - 1 = 11`, which the calculator leaves alone and a guess completes.
     """
-    return 0.0 if result(text) == prompt.meta["answer"] else -20.0
+    return 0.0 if works_out(text, prompt.meta["operands"], prompt.meta["answer"]) else -20.0
 
 
 def judge(prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
-    """Whether the answer that most texts give is right (a tie, or no number, is wrong), and the share of right texts."""
+    """Whether the answer that most texts give is right (a tie, or no number, is wrong), the share of right texts, and of those
+    that work it out."""
     answer = prompt.meta["answer"]
     results = [result(text) for text in texts]
     won = wins((value for value in results if value is not None), answer)
-    return {"accuracy": float(won), "sample_accuracy": float(np.mean([value == answer for value in results]))}
+    worked = [works_out(text, prompt.meta["operands"], answer) for text in texts]
+    right = [value == answer for value in results]
+    return {"accuracy": float(won), "sample_accuracy": float(np.mean(right)), "worked_out": float(np.mean(worked))}

@@ -41,7 +41,7 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
     nothing else to draw."""
     stop = single_token(tokenizer, section.stop, "task.stop")
     constraints = support(section, tokenizer, stop, legal_tokens(tokenizer, section.illegal))
-    prompts, demonstrations = [], {}
+    prompts, demonstrations, told = [], {}, set()
     for story in read_stories(section):
         policy = context_tokens(tokenizer, section.prompt.format(before=story.before, after=story.after))
         tokens = story.tokens or {"after": tokenizer.encode(" " + story.after, add_special_tokens=False)}
@@ -56,12 +56,15 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
             middle = tokenizer.encode(" " + story.middle.removesuffix(section.stop), add_special_tokens=False)
         if middle is not None and constraints.admits(middle):
             demonstrations[story.id] = (sampled(middle, constraints=constraints),)
+            if story.tokens:
+                told.add(story.id)
         prompts.append(Prompt(story.id, policy, context_tokens(tokenizer, story.before), tuple(tokens["after"]), meta))
     return Problem(
         prompts=tuple(prompts),
         constraints=constraints,
         reward_stop=(stop,),
         demonstrations=demonstrations,
+        exact=frozenset(told),
         judge=overlap,
     )
 

@@ -30,6 +30,8 @@ class Problem:
     demonstrations: Mapping[str, tuple[Trajectory, ...]] = field(default_factory=dict)
     """Prompt id -> samples that are known to be good, and that the policy could draw: a story's own sentence, a worked
     rationale. What `loss.kind=mle` imitates and `replay.demonstrations` starts the buffer with."""
+    exact: frozenset[str] = frozenset()
+    """Ids of prompts whose demonstration is an exact sample of p(Z . Y | X), such as stories that the model told itself."""
     tool: Tool | None = None
     """Writes into samples while they are drawn, at most `constraints.tool_tokens` tokens each."""
     alternatives: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)

@@ -159,7 +159,8 @@ def verifiable(lab: Lab) -> Rows:
 
 
 def subjectivity(lab: Lab, labelled: int = 10) -> Rows:
-    """200 test sentences. `+ supervised` is the M-step: labels learnt from the E-step's reasons, which vote."""
+    """200 test sentences, with votes of 11, where two labels cannot tie. `+ supervised` is the M-step: labels learnt from the
+    E-step's reasons, which vote."""
     train, test = lab.data / f"subj/train.{labelled}.jsonl", lab.data / "subj/test.jsonl"
     known, unknown = f"task.records={train}", (f"task.records={test}", "task.limit=200")
     imitation = (*IMITATION, "learner.groups_per_update=10", "learner.steps=40")
@@ -169,7 +170,7 @@ def subjectivity(lab: Lab, labelled: int = 10) -> Rows:
     shown = (f"task.examples={labelled}", f"task.examples_from={train}")
     rows["few-shot"], _ = lab.evaluate("few-shot", label, *unknown, *shown, samples=2, only="base")
     reason = lab.train("gflownet", "subjectivity", known, *lab.overrides)
-    _, rows["gflownet"] = lab.evaluate("gflownet", reason, *unknown, samples=10)
+    _, rows["gflownet"] = lab.evaluate("gflownet", reason, *unknown, samples=11)
     lab.evaluate("reasons", reason, known, samples=20)
     predict = lab.train(
         "predict", "subjectivity", known, *imitation, "task.stage=predict", f"task.rationales={lab.samples('reasons')}"
