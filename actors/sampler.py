@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 
 from actors.engine import Engine
 from actors.settings import BLOCK, EngineSettings
@@ -164,7 +163,6 @@ class Sampler:
             "effective_update": self._installed["effective_update"],
             "version": float(self._version),
             "busy": (self._seconds["generate"] + self._seconds["install"]) / elapsed,
-            "rss_bytes": float(psutil.Process().memory_info().rss),
         }
 
     def close(self) -> None:

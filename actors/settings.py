@@ -28,20 +28,17 @@ def engine_environment(threads: int, gpu: bool) -> dict[str, str]:
     return environment
 
 
-def alone(config: Config, samples: int) -> Config:
-    """For one process that draws `samples` of each prompt and shares the machine with nobody.
+def alone(config: Config) -> Config:
+    """For one process that shares the machine with nobody.
 
-    Engine and learner, which mostly take turns, each get all cores, or as many as OMP_NUM_THREADS says, and the engine is given
-    as many groups at once as it decodes together.
+    Engine and learner, which mostly take turns, each get all cores, or as many as OMP_NUM_THREADS says.
     """
     # Once exported, another number does not reach all of vLLM's threads: its kernels then refuse to run.
     exported = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     cores = int(exported) if exported.isdecimal() else len(os.sched_getaffinity(0))
-    groups = max(config.sampler.groups_in_flight, config.sampler.max_num_seqs // samples)
     update = {
         "actors": config.actors.model_copy(update={"cpus": max(cores, config.actors.threads)}),
         "learner": config.learner.model_copy(update={"threads": max(cores, config.learner.threads)}),
-        "sampler": config.sampler.model_copy(update={"groups_in_flight": groups}),
     }
     return config.model_copy(update=update)
 

@@ -243,7 +243,7 @@ def main(argv: list[str]) -> int:
         if arguments.samples < 2:
             raise ConfigError(f"--samples={arguments.samples}: one draw says nothing about the spread; take 2 at least")
         config = config_file.load(arguments.config, arguments.overrides)
-        os.environ.update(engine_environment(alone(config, arguments.samples).actors.threads, bool(config.actors.gpus)))
+        os.environ.update(engine_environment(alone(config).actors.threads, bool(config.actors.gpus)))
         run_dir = find_run(arguments.run) if arguments.run else None
         folder = run(config, arguments.methods.split(","), arguments.samples, settings, run_dir)
     except ConfigError as error:

@@ -60,7 +60,7 @@ def evaluate(config: Config, run_dir: Path, samples: int, only: str | None = Non
 
     path = adapter_file(run_dir)
     results = {}
-    with opened(config) as local:
+    with opened(config, samples) as local:
         problem, tokenizer = local.problem, local.tokenizer
         requests = Requests(problem.prompts, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed)
         for name in (only,) if only else WHICH:
@@ -123,7 +123,7 @@ def main(argv: list[str]) -> int:
         if arguments.samples_file:
             check_output("--samples-file", arguments.samples_file)
         run_dir = find_run(arguments.run)
-        config = alone(config_file.load(run_dir / "config.yaml", arguments.overrides), arguments.samples)
+        config = alone(config_file.load(run_dir / "config.yaml", arguments.overrides))
         os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
         results = evaluate(config, run_dir, arguments.samples, arguments.only)
     except ConfigError as error:

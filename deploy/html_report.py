@@ -104,7 +104,7 @@ def charts(metrics: Metrics) -> list[Chart]:
     made = [
         Chart("Distance to the posterior, exact", "nats", kl, True, frozenset(kl)),
         Chart("Loss", "", metrics.lines({"loss": "loss"}), True),
-        Chart("log Z: mean of u", "nats", of_samples("log_z") | bounds, False, frozenset(bounds)),
+        Chart("Mean of u, log Z at the posterior", "nats", of_samples("log_z") | bounds, False, frozenset(bounds)),
         Chart("Spread: variance of u", "nats²", of_samples("spread") | spread, True, frozenset(spread)),
         Chart("Effective share of the samples", "", metrics.lines({"ess": "ess"})),
         Chart("Length of the samples", "tokens", metrics.lines({"length/mean": "mean", "length/max": "longest"})),

@@ -303,7 +303,7 @@ class Job:
 
         self.observer.keep("driver", loop.timeline.drain())
         path = self.run_dir / "timeline.json"
-        idle = report.timeline(path, self.observer.all_spans())
+        idle = report.timeline(path, self.observer.all_spans(), self.samplers.named())
         self.tracker.artifact(path)
         self.tracker.metrics({"idle/samplers": idle}, loop.counters.step)
         return idle

@@ -61,15 +61,19 @@ class Local:
 
 
 @contextmanager
-def opened(config: Config) -> Iterator[Local]:
-    """The engine and the learner of a config. Raises ConfigError as `prepare`, and where either cannot be built."""
+def opened(config: Config, samples: int) -> Iterator[Local]:
+    """The engine and the learner of a config, for groups of so many samples.
+
+    Raises:
+        ConfigError: as `prepare`, and where either cannot be built.
+    """
     from actors.build import build_sampler
     from learner.learner import Learner
 
     prepared = prepare(config)
     learner = Learner.build(config, prepared.problem)
     sampler = build_sampler(config, prepared.problem)
-    with ThreadPoolExecutor(config.sampler.groups_in_flight) as callers:
+    with ThreadPoolExecutor(config.sampler.groups_at_once(samples)) as callers:
         try:
             yield Local(config, prepared.problem, prepared.tokenizer, sampler, learner, callers)
         finally:

@@ -43,6 +43,8 @@ SPARE_STEPS = 20
 """Steps without work for all, after which a sampler goes: starting one again takes as long as many steps."""
 ROOM_SECONDS = 8.0
 """Until what a killed process held is free; a stopped one takes 5 s to go."""
+SPARE_THREADS = 8
+"""Of an actor, besides those for groups: for scores, statistics and signs of life."""
 LONGEST_PAUSE = 60.0
 """Seconds before the next start, after starts that failed; the first pause is 2 s, and each is twice the one before."""
 
@@ -60,6 +62,11 @@ class _Call:
         """It is a group of the training; those of an evaluation have negative numbers."""
         return self.method == "sample" and self.arguments[0].group_id >= 0
 
+    @property
+    def samples(self) -> int:
+        """That the engine is to draw for it."""
+        return len(self.arguments[0].behaviours_K) if self.method == "sample" else 0
+
 
 @dataclass(eq=False)
 class _Member:
@@ -72,9 +79,14 @@ class _Member:
     is_built: bool = False
     calls: list[_Call] = field(default_factory=list)
 
+    @property
+    def samples(self) -> int:
+        return sum(call.samples for call in self.calls)
+
 
 class RaySamplers:
-    """A pool of sampler actors; each request goes to the least loaded one, under the adapter published last.
+    """A pool of sampler actors; each request goes to the least loaded one, under the adapter published last. A sampler is given
+    no more than fills its engine: the rest waits for one that is free, or that joins.
 
     It starts with actors.min, and `fit` moves it between that and actors.max. A request waits while no sampler is there to
     take it, and a sampler that no node has room for waits for one.
@@ -99,6 +111,8 @@ class RaySamplers:
         self._adapter: Any = None
         self._target = config.actors.fewest
         self._failed_starts, self._failed_at, self._start_after = 0, 0.0, 0.0
+        smallest = min(config.sampler.samples_per_prompt, config.learner.evaluation_samples)
+        self._threads = config.sampler.groups_at_once(smallest) + SPARE_THREADS
         self._most_asked = self._spare_steps = 0
         self._paused = self._closed = False
         self._ended: BaseException | None = None
@@ -147,7 +161,7 @@ class RaySamplers:
         self._paused = True
         try:
             found = _within(ROOM_SECONDS, lambda: ray_cluster.has_room(each, copies))
-            while self._members and not found:
+            while self._members and not found and ray_cluster.could_have_room(each, copies):
                 left = len(self._members)
                 self._inbox.put(self._give_way)
                 found = _within(
@@ -232,8 +246,7 @@ class RaySamplers:
         actor = remote.options(
             num_cpus=actors.cpus,
             num_gpus=actors.gpus,
-            # One thread for each group in flight, and some for installs and statistics meanwhile.
-            max_concurrency=self.config.sampler.groups_in_flight + 8,
+            max_concurrency=self._threads,
             scheduling_strategy="SPREAD",
             runtime_env={"env_vars": engine_environment(actors.threads, gpu=actors.gpus > 0)},
             **ray_cluster.preferring(self._learner_node(), avoid=True),
@@ -295,8 +308,10 @@ class RaySamplers:
         built = self._built()
         while self._waiting and built:
             # Of those with the least work, the one that has rested longest: one that hangs is found when it has work.
-            member, call = min(built, key=lambda member: (len(member.calls), member.heard)), self._waiting.popleft()
-            self._give(member, call)
+            member, call = min(built, key=lambda member: (len(member.calls), member.heard)), self._waiting[0]
+            if call.samples and member.samples >= self.config.sampler.max_num_seqs + call.samples:
+                break
+            self._give(member, self._waiting.popleft())
 
     def _give(self, member: _Member, call: _Call) -> None:
         if not member.calls:

@@ -35,7 +35,10 @@ def connect(config: Config) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    common = {"log_to_driver": True, "logging_level": logging.WARNING}
+    common: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
+    if not os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        # Workers import the project, and reward functions of the user's, from anywhere; a submitted job brings both.
+        common["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), os.getcwd()])}}
     on_terminate = signal.getsignal(signal.SIGTERM)
     if address:
         try:
@@ -57,8 +60,6 @@ def connect(config: Config) -> None:
             num_cpus=cpus,
             include_dashboard=config.cluster.dashboard,
             dashboard_host="127.0.0.1",
-            # Workers import the project, and reward functions of the user's, wherever they are started.
-            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), os.getcwd()])}},
             **common,
         )
     # Ray puts in a handler that ends the process at once; the stop of a submitted job is to leave a checkpoint.
@@ -96,6 +97,11 @@ def has_room(each: Resources, copies: int = 1) -> bool:
     """Nodes have `copies` times `each` free. Ray hears of what becomes free a moment later."""
     free = [Resources(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in available_resources_per_node().values()]
     return sum(placement.copies(node, each) for node in free) >= copies
+
+
+def could_have_room(each: Resources, copies: int) -> bool:
+    """Nodes have `copies` times `each` in all."""
+    return sum(placement.copies(node, each) for node in nodes().values()) >= copies
 
 
 def preferring(node: str | None, *, avoid: bool = False) -> dict[str, Any]:

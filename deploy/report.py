@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +84,25 @@ def _improvement(before: Evaluation, after: Evaluation) -> dict[str, float]:
     }
 
 
-def timeline(path: Path, processes: Mapping[str, Iterable[Span]]) -> float:
-    """Writes a Chrome trace. Returns the share of the training time in which samplers neither drew nor installed, or NaN."""
+def timeline(path: Path, processes: Mapping[str, Iterable[Span]], alive: Collection[str]) -> float:
+    """Writes a Chrome trace. Returns the share of the training time in which samplers neither drew nor installed, or NaN.
+
+    A sampler counts from what it did first of what is known, and until what it did last if it is not one of those `alive`.
+    """
     spans = {process: list(spans) for process, spans in processes.items()}
     path.write_text(json.dumps(chrome_trace(spans)), encoding="utf-8")
     loop = [span for span in spans.get("driver", []) if span.name in ("update", "wait for groups")]
-    engines = [[span for span in each if span.track == "engine"] for each in spans.values()]
-    fractions = [busy_fraction(each, loop[0].start, loop[-1].end) for each in engines if each and loop]
-    return 1.0 - float(np.mean(fractions)) if fractions else math.nan
+    busy = present = 0.0
+    for process, each in spans.items():
+        engine = [span for span in each if span.track == "engine"]
+        if not engine or not loop:
+            continue
+        start = max(loop[0].start, min(span.start for span in engine))
+        end = loop[-1].end if process in alive else min(loop[-1].end, max(span.end for span in engine))
+        if end > start:
+            busy += busy_fraction(engine, start, end) * (end - start)
+            present += end - start
+    return 1.0 - busy / present if present else math.nan
 
 
 def shown(evaluations: list[tuple[int, Evaluation]]) -> list[tuple[int, Evaluation]]:

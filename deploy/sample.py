@@ -139,7 +139,7 @@ def run(config: Config, adapter: Path, samples: int, seed: int, output: Path | N
     """Draws, and writes or prints each record. Raises ConfigError as `opened` and `Local.use`."""
     from deploy.local import opened
 
-    with opened(config) as local:
+    with opened(config, samples) as local:
         local.use(adapter)
         records = draw(local, samples, seed)
         if output is None:
@@ -182,7 +182,7 @@ def main(argv: list[str]) -> int:
             if arguments.prompt is not None:
                 path = Path(folder) / "prompt.jsonl"
                 path.write_text(json.dumps(record_of(config, arguments.prompt)) + "\n", encoding="utf-8")
-            config = alone(with_prompts(config, path) if path else config, arguments.samples)
+            config = alone(with_prompts(config, path) if path else config)
             os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
             run(config, adapter, arguments.samples, arguments.seed, arguments.output)
     except ConfigError as error:

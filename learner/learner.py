@@ -72,6 +72,7 @@ class Facts(NamedTuple):
     tokens: float
     """Forwarded."""
     log_z: float
+    """Mean of u over all samples, exploring and replayed ones too: log Z at the posterior, and no bound before it."""
     spread: float
     ess: float
     log_q_stop: float

@@ -89,8 +89,6 @@ class Sampler(Section):
     """Size of the engine's KV cache on CPU, MiB."""
     gpu_memory_utilization: float = Field(default=0.5, gt=0, le=1)
     """Share of a GPU that the engine takes."""
-    groups_in_flight: int = Field(default=2, ge=1)
-    """Groups that one sampler works on at once. Two or more leave no idle tail between groups."""
     max_reward_faults: int = Field(default=100, ge=0)
     """Samples for which the reward raises, hangs or gives no finite number are left out of their groups and counted.
     The run stops when there are more than this many in all."""
@@ -98,6 +96,10 @@ class Sampler(Section):
     """Largest mean difference, nats a token, between the engine's and the learner's log-probs of the canary.
     By default 0.005 if both compute in float32, else 0.15: bfloat16 alone makes about 0.05.
     What an update has to differ by to be proven to have arrived is this much, so it says little of early bfloat16 versions."""
+
+    def groups_at_once(self, samples: int) -> int:
+        """Groups of so many samples that fill one engine, and one more, which leaves no idle tail between them."""
+        return -(-self.max_num_seqs // samples) + 1
 
     @model_validator(mode="after")
     def _what_is_planted_is_in_some_sample(self) -> Sampler:

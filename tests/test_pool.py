@@ -214,6 +214,21 @@ class TestOneNode:
             samplers.sample(request(0, cfg)).result(60)
         samplers.close()
 
+    def test_a_sampler_is_given_no_more_than_fills_its_engine(self, tmp_path: Path) -> None:
+        cfg = config(tmp_path, {"count": 1})
+        cfg = cfg.model_copy(update={"sampler": cfg.sampler.model_copy(update={"max_num_seqs": 4})})
+        samplers = pool(cfg, Faults(seconds=0.1))
+        wait_until_ready(samplers)
+        [member] = samplers._members.values()
+        most = 0
+        futures = [samplers.sample(request(number, cfg)) for number in range(8)]
+        while not all(future.done() for future in futures):
+            most = max(most, member.samples)
+            time.sleep(0.01)
+        assert [future.result().group_id for future in futures] == list(range(8))
+        assert most == 3 * cfg.sampler.groups_at_once(3) == 9
+        samplers.close()
+
     def test_samplers_that_die_over_every_group_stop_the_run_with_the_cause(self, tmp_path: Path) -> None:
         cfg = config(tmp_path, {"count": 1, "max_deaths": 2})
         with pytest.raises(RuntimeError, match=r"samplers died 3 times with no group in between \(actors.max_deaths=2\)"):

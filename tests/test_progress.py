@@ -29,7 +29,7 @@ def test_lines_come_at_once_then_seldom_and_for_the_last_step() -> None:
         shown.update(standing(step))
     shown.say("evaluation")
     first, last, said = out.getvalue().splitlines()
-    assert first.startswith("step 1/10  loss 0.25  log Z -3.500  spread 12  ess 0.50  length 4.0  7.5 traj/s  staleness 1.5")
+    assert first.startswith("step 1/10  loss 0.25  u -3.500  spread 12  ess 0.50  length 4.0  7.5 traj/s  staleness 1.5")
     assert first.endswith("learner idle 25%  samplers idle 30%  1 min 15 s left")
     assert last.startswith("step 10/10")
     assert said == "evaluation"

@@ -134,7 +134,6 @@ def test_stats_count_what_was_done(real: Real) -> None:
     assert after["generate_seconds"] > before["generate_seconds"]
     assert after["canary_error"] == measured["canary_error"] < 1e-3 < after["canary_signal"]
     assert 0 < after["busy"] < 1
-    assert after["rss_bytes"] > 1e8
 
 
 # --------------------------------------------------------------------------------- around an engine of the test's own

@@ -53,5 +53,16 @@ def test_sampler_idleness_is_what_their_engines_leave_of_the_training_time(tmp_p
         "sampler-1": [Span("install", "engine", 10, 20)],
         "learner": [Span("update", "learner", 12, 20)],
     }
-    assert report.timeline(tmp_path / "timeline.json", processes) == pytest.approx(1 - (0.5 + 1) / 2)
-    assert len(json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]) == 4 + 5 + 7
+    path, alive = tmp_path / "timeline.json", ("sampler-0", "sampler-1")
+    assert report.timeline(path, processes, alive) == pytest.approx(1 - (0.5 + 1) / 2)
+    assert len(json.loads(path.read_text())["traceEvents"]) == 4 + 5 + 7
+
+
+def test_a_sampler_is_idle_only_while_it_is_there(tmp_path: Path) -> None:
+    processes = {
+        "driver": [Span("update", "loop", 0, 20)],
+        "sampler-0": [Span("generate", "engine", 0, 5)],  # lost, and replaced by the next one
+        "sampler-1": [Span("generate", "engine", 15, 20)],
+    }
+    assert report.timeline(tmp_path / "timeline.json", processes, ("sampler-1",)) == pytest.approx(0.0)
+    assert report.timeline(tmp_path / "timeline.json", processes, ("sampler-0", "sampler-1")) == pytest.approx(1 - 10 / 25)
