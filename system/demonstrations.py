@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -14,6 +15,8 @@ from system.config import ConfigError
 from system.orchestrator import Samplers, asked
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt, Request, Trajectory
+
+logger = logging.getLogger(__name__)
 
 
 class Rewards(Protocol):
@@ -30,6 +33,11 @@ def scored(problem: Problem, rewards: Rewards) -> list[Group]:
             "task: no prompt has a demonstration that the policy could draw, which loss.kind=mle and "
             "replay.demonstrations=true need; see the task's fields for where they come from"
         )
+    if problem.undrawable:
+        logger.warning(
+            "%d demonstrations are left out, and %d kept: the policy cannot draw them with this task.max_tokens and these "
+            "allowed tokens", problem.undrawable, len(prompts),
+        )  # fmt: skip
     answers = [asked(partial(rewards.log_reward, prompt, problem.demonstrations[prompt.id])) for prompt in prompts]
     return [
         Group(prompt, problem.demonstrations[prompt.id], tuple(answer()), -1, -1)

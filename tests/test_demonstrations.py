@@ -35,6 +35,13 @@ def test_prompts_with_demonstrations_become_groups_with_rewards() -> None:
     assert [values.tolist() for values in groups[0].log_reward_K] == [[0, -1, -2], [0, -1]]
 
 
+def test_how_many_demonstrations_are_left_out_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    demonstrations.scored(PROBLEM, Lengths())
+    assert not caplog.text
+    demonstrations.scored(replace(PROBLEM, undrawable=3), Lengths())
+    assert "3 demonstrations are left out, and 2 kept" in caplog.text
+
+
 def test_a_task_without_demonstrations_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"no prompt has a demonstration .* loss.kind=mle"):
         demonstrations.scored(replace(PROBLEM, demonstrations={}), Lengths())

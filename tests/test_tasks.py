@@ -276,6 +276,11 @@ def test_a_demonstration_as_long_as_may_be_has_a_forced_stop(tmp_path: Path, lon
     assert demonstration.stop == stop
 
 
+def test_a_demonstration_that_is_too_long_to_draw_is_left_out_and_counted(tmp_path: Path) -> None:
+    task = infilling('{"before": "one.", "after": "two.", "middle": "ab."}', tmp_path, max_tokens=2)
+    assert (task.demonstrations, task.undrawable) == ({}, 1)
+
+
 # ------------------------------------------------------------------------------------------------------ infilling
 
 FIVE = '{"id": "a", "sentences": ["one. ", "two.", " three.", "four.", "five."]}'

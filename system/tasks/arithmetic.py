@@ -67,20 +67,24 @@ def build(section: Arithmetic, tokenizer: PreTrainedTokenizerBase) -> Problem:
     front = "".join(question.worked for question in shown[: section.examples])
     constraints = support(section, tokenizer, stop, sorted(rationale_tokens(tokenizer)))
     _check_room(section, tokenizer, tool, [question for _, question in questions])
-    prompts, demonstrations = [], {}
+    prompts, demonstrations, undrawable = [], {}, 0
     for number, question in questions:
         context = context_tokens(tokenizer, front + question.text)
         answer = tokenizer.encode(f" The answer is {question.answer}.", add_special_tokens=False)
         meta = {"answer": question.answer, "operands": len(_terms(question.expression))}
         prompt = Prompt(f"question-{number}", context, context, tuple(answer), meta)
         prompts.append(prompt)
-        if question.steps and constraints.admits(actions := encode_steps(tokenizer, question.steps)):
+        actions = encode_steps(tokenizer, question.steps or ())
+        if question.steps and not constraints.admits(actions):
+            undrawable += 1
+        elif question.steps:
             demonstrations[prompt.id] = (sampled(*play(tool, section.tool_tokens, actions), constraints=constraints),)
     return Problem(
         prompts=tuple(prompts),
         constraints=constraints,
         reward_stop=(stop,),
         demonstrations=demonstrations,
+        undrawable=undrawable,
         tool=tool,
         judge=judge,
     )

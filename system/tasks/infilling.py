@@ -41,7 +41,7 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
     nothing else to draw."""
     stop = single_token(tokenizer, section.stop, "task.stop")
     constraints = support(section, tokenizer, stop, legal_tokens(tokenizer, section.illegal))
-    prompts, demonstrations, told = [], {}, set()
+    prompts, demonstrations, told, undrawable = [], {}, set(), 0
     for story in read_stories(section):
         policy = context_tokens(tokenizer, section.prompt.format(before=story.before, after=story.after))
         tokens = story.tokens or {"after": tokenizer.encode(" " + story.after, add_special_tokens=False)}
@@ -54,7 +54,9 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
         middle = tokens.get("middle")
         if middle is None and story.middle:
             middle = tokenizer.encode(" " + story.middle.removesuffix(section.stop), add_special_tokens=False)
-        if middle is not None and constraints.admits(middle):
+        if middle is not None and not constraints.admits(middle):
+            undrawable += 1
+        elif middle is not None:
             demonstrations[story.id] = (sampled(middle, constraints=constraints),)
             if story.tokens:
                 told.add(story.id)
@@ -64,6 +66,7 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
         constraints=constraints,
         reward_stop=(stop,),
         demonstrations=demonstrations,
+        undrawable=undrawable,
         exact=frozenset(told),
         judge=overlap,
     )

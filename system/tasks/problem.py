@@ -30,6 +30,8 @@ class Problem:
     demonstrations: Mapping[str, tuple[Trajectory, ...]] = field(default_factory=dict)
     """Prompt id -> samples that are known to be good, and that the policy could draw: a story's own sentence, a worked
     rationale. What `loss.kind=mle` imitates and `replay.demonstrations` starts the buffer with."""
+    undrawable: int = 0
+    """Demonstrations that are left out: too long for the policy to draw, or with tokens that are not allowed."""
     exact: frozenset[str] = frozenset()
     """Ids of prompts whose demonstration is an exact sample of p(Z . Y | X), such as stories that the model told itself."""
     tool: Tool | None = None
