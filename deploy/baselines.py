@@ -33,6 +33,7 @@ from deploy.runs import adapter_file, find_run, load_adapter  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 from system.reward_error import RewardError  # noqa: E402
+from system.task_config import at_ends  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,6 +70,8 @@ class Baselines:
         from deploy.prepare import prepare
         from system.language_model import LanguageModel, load_pretrained, resolve_device
 
+        # All methods score whole sequences: evidence after every prefix would be charged to them for nothing.
+        config = config.model_copy(update={"task": config.task.model_copy(update={"reward": at_ends(config.task.reward)})})
         self.config, self.settings = config, Settings(**settings)
         prepared = prepare(config)
         self.folder, self.tokenizer, self.problem = prepared.folder, prepared.tokenizer, prepared.problem

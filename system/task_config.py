@@ -66,6 +66,14 @@ class ProductReward(Section):
 Reward = Annotated[LMPosterior | FunctionReward | ProductReward, Field(discriminator="kind")]
 
 
+def at_ends(reward: LMPosterior | FunctionReward | ProductReward) -> LMPosterior | FunctionReward | ProductReward:
+    """The same reward, computed where a sample ends alone."""
+    ends = {"every_prefix": False}
+    if isinstance(reward, ProductReward):
+        return reward.model_copy(update={"of": tuple(factor.model_copy(update=ends) for factor in reward.of)})
+    return reward.model_copy(update=ends)
+
+
 def _check_template(field: str, text: str, /, needed: bool = True, **values: object) -> None:
     """Raises ValueError for a text with anything else to fill in than `values`, or if `needed` without one of them."""
     try:

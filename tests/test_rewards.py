@@ -24,6 +24,7 @@ from system.functions import import_function
 from system.language_model import LanguageModel
 from system.prefix_tree import PrefixTree
 from system.reward_error import RewardError
+from system.task_config import at_ends
 from system.tasks.problem import sampled
 from system.trajectory import Prompt, Trajectory
 from tests import faulty, tiny
@@ -377,6 +378,13 @@ def test_a_built_reward_has_the_fewest_actions_of_the_task() -> None:
     [scores] = built.score(PROMPT, [sampled(tokenizer.encode("ab", add_special_tokens=False))])
     assert np.isnan(scores[0])
     assert scores[1:].tolist() == [97.0, 98.0]
+
+
+def test_a_reward_at_the_ends_alone_has_no_factor_at_every_prefix() -> None:
+    for reward in ({"kind": "lm_posterior"}, {"kind": "product", "of": [{"kind": "lm_posterior"}, {"kind": "contrast"}]}):
+        section = parse({"task": {"kind": "subjectivity", "reward": reward}}).task.reward
+        factors = getattr(at_ends(section), "of", (at_ends(section),))
+        assert section.every_prefix and not any(factor.every_prefix for factor in factors)
 
 
 def test_only_rewards_with_a_posterior_need_the_model() -> None:
