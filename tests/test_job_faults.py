@@ -17,7 +17,12 @@ from typing import Any
 
 import psutil
 import pytest
+from ray.exceptions import RayTaskError
 
+from deploy import job
+from system.adapters import AdapterError
+from system.reward_error import RewardError
+from system.run_error import RunError
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,20 +241,27 @@ def test_a_resume_from_a_damaged_checkpoint_is_refused_with_the_one_before(runne
     assert "--from-step 5" in runner.logs()
 
 
-def test_an_error_of_an_actor_ends_the_job_with_its_line_and_no_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from ray.exceptions import RayTaskError
-
-    from deploy import job
-    from system.reward_error import RewardError
-
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (RewardError({0: "prompt 'a', text 'b': log of zero"}, []), 1, "error: prompt 'a', text 'b': log of zero"),
+        (AdapterError("adapter 3 is not what the engine runs"), 1, "error: adapter 3 is not what the engine runs"),
+        (FloatingPointError("update 7: loss nan"), 1, "error: update 7: loss nan"),
+        (RunError("samplers died 4 times"), 1, "error: samplers died 4 times"),
+        (KeyboardInterrupt("SIGTERM"), 130, "stopped at once; what the run's last checkpoint has can be resumed"),
+    ],
+)
+def test_what_ends_a_job_is_one_line_and_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    error: BaseException, code: int, line: str,
+) -> None:  # fmt: skip
     def run(_: job.Job) -> None:
-        error = RewardError({0: "prompt 'a', text 'b': log of zero"}, [])
-        raise RayTaskError("score", "Traceback (most recent call last): …", error).as_instanceof_cause()
+        # As errors of an actor arrive.
+        of_ray = RayTaskError("score", "Traceback (most recent call last): …", error) if isinstance(error, Exception) else None
+        raise of_ray.as_instanceof_cause() if of_ray else error
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(job.Job, "run", run)
     monkeypatch.setattr(job.Stop, "hear", lambda _: None)
-    assert job.main([str(ROOT / "deploy/configs/random_number.yaml")]) == 1
-    assert capsys.readouterr().err == "error: prompt 'a', text 'b': log of zero\n"
+    assert job.main([str(ROOT / "deploy/configs/random_number.yaml")]) == code
+    assert capsys.readouterr().err == line + "\n"
