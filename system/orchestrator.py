@@ -234,7 +234,8 @@ class Orchestrator:
         if self._learner_is_lost or self._saved_step == self.counters.step or isinstance(error, CheckpointError):
             return
         try:
-            self.checkpoint()
+            # Of the learner as it is: where it is gone too, a new one would have to be placed first.
+            self._write(self.learner.save().result())
         except Exception:
             logger.exception("what was learned since the last checkpoint is lost")
 
@@ -450,10 +451,9 @@ class Orchestrator:
     def checkpoint(self) -> Path:
         """Everything that the rest of the run depends on. Groups issued and not used are noted by number alone."""
         with self.timeline.span("checkpoint", "loop", step=self.counters.step):
-            return self._checkpoint()
+            return self._write(self.with_learner(lambda: self.learner.save().result()))
 
-    def _checkpoint(self) -> Path:
-        saved = self.with_learner(lambda: self.learner.save().result())
+    def _write(self, saved: np.ndarray) -> Path:
         arrays, records = self.replay.save()
         waiting = [group.group_id for group in (*self._arrived, *self._taken)]
         unused = sorted([*(issued.group_id for issued in self._in_flight.values()), *waiting, *self._reissue])

@@ -481,6 +481,18 @@ def test_a_run_that_was_cut_off_before_an_evaluation_has_it_after_a_resume(tmp_p
     assert resumed(10) == [10, 12]
 
 
+def test_a_run_that_ends_waits_for_no_new_learner(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Lost(FakeLearner):
+        def save(self) -> Any:
+            raise LearnerDied("the cluster is gone")
+
+    learner = Lost()
+    with pytest.raises(ValueError, match="reward is NaN"):
+        orchestrator(tmp_path, config(), FakeSamplers(fate=refusing), learner).train()
+    assert learner.restarts == 0
+    assert "what was learned since the last checkpoint is lost" in caplog.text
+
+
 def test_what_was_learned_is_safe_before_an_evaluation(tmp_path: Path) -> None:
     saved: list[tuple[int, list[str]]] = []
 
