@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from system.section import ConfigError, Section
-from system.task_config import ProductReward, Task
+from system.task_config import ProductReward, RandomNumber, Task
 
 NAME = r"^[A-Za-z0-9][\w.-]*$"
 NEEDS_PREFIX_REWARDS = ("db", "subtb", "tb")
@@ -438,6 +438,16 @@ class Config(Section):
                 f"loss.kind={self.loss.kind} compares states inside a trajectory, but task.reward.kind="
                 f"{self.task.reward.kind} gives a reward at the end alone; use loss.kind=vargrad or pooled, "
                 "or a reward with every_prefix=true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_listed_is_the_posterior(self) -> Config:
+        end = self.learner.reward_temperature.end
+        if isinstance(self.task, RandomNumber) and end > 1:
+            raise ValueError(
+                f"learner.reward_temperature.end={end:g} with task.kind=random_number: numbers stay equally likely, and what is no "
+                "number becomes likelier than the listed posterior says; set end=1 or below, or another task"
             )
         return self
 

@@ -146,6 +146,7 @@ def test_a_bad_value_is_refused_by_field_value_and_fix(field: str, value: Any, f
         ({"task": NUMBER | {"reward": {"kind": "product", "of": [FUNCTION, {}]}}}, ["lm_posterior, function, contrast"]),
         ({"task": {"kind": "subjectivity", "stage": "label", "reward": CONTRAST}}, ["task.stage=label has none"]),
         (with_field("learner.reward_temperature.start", 2.0), ["learner.reward_temperature: start=2", "set horizon"]),
+        (with_field("learner.reward_temperature", {"start": 2, "end": 2}), ["reward_temperature.end=2", "set end=1 or below"]),
         (with_field("learner.steps", True), ["learner: steps=True", "truth value", "give a number"]),
         (with_field("loss.decay", 0.5), ["loss.kind: must be set, to one of pooled, vargrad", "subtb, grpo, ppo, rloo, mle"]),
         (with_field("task.reward.beta", 2.0), ["task.reward.kind: must be set, to one of lm_posterior, function, product"]),
