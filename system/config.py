@@ -446,8 +446,8 @@ class Config(Section):
         end = self.learner.reward_temperature.end
         if isinstance(self.task, RandomNumber) and end > 1:
             raise ValueError(
-                f"learner.reward_temperature.end={end:g} with task.kind=random_number: numbers stay equally likely, and what is no "
-                "number becomes likelier than the listed posterior says; set end=1 or below, or another task"
+                f"learner.reward_temperature.end={end:g} with task.kind=random_number: numbers stay equally likely, and what "
+                "is none becomes likelier than the listed posterior says; set end=1 or below, or another task"
             )
         return self
 
