@@ -137,7 +137,7 @@ def sampled(
 
     Raises:
         SamplerDied: the samplers that a prompt was given to died again and again.
-        RuntimeError: no prompt has two samples with a reward.
+        RunError: no prompt has two samples with a reward.
     """
     groups = _draw(requests, samplers, samples, round_)
     scores = scorer.score(groups).result()
