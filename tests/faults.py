@@ -10,6 +10,7 @@ from typing import Any
 
 from deploy.ray_actors import BuiltActor, SamplerActor
 from system.config import Config
+from system.orchestrator import Orchestrator
 from system.timeline import Timeline
 from system.trajectory import Group, Request
 from tests.fakes import group_for
@@ -118,3 +119,9 @@ def once(config: Config, name: str) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def assert_each_counts_once(used: list[int], updates: int, loop: Orchestrator) -> None:
+    """A group that a fault held back may come too late to be used fresh, and is then counted as such."""
+    assert len(used) == len(set(used)) == updates
+    assert len(set(range(max(used) + 1)) - set(used)) == loop.counters.too_stale

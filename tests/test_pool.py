@@ -25,7 +25,7 @@ from system.orchestrator import LearnerDied, Orchestrator, SamplerDied
 from system.requests import Requests
 from system.trajectory import Group, Request
 from tests.fakes import PROMPTS, FakeLearner, FakeTracker
-from tests.faults import Faults, FaultySampler, IdleLearner
+from tests.faults import Faults, FaultySampler, IdleLearner, assert_each_counts_once
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,12 +74,6 @@ def train(
     used = [group_id for batch in learner.batches for group in batch for group_id in [group.group_id] * (len(group) // 3)]
     assert len(used) == loop.counters.groups == loop.counters.step
     return loop
-
-
-def assert_each_counts_once(used: list[int], updates: int, loop: Orchestrator) -> None:
-    """A group that a lost sampler held back may come too late to be used fresh, and is then counted as such."""
-    assert len(used) == len(set(used)) == updates
-    assert len(set(range(max(used) + 1)) - set(used)) == loop.counters.too_stale
 
 
 class TestOneNode:

@@ -127,7 +127,7 @@ def test_a_killed_learner_is_replaced_by_one_that_knows_as_much(
     loop.counters.version = 100
     loop.train()
     assert loop.counters.learner_deaths == len(saved) == 2
-    assert sorted(used) == sorted(set(used)) == list(range(9))
+    faults.assert_each_counts_once(used, 9, loop)
     assert versions == sorted(set(versions))
 
 
