@@ -29,7 +29,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from actors.settings import alone, engine_environment  # noqa: E402
-from deploy.runs import adapter_file, find_run, load_adapter  # noqa: E402
+from deploy.runs import adapter_file, find_run, load_adapter, make_folder  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 from system.reward_error import RewardError  # noqa: E402
@@ -205,10 +205,7 @@ def run(config: Config, methods: list[str], samples: int, settings: dict[str, An
     if run_dir:
         trained = config_file.load(run_dir / "config.yaml", [])
         result |= {"adapter": str(run_dir), "adapter_config": trained.model_dump(mode="json")}
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(f"output_dir={config.output_dir!r}: no folder can be made there: {error}") from error
+    make_folder(config, folder)
     (folder / "config.yaml").write_text(config_file.dump(config), encoding="utf-8")
     for method in [*methods, TUNED] if run_dir else methods:
         metrics, rows = baselines.measure(method, samples)

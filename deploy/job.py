@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # `python deploy/job.py` puts deploy/ on the path, not the root
     sys.path.insert(0, str(ROOT))
 
-from deploy.runs import find_run, starting_weights  # noqa: E402
+from deploy.runs import find_run, make_folder, starting_weights  # noqa: E402
 from deploy.stop import Stop  # noqa: E402
 from system import config_file  # noqa: E402
 from system.checkpoint import CheckpointError  # noqa: E402
@@ -98,10 +98,7 @@ class Job:
         prepared = prepare(config)
         self.tokenizer, self.problem = prepared.tokenizer, prepared.problem
         start = starting_weights(config) if config.lora.start and not files else None
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"output_dir={config.output_dir!r}: no folder can be made there: {error}") from error
+        make_folder(config, self.run_dir)
         self.tracker = Tracker(self.run_dir, config, resume=self.resume)
         if not self.resume:
             self._keep_config()

@@ -288,7 +288,7 @@ def main(argv: Sequence[str]) -> int:
         counts = _counts(arguments.samplers)
         if not arguments.cores > 0:
             raise ConfigError(f"--cores={arguments.cores}: must be above 0; leave it out where everyone has cores of their own")
-        durations = _durations(arguments, config)
+        durations = _durations(arguments)
     except ConfigError as error:
         print(f"config error: {error}", file=sys.stderr)
         return 2
@@ -306,7 +306,7 @@ def _counts(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _durations(arguments: argparse.Namespace, config: Config) -> Durations:
+def _durations(arguments: argparse.Namespace) -> Durations:
     if arguments.run:
         run_dir = find_run(arguments.run)
         path = run_dir / "timeline.json"

@@ -25,6 +25,14 @@ def find_run(name: str) -> Path:
     raise ConfigError(f"RUN={name!r}: no such run; the newest here are: {newest or 'none'}")
 
 
+def make_folder(config: Config, folder: Path) -> None:
+    """Of a run, under config.output_dir. Raises ConfigError if it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir={config.output_dir!r}: no folder can be made there: {error}") from error
+
+
 def check_output(option: str, path: Path) -> None:
     """For what is written when long work is done. Raises ConfigError if no file can be there."""
     if path.is_dir():

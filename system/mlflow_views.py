@@ -16,9 +16,10 @@ from system.journal import TrackingError, first_line
 _LOCAL_UI = "http://127.0.0.1:5000"
 _VIEW_TAG = "mlflow.sharedViewState."
 
-_WHAT = {"params": ("task.kind", "loss.kind", "seed")}
+_WHAT = ("task.kind", "loss.kind", "seed")
 VIEWS: Mapping[str, Mapping[str, Sequence[str]]] = {
-    "headwater-posterior": _WHAT | {
+    "headwater-posterior": {
+        "params": _WHAT,
         "metrics": (
             "exact/kl_target_q", "posterior/log_z_lower", "posterior/log_z_weighted", "posterior/spread", "posterior/ess",
             "posterior/length", "task/accuracy", "task/vote_accuracy", "task/validity", "task/max_log_likelihood",
@@ -26,7 +27,7 @@ VIEWS: Mapping[str, Mapping[str, Sequence[str]]] = {
         ),
     },
     "headwater-speed": {
-        "params": (*_WHAT["params"], "actors.count", "sampler.samples_per_prompt", "learner.publish_every"),
+        "params": (*_WHAT, "actors.count", "sampler.samples_per_prompt", "learner.publish_every"),
         "metrics": (
             "rate/trajectories_per_second", "rate/sampled_tokens_per_second", "rate/learner_tokens_per_second",
             "idle/learner", "idle/samplers", "staleness", "seconds/step", "seconds/update", "seconds/wait",

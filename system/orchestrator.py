@@ -336,13 +336,12 @@ class Orchestrator:
             try:
                 group = future.result()
             # Whatever went wrong, the group is still to be sampled: now, or by the run that is resumed.
-            except SamplerDied as death:
+            except Exception as error:
                 self._reissue.append(issued.group_id)
-                self._mourn(issued, death)
+                if not isinstance(error, SamplerDied):
+                    raise
+                self._mourn(issued, error)
                 continue
-            except Exception:
-                self._reissue.append(issued.group_id)
-                raise
             self._waves_in_a_row = 0
             self._arrived.append(group)
 

@@ -208,11 +208,17 @@ def _question(record: Any, where: str) -> Question:
     )
 
 
+def _step(text: str) -> re.Match[str] | None:
+    """Of STEP; None for another text, and for a step with a wrong result."""
+    step = STEP.fullmatch(text.strip())
+    wrong = step and step.group(2) and int(step.group(2)) != evaluate(step.group(1))
+    return None if wrong else step
+
+
 def _steps(rationale: str, where: str) -> tuple[str, ...]:
     steps = []
     for text in rationale.split(","):
-        step = STEP.fullmatch(text.strip())
-        if step is None or (step.group(2) and int(step.group(2)) != evaluate(step.group(1))):
+        if (step := _step(text)) is None:
             raise ConfigError(
                 f"{where}: {text.strip()!r} is no step of a rationale; write two numbers of at most six digits, as in "
                 '"14 - 3 =", with the right result behind it or with none'
@@ -236,8 +242,8 @@ def works_out(text: str, operands: int, answer: int) -> bool:
     running: str | None = None
     parts = text.split(",")
     for part in parts:
-        step = STEP.fullmatch(part.strip())
-        if step is None or step.group(2) is None or int(step.group(2)) != evaluate(step.group(1)):
+        step = _step(part)
+        if step is None or step.group(2) is None:
             return False
         if running is not None and step.group(1).split()[0] != running:
             return False
