@@ -114,6 +114,8 @@ class RaySamplers:
         smallest = min(config.sampler.samples_per_prompt, config.learner.evaluation_samples)
         self._threads = config.sampler.groups_at_once(smallest) + SPARE_THREADS
         self._most_asked = self._spare_steps = 0
+        self.deaths = 0
+        """Samplers that died, with work or without; not those that the pool itself ended."""
         self._paused = self._closed = False
         self._ended: BaseException | None = None
         self._fill()
@@ -291,6 +293,7 @@ class RaySamplers:
         """Ends a sampler, which may be dead already. Its calls fail now; what it might still answer is dropped."""
         logger.warning("%s is given up: %s", member.name, cause)
         del self._members[member.name]
+        self.deaths += kind is SamplerDied
         # Not a request to end: a process that is stopped gets SIGKILL.
         ray.kill(member.actor, no_restart=True)
         calls, member.calls = member.calls, []

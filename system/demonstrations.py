@@ -56,6 +56,10 @@ class Demonstrations:
         self._groups = {group.prompt.id: group for group in groups}
         self._samplers, self._version = samplers, version
 
+    @property
+    def deaths(self) -> int:
+        return self._samplers.deaths
+
     def publish(self, adapter: Any) -> None:
         self._samplers.publish(adapter)
 

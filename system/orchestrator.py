@@ -72,6 +72,11 @@ def asked(ask: Callable[[], Future[T]]) -> Callable[[], T]:
 class Samplers(Protocol):
     """A pool of samplers, all of which draw from the adapter published last."""
 
+    @property
+    def deaths(self) -> int:
+        """Samplers that died since the pool began, with work or without."""
+        ...
+
     def publish(self, adapter: Any) -> None: ...
     def sample(self, request: Request) -> Future[Group]:
         """Fails with SamplerDied if the sampler is lost, with the sampler's own error if it refuses, and with RunError if
@@ -122,7 +127,7 @@ class Counters:
     trajectories: int = 0
     sampled_tokens: int = 0
     deaths: int = 0
-    """Samplers that died over a group."""
+    """Samplers that died while the loop ran, with work or without."""
     learner_deaths: int = 0
     reissued: int = 0
     """Groups that were issued again because their sampler was gone."""
@@ -165,7 +170,10 @@ class Orchestrator:
     _arrived: deque[Group] = field(default_factory=deque)
     _taken: list[Group] = field(default_factory=list)
     _adapter_steps: dict[int, int] = field(default_factory=dict)
+    _deaths_before: int = 0
+    """What the count of the run is ahead of that of the pool."""
     _dead: set[str] = field(default_factory=set)
+    """Of those that died over a group, the names."""
     _waves: int = 0
     """Deaths of samplers, those that fell together as one."""
     _waves_in_a_row: int = 0
@@ -194,6 +202,7 @@ class Orchestrator:
     def _train(self) -> None:
         settings = self.config.learner
         evaluate_every = settings.evaluate_every or settings.steps
+        self._deaths_before = self.counters.deaths - self.samplers.deaths
         self.publish()
         # Before the first update, and of a run that was cut off between a checkpoint and an evaluation.
         if self._due(evaluate_every):
@@ -372,7 +381,6 @@ class Orchestrator:
         if isinstance(death, SamplerLeft) or name in self._dead:
             return
         self._dead.add(name)
-        self.counters.deaths += 1
         self._last_cause = cause
         # Samplers that were lost together, with their node for example, are one wave: all their requests are from before it.
         if issued.waves == self._waves:
@@ -414,6 +422,7 @@ class Orchestrator:
         tokens = sum(group.tokens for group in fresh)
         counters = self.counters
         counters.step += 1
+        counters.deaths = self._deaths_before + self.samplers.deaths
         counters.groups += len(fresh)
         counters.trajectories += len(trajectories)
         counters.sampled_tokens += tokens

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from system.orchestrator import SamplerDied
+from system.orchestrator import SamplerDied, SamplerLeft
 from system.trajectory import Group, Prompt, Request, Trajectory
 
 PROMPTS = tuple(Prompt(f"prompt-{number}", (1, 2), (1, 2)) for number in range(3))
@@ -35,7 +35,12 @@ class FakeSamplers:
         self.issued: list[int] = []
         self.named_versions: list[int] = []
         self.version = -1
+        self._dead: set[str] = set()
         self._pool = ThreadPoolExecutor(workers)
+
+    @property
+    def deaths(self) -> int:
+        return len(self._dead)
 
     def publish(self, adapter: int) -> None:
         self.version = adapter
@@ -46,7 +51,12 @@ class FakeSamplers:
         return self._pool.submit(self._work, request, self.version)
 
     def _work(self, request: Request, version: int) -> Group:
-        self.fate(request)
+        try:
+            self.fate(request)
+        except SamplerDied as death:
+            if not isinstance(death, SamplerLeft):
+                self._dead.add(death.args[1])
+            raise
         return group_for(request, version)
 
 

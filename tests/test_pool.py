@@ -127,6 +127,7 @@ class TestOneNode:
             while not (set(samplers._members) != before and len(samplers._built()) == 2):
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
+        assert samplers.deaths == 2
         samplers.close()
 
     def test_a_sampler_that_is_stopped_while_it_rests_is_found_and_replaced(self, tmp_path: Path) -> None:
