@@ -205,8 +205,9 @@ class Infilling(Sentence):
     "middle" where it is known. `packaged` is a small file that comes with the project."""
     gap: int = Field(default=3, ge=1)
     """Number of the missing sentence, from 0."""
-    prompt: str = Field(default="Beginning: {before}\nEnding: {after}\nMiddle:", min_length=1)
-    """What the policy sees; `{before}` and `{after}` are filled in."""
+    prompt: str = Field(default="Ending: {after}\nStory: {before}", min_length=1)
+    """What the policy sees; `{before}` and `{after}` are filled in. A model that only continues text does best where Z goes on
+    from what is before it."""
     max_tokens: int = Field(default=25, ge=1)
 
     @model_validator(mode="after")

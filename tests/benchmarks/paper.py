@@ -34,6 +34,8 @@ IMITATION = ("loss.kind=mle", *NO_REPLAY, "learner.lr=5e-4", "learner.threads=2"
 """The sampler rests meanwhile."""
 FEW = ("learner.evaluation_prompts=8", "learner.evaluation_samples=8")
 """What the job's own evaluations before and after need: the held-out ones say more."""
+PAPERS_INFILLING = "Beginning: {before}\nEnding: {after}\nMiddle:"
+"""The prompt of the paper's code."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ def constrained(lab: Lab) -> Rows:
 
 def infilling(lab: Lab) -> Rows:
     """BLEU and GLEU on written stories; the symmetrised KL on those that the model told itself, for other beginnings than in
-    training. The GFlowNet sees both kinds without their missing sentence, supervised fine-tuning the written ones with it."""
+    training. The GFlowNet sees both kinds without their missing sentence, supervised fine-tuning the written ones with it.
+    `prompting` has the paper's prompt, `ending first` the one that both are trained with."""
     written, told = lab.data / "stories/train.jsonl", lab.self_consistent("told-train", lab.data / "stories/train.jsonl", 44)
     both = lab.output / "both.jsonl"
     both.write_text(written.read_text(encoding="utf-8") + told.read_text(encoding="utf-8"), encoding="utf-8")
@@ -125,16 +128,23 @@ def infilling(lab: Lab) -> Rows:
         "supervised": lab.train("supervised", "infilling", f"task.stories={written}", *imitation),
     }
     others = {
-        "": (lab.data / "stories/test.jsonl", ("task/bleu_4", "task/gleu_4")),
-        "-told": (lab.self_consistent("told-test", lab.data / "stories/test.jsonl", 20), ("posterior/",)),
+        "": (lab.data / "stories/test.jsonl", ("task/bleu_4", "task/gleu_4", "posterior/length")),
+        "-told": (
+            lab.self_consistent("told-test", lab.data / "stories/test.jsonl", 20),
+            ("posterior/log_z", "posterior/symmetrised_kl"),
+        ),
     }
-    rows: Rows = {"prompting": {}, **{name: {} for name in runs}}
+    rows: Rows = {"prompting": {}, "ending first": {}, **{name: {} for name in runs}}
     for kind, (stories, wanted) in others.items():
-        for number, (name, run) in enumerate(runs.items()):
-            only = "adapter" if number else None
-            untrained, tuned = lab.evaluate(f"{name}{kind}", run, f"task.stories={stories}", samples=16, only=only)
-            rows["prompting"] |= _only(untrained, wanted)
-            rows[name] |= _only(tuned, wanted)
+        asked = (f"task.stories={stories}",)
+        papers = (*asked, f"task.prompt={json.dumps(PAPERS_INFILLING)}")
+        found = {"prompting": lab.evaluate(f"prompting{kind}", runs["gflownet"], *papers, samples=32, only="base")[0]}
+        found["ending first"], found["gflownet"] = lab.evaluate(
+            f"gflownet{kind}", runs["gflownet"], *asked, samples=32, only=None
+        )
+        _, found["supervised"] = lab.evaluate(f"supervised{kind}", runs["supervised"], *asked, samples=32)
+        for name, metrics in found.items():
+            rows[name] |= _only(metrics, wanted)
     return rows
 
 
