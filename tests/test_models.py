@@ -181,6 +181,32 @@ def test_a_packaged_model_is_converted_once(tmp_path: Path, conversions: list[Pa
     assert not list(folder.glob("*.bin"))
 
 
+def test_a_model_in_parts_is_put_together(tmp_path: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {"numpy": b"GG", "torch": b"UF"}
+    for number, content in enumerate(parts.values()):
+        (tmp_path / f"m.gguf.part{number:02d}").write_bytes(content)
+    files = {name: [tmp_path / f"m.gguf.part{number:02d}"] for number, name in enumerate(parts)}
+    seen: list[bytes] = []
+    without = tiny.tokenizer()
+    without.add_bos_token = False
+    assert without.encode("1.") == (text := without.encode("1.", add_special_tokens=False))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: without)
+    monkeypatch.setattr(models, "_files", lambda name, packaged, distribution: files.get(distribution, []))
+    monkeypatch.setattr(models, "_begins_with_bos", lambda gguf: not seen.append(gguf.read_bytes()))
+    monkeypatch.setitem(models.PACKAGED, "parted", models.Packaged("pytest", "m.gguf", tuple(reversed(parts))))
+    folder = locate(Model(path="packaged:parted"))
+    assert seen == [b"GGUF"]
+    monkeypatch.undo()
+    assert load_tokenizer(folder).encode("1.") == [without.bos_token_id, *text]
+
+
+def test_a_model_of_which_a_part_is_missing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADWATER_CACHE", str(tmp_path))
+    monkeypatch.setattr(models, "_files", lambda *_: [])
+    monkeypatch.setitem(models.PACKAGED, "parted", models.Packaged("pytest", "m.gguf", ("numpy", "torch")))
+    assert "has no file m.gguf" in refusal("packaged:parted")
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_conversion_that_broke_off_leaves_nothing_and_is_done_again(
     tmp_path: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch, error: BaseException
