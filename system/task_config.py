@@ -181,8 +181,10 @@ class Constrained(NextSentence):
     """Longest time of a search for the pattern, and of a call of the predicate, which runs in a process of its own."""
     floor: float = Field(default=-20.0, le=-5.0)
     """log c of a sentence that does not satisfy them, nats."""
+    # Known where a sample ends alone: most prefixes satisfy nothing yet, and to be right about how rare a stop there has to be
+    # would outweigh all that is learned from sentences.
     reward: Reward = ProductReward(
-        of=(LMPosterior(), FunctionReward(path="system.tasks.constrained:log_constraint", every_prefix=True, seconds=None))
+        of=(LMPosterior(), FunctionReward(path="system.tasks.constrained:log_constraint", seconds=None))
     )
 
     @model_validator(mode="after")
