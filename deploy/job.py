@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from learner.replay import Replay
     from system.evaluation import Evaluation
-    from system.orchestrator import Orchestrator, Samplers
+    from system.orchestrator import Orchestrator, Pool
     from system.requests import Requests
     from system.trajectory import Group
 
@@ -164,7 +164,7 @@ class Job:
                 f"lora.targets={self.config.lora.targets}: {_plain(error)}"
             ) from error
 
-    def _sources(self, version: Callable[[], int], *, buffered: bool) -> tuple[Requests, Samplers, Replay]:
+    def _sources(self, version: Callable[[], int], *, buffered: bool) -> tuple[Requests, Pool, Replay]:
         """Where training groups come from: samplers and replay, and the task's demonstrations where the config wants them.
 
         With `buffered` a checkpoint is to fill the replay buffer, so nothing is scored for it.

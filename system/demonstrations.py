@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from system.config import ConfigError
-from system.orchestrator import Samplers, asked
+from system.orchestrator import Pool, asked
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt, Request, Trajectory
 
@@ -51,7 +51,7 @@ class Demonstrations:
     Evaluations, whose requests have negative numbers, are passed on to the real samplers.
     """
 
-    def __init__(self, groups: Sequence[Group], samplers: Samplers, version: Callable[[], int]) -> None:
+    def __init__(self, groups: Sequence[Group], samplers: Pool, version: Callable[[], int]) -> None:
         """`version` is the adapter version published last, which the groups are given: they are never stale."""
         self._groups = {group.prompt.id: group for group in groups}
         self._samplers, self._version = samplers, version

@@ -70,17 +70,21 @@ def asked(ask: Callable[[], Future[T]]) -> Callable[[], T]:
 
 
 class Samplers(Protocol):
-    """A pool of samplers, all of which draw from the adapter published last."""
-
-    @property
-    def deaths(self) -> int:
-        """Samplers that died since the pool began, with work or without."""
-        ...
+    """Who draws, from the adapter published last."""
 
     def publish(self, adapter: Any) -> None: ...
     def sample(self, request: Request) -> Future[Group]:
         """Fails with SamplerDied if the sampler is lost, with the sampler's own error if it refuses, and with RunError if
         there is none left to ask."""
+        ...
+
+
+class Pool(Samplers, Protocol):
+    """Samplers that may die."""
+
+    @property
+    def deaths(self) -> int:
+        """Samplers that died since the pool began, with work or without."""
         ...
 
 
@@ -152,7 +156,7 @@ class Issued(NamedTuple):
 class Orchestrator:
     config: Config
     requests: Requests
-    samplers: Samplers
+    samplers: Pool
     learner: LearnerHandle
     replay: Buffer
     tracker: Tracker

@@ -26,6 +26,8 @@ GROUPS, SAMPLES = 2000, 20
 class Instant:
     """A pool whose groups are made beforehand."""
 
+    deaths = 0
+
     def __init__(self, requests: Requests) -> None:
         self._groups = [group_for(requests.training(number), 0) for number in range(GROUPS)]
         self._version = 0
