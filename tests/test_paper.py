@@ -48,7 +48,7 @@ def test_every_command_of_an_experiment_has_a_config_that_is_accepted(task: str,
 
 
 def test_what_has_its_result_is_not_run_again(tmp_path: Path):
-    for task, commands in {"verifiable": 4, "constrained": 2}.items():
+    for task, commands in {"verifiable": 4, "constrained": 3}.items():
         COMMANDS.clear()
         (tmp_path / task).mkdir()
         first = EXPERIMENTS[task](Rehearsal(tmp_path, tmp_path / task, 0, ()))
