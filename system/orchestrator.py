@@ -344,6 +344,7 @@ class Orchestrator:
         """Takes in the groups that have come back, waiting a little if there is none."""
         awaited: list[Future[Any]] = [*self._in_flight, *([update] if update else [])]
         done, _ = wait(awaited, POLL_SECONDS, FIRST_COMPLETED)
+        self.counters.deaths = self._deaths_before + self.samplers.deaths
         for future in done & self._in_flight.keys():
             issued = self._in_flight.pop(future)
             try:
@@ -426,7 +427,6 @@ class Orchestrator:
         tokens = sum(group.tokens for group in fresh)
         counters = self.counters
         counters.step += 1
-        counters.deaths = self._deaths_before + self.samplers.deaths
         counters.groups += len(fresh)
         counters.trajectories += len(trajectories)
         counters.sampled_tokens += tokens

@@ -135,8 +135,10 @@ def test_one_death_that_costs_several_requests_counts_once(tmp_path: Path) -> No
 def test_too_many_deaths_in_a_row_stop_the_run_with_the_cause(tmp_path: Path) -> None:
     numbers = iter(range(1000))
     samplers = FakeSamplers(fate=lambda request: dies(f"sampler-{next(numbers)}"))
+    loop = orchestrator(tmp_path, config(), samplers, FakeLearner())
     with pytest.raises(RuntimeError, match=r"actors.max_deaths=3.*killed"):
-        orchestrator(tmp_path, config(), samplers, FakeLearner()).train()
+        loop.train()
+    assert loop.counters.deaths >= 4
 
 
 def test_samplers_that_are_lost_together_count_as_one_death_in_a_row(tmp_path: Path) -> None:
