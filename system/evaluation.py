@@ -106,13 +106,13 @@ def judge(problem: Problem, decode: Callable[[Sequence[int]], str], rewards: Rew
             result |= problem.judge(group.prompt, [decode(t.tokens_T.tolist()) for t in group.trajectories_K])
         if others := problem.alternatives.get(group.prompt.id):
             # Its own evidence comes last: `preferred` gives a tie to what comes first, and a tie is not right.
-            result |= tally(preferred(_log_reward_EK(group, others, rewards)), truth=len(others))
+            result |= tally(preferred(log_reward_EK(group, others, rewards)), truth=len(others))
         return result
 
     return verdict
 
 
-def _log_reward_EK(group: Group, others: Sequence[tuple[int, ...]], rewards: Rewards) -> np.ndarray:
+def log_reward_EK(group: Group, others: Sequence[tuple[int, ...]], rewards: Rewards) -> np.ndarray:
     """float64 [E, K]: log R of each sample with each of the other evidences, and last with the group's own, nats."""
     prompts = [replace(group.prompt, evidence_tokens=evidence) for evidence in others]
     answers = [asked(partial(rewards.log_reward, prompt, group.trajectories_K)) for prompt in prompts]

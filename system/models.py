@@ -6,7 +6,6 @@ from which transformers, PEFT and vLLM all load it.
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import json
 import logging
@@ -164,7 +163,7 @@ def _dequantise(gguf: Path, target: Path) -> None:
         trust_remote_code=False,
     )
     # What was read is marked as quantised, and would be saved as that.
-    config: Any = copy.deepcopy(read.config)
+    config: Any = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)

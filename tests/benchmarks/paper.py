@@ -137,7 +137,7 @@ def infilling(lab: Lab) -> Rows:
             ("posterior/log_z", "posterior/symmetrised_kl"),
         ),
     }
-    rows: Rows = {"prompting": {}, "ending first": {}, **{name: {} for name in runs}}
+    rows: Rows = {}
     for kind, (stories, wanted) in others.items():
         asked = (f"task.stories={stories}",)
         papers = (*asked, f"task.prompt={json.dumps(PAPERS_INFILLING)}")
@@ -147,7 +147,7 @@ def infilling(lab: Lab) -> Rows:
         )
         _, found["supervised"] = lab.evaluate(f"supervised{kind}", runs["supervised"], *asked, samples=32)
         for name, metrics in found.items():
-            rows[name] |= _only(metrics, wanted)
+            rows.setdefault(name, {}).update(_only(metrics, wanted))
     return rows
 
 

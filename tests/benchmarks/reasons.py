@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.reasons --data FOLDER [--texts 100] [--samples 8] [--run RUN] [key=value …]
 
-For held-out texts of `subj/train.jsonl` (which no experiment trains on), the odds of the labels under the frozen model:
-`alone` after the text, `reasons` after the text and each of K sampled reasons, a mean of probabilities, and `one reason` for
-single ones. `--run` draws the reasons from a run's adapter instead of the base model. Area under the ROC curve: the chance
+For the first texts of `subj/train.jsonl`, none of which is in the small training sets, the odds of the labels under the frozen
+model: `alone` after the text, `reasons` after the text and each of K sampled reasons, a mean of probabilities, and `one reason`
+for single ones. `--run` draws the reasons from a run's adapter instead of the base model. Area under the ROC curve: the chance
 that a text of the second label has higher odds for it than one of the first, which no offset between labels can change; and
 the accuracy where the odds are split at their median, the best that an offset found without labels can do.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ from actors.settings import alone, engine_environment
 from system import config_file
 from system.config import Config
 from system.task_config import Subjectivity
-from system.tasks.subjectivity import read
 from system.trajectory import Group
 from tests.benchmarks.runs import ROOT
 
@@ -44,34 +42,35 @@ def task_of(config: Config) -> Subjectivity:
     return config.task
 
 
-def alone_odds(config: Config) -> np.ndarray:
-    """float64 [N]: log-odds of the second label after the text alone, nats."""
+def alone_odds(config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """(float64 [N] log-odds of the second label after the text alone, nats; bool [N] that label is right)."""
     from deploy.prepare import prepare
     from learner.learner import Learner
 
-    config = config.model_copy(update={"task": task_of(config).model_copy(update={"stage": "label"})})
+    task = task_of(config)
+    config = config.model_copy(update={"task": task.model_copy(update={"stage": "label"})})
     problem = prepare(config).problem
     unknown = tuple(np.zeros(len(choice) + 1) for choice in problem.choices)
     groups = [Group(prompt, problem.choices, unknown, 0, 0) for prompt in problem.prompts]
-    return np.array([score.log_q_K[1] - score.log_q_K[0] for score in Learner.build(config, problem).score(groups)])
+    odds_N = np.array([score.log_q_K[1] - score.log_q_K[0] for score in Learner.build(config, problem).score(groups)])
+    return odds_N, np.array([prompt.meta["label"] == task.labels[1] for prompt in problem.prompts])
 
 
 def reasoned_odds(config: Config, run: Path | None, samples: int) -> np.ndarray:
     """float64 [N, K]: log-odds of the second label after the text and each of K reasons, nats."""
     from deploy.local import opened
     from deploy.runs import adapter_file
+    from system.evaluation import log_reward_EK
     from system.requests import Requests
 
+    second = task_of(config).labels[1]
+
     def odds(group: Group) -> np.ndarray:
-        prompts = [replace(group.prompt, evidence_tokens=evidence) for evidence in evidences]
-        log_reward_EK = [[values_T[-1] for values_T in local.sampler.score(one, group.trajectories_K)] for one in prompts]
-        return np.diff(log_reward_EK, axis=0)[0]
+        other_K, own_K = log_reward_EK(group, local.problem.alternatives[group.prompt.id], local)
+        return own_K - other_K if group.prompt.meta["label"] == second else other_K - own_K
 
     with opened(config, samples) as local:
         local.use(adapter_file(run) if run else None)
-        task = task_of(config)
-        texts = [task.evidence.format(label=label) for label in task.labels]
-        evidences = [tuple(local.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         requests = Requests(local.problem.prompts, samples, config.sampler.exploration, config.seed)
         groups = [local.sample(requests.evaluation(index, samples, 0)) for index in range(len(local.problem.prompts))]
         return np.array([odds(group.result()) for group in groups])
@@ -89,11 +88,9 @@ def main() -> None:
     file = arguments.run / "config.yaml" if arguments.run else ROOT / "deploy/configs/subjectivity.yaml"
     config = alone(config_file.load(file, [*records, *arguments.overrides]))
     os.environ.update(engine_environment(config.actors.threads, gpu=False))
-    task = task_of(config)
-    labels = [record.label for record in read(task.records, task, "records")[: arguments.texts]]
-    second_N = np.array([label == task.labels[1] for label in labels])
     odds_NK = reasoned_odds(config, arguments.run, arguments.samples)
-    found = {"alone": alone_odds(config), "reasons": np.mean(1 / (1 + np.exp(-odds_NK)), axis=1)}
+    alone_N, second_N = alone_odds(config)
+    found = {"alone": alone_N, "reasons": np.mean(1 / (1 + np.exp(-odds_NK)), axis=1)}
     for name, odds_N in found.items():
         print(json.dumps({"odds": name, "area": area(odds_N, second_N), "balanced": balanced(odds_N, second_N)}))
     one = [(area(odds_N, second_N), balanced(odds_N, second_N)) for odds_N in odds_NK.T]
