@@ -155,19 +155,17 @@ def _dequantise(gguf: Path, target: Path) -> None:
 
     logger.warning("converting %s once into %s", gguf.name, target)
     quantization = GgufConfig(gguf_file=gguf.name, dequantize=True)
-    read = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
         quantization_config=quantization,
         dtype=torch.bfloat16,
         trust_remote_code=False,
     )
-    # What was read is marked as quantised, and would be saved as that.
-    config: Any = read.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
-    model.load_state_dict(read.state_dict())
+    # It is marked as quantised, and would be saved as that.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     if _begins_with_bos(gguf):
         tokenizer.add_bos_token = True

@@ -251,6 +251,7 @@ def test_two_conversions_at_once_end_in_one_model(
     assert len(found) == 2
     assert found[0] == found[1]
     assert in_cache(tmp_path) == [found[0].name]
+    assert torch.get_default_dtype() == torch.float32
     monkeypatch.undo()
     load(found[0])
 
