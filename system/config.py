@@ -55,6 +55,16 @@ class Exploration(Section):
     planted: float = Field(default=0.0, ge=0, le=1)
     """Share of the exploring samples into which the task's keywords are written at random places: where the policy hardly ever
     meets a constraint by itself, it has nothing to learn from."""
+    horizon: int | None = Field(default=None, ge=1)
+    """Groups over which the share that explores falls to none, linearly; by default it stays. The end of a run then improves
+    what the policy draws, after its beginning has found what there is to draw."""
+
+    def at(self, group_id: int) -> Exploration:
+        """As it is for group `group_id`, from 0."""
+        if self.horizon is None:
+            return self
+        left = max(0.0, 1.0 - group_id / self.horizon)
+        return self.model_copy(update={"on_policy": 1.0 - (1.0 - self.on_policy) * left})
 
     def counts(self, samples: int) -> tuple[int, int]:
         """Of a group of so many: (those from the policy itself, those of the others into which keywords are written)."""

@@ -38,7 +38,7 @@ class Requests:
         order = np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.prompts))
         rng = np.random.default_rng((self.seed, 2, group_id))
         prompt = self.prompts[order[index]]
-        behaviours = explore(self.exploration, self.samples_per_prompt, prompt.hints, self.max_tokens, rng)
+        behaviours = explore(self.exploration.at(group_id), self.samples_per_prompt, prompt.hints, self.max_tokens, rng)
         return Request(group_id, prompt, behaviours, int(rng.integers(2**31)))
 
     def evaluation(self, index: int, samples: int, round_: int) -> Request:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from system import config_file
+from system.tasks.arithmetic import generate
+from tests.benchmarks import validation
 from tests.benchmarks.paper import EXPERIMENTS, Lab, table
 
 COMMANDS: list[str] = []
@@ -37,10 +39,39 @@ class Rehearsal(Lab):
         return ""
 
 
+QUESTION = {"str_query": "Question: 1 + 2 - 3 = ? Answer:", "num_sol": 0}
+
+
+def write_data(folder: Path) -> None:
+    """Of the form of the paper's data: all that is read in a rehearsal, and what a validation set is made of."""
+
+    def lines(count: int, **fields: object) -> str:
+        records = [{name: f"{value} {i}" for name, value in fields.items()} for i in range(count)]
+        return "".join(json.dumps(record) + "\n" for record in records)
+
+    def questions(count: int, terms: int) -> list[dict[str, object]]:
+        digits = [f"{i:0{terms}d}" for i in range(count)]
+        return [{"str_query": f"Question: {' + '.join(of)} = ? Answer:", "num_sol": sum(map(int, of))} for of in digits]
+
+    files = {
+        "prompts/openwebtext_1000.txt": "".join(f"Prompt {i}.\n" for i in range(200)),
+        "stories/train.jsonl": lines(15, id="a", title="A") + lines(12, id="b", title="A") + lines(8, id="c", title="C"),
+        "arithmetic/train_rationales_50.json": json.dumps([QUESTION | {"str_rationale": "1 + 2 =, 3 - 3 ="}]),
+        "arithmetic/train_questions_1000.json": json.dumps(questions(100, 3) + questions(60, 4)),
+        "arithmetic/test_5_operands.json": json.dumps(
+            [{"str_query": question.text, "num_sol": question.answer} for question in generate((5,), 300, test=True)]
+        ),
+        "arithmetic/test_6_operands.json": json.dumps(questions(30, 6)),
+        "subj/train.jsonl": lines(300, text="a text"),
+    } | {f"subj/train.{count}.jsonl": lines(count, text="a text") for count in (10, 20, 50)}
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+
+
 @pytest.mark.parametrize("task", EXPERIMENTS)
 def test_every_command_of_an_experiment_has_a_config_that_is_accepted(task: str, tmp_path: Path):
-    (tmp_path / "stories").mkdir()
-    (tmp_path / "stories/train.jsonl").write_text("{}\n", encoding="utf-8")
+    write_data(tmp_path)
     rows = EXPERIMENTS[task](Rehearsal(tmp_path, tmp_path, 3, ("learner.steps=20",)))
     [trained] = tmp_path.glob("gflownet-3/*/config.yaml")
     assert config_file.load(trained, []).learner.steps == 20
@@ -48,12 +79,51 @@ def test_every_command_of_an_experiment_has_a_config_that_is_accepted(task: str,
 
 
 def test_what_has_its_result_is_not_run_again(tmp_path: Path):
+    write_data(tmp_path)
     for task, commands in {"verifiable": 4, "constrained": 3}.items():
         COMMANDS.clear()
         (tmp_path / task).mkdir()
         first = EXPERIMENTS[task](Rehearsal(tmp_path, tmp_path / task, 0, ()))
         assert EXPERIMENTS[task](Rehearsal(tmp_path, tmp_path / task, 0, ())) == first
         assert len(COMMANDS) == commands
+
+
+def test_a_validation_set_shares_no_record_with_training_or_test_data(tmp_path: Path):
+    write_data(tmp_path / "data")
+    folder = validation.write(tmp_path / "data", tmp_path / "validation")
+
+    def read(name: str) -> list[str]:
+        text = (folder / name).read_text(encoding="utf-8")
+        return [json.dumps(record) for record in json.loads(text)] if name.endswith(".json") else text.splitlines()
+
+    assert read("prompts/openwebtext_1000.txt") == [f"Prompt {i}." for i in range(150)]
+    stories = {name: {json.loads(line)["title"] for line in read(f"stories/{name}.jsonl")} for name in ("train", "test")}
+    assert stories["train"] and not stories["train"] & stories["test"] and len(read("stories/test.jsonl")) >= 20
+    asked = set(read("arithmetic/train_questions_1000.json"))
+    for operands in (3, 4, 5, 6):
+        held_out = read(f"arithmetic/test_{operands}_operands.json")
+        assert len(held_out) >= 40 and not asked & set(held_out)
+        assert all(len(json.loads(record)["str_query"].split("+")) == operands for record in held_out if operands < 5)
+    tests = json.loads((tmp_path / "data/arithmetic/test_5_operands.json").read_text(encoding="utf-8"))
+    assert not {question["str_query"] for question in tests} & {
+        json.loads(record)["str_query"] for record in read("arithmetic/test_5_operands.json")
+    }
+    assert len(asked) == 160 - 80 and len(texts := read("subj/test.jsonl")) == 200
+    assert not set(texts) & set(read("subj/train.50.jsonl"))
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    validation.write(tmp_path / "data", folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+
+
+def test_what_an_experiment_makes_itself_is_held_out_of_the_training_half_too(tmp_path: Path):
+    sums: dict[bool, dict[str, set[str]]] = {}
+    for validating in (False, True):
+        output = tmp_path / str(validating)
+        output.mkdir()
+        EXPERIMENTS["verifiable"](Rehearsal(tmp_path, output, 0, (), (), validating))
+        sums[validating] = {name: set((output / f"{name}.jsonl").read_text().splitlines()) for name in ("train", "test")}
+    assert sums[True]["train"] | sums[True]["test"] == sums[False]["train"]
+    assert not sums[True]["train"] & sums[True]["test"] and len(sums[True]["test"]) == 30
 
 
 def test_seeds_of_a_method_are_one_row_with_their_range():

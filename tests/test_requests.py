@@ -66,6 +66,17 @@ def test_the_on_policy_share_is_exact_and_the_others_explore(
     assert all(low <= behaviour.temperature <= high and behaviour.epsilon == epsilon for behaviour in exploring)
 
 
+def test_with_a_horizon_the_exploring_share_falls_to_none_and_what_is_planted_with_it() -> None:
+    prompts = [replace(prompt, hints=((4,),)) for prompt in PROMPTS]
+    requests = Requests(prompts, 16, Exploration(on_policy=0.25, epsilon=0.1, planted=0.5, horizon=60), 0, 5)
+    asked = {group_id: requests.training(group_id).behaviours_K for group_id in (0, 20, 40, 60, 1000)}
+    exploring = {group_id: sum(not b.on_policy for b in behaviours) for group_id, behaviours in asked.items()}
+    planted = {group_id: sum(bool(b.planted) for b in behaviours) for group_id, behaviours in asked.items()}
+    assert exploring == {0: 12, 20: 8, 40: 4, 60: 0, 1000: 0}
+    assert planted == {0: 6, 20: 4, 40: 2, 60: 0, 1000: 0}
+    assert all(len(behaviours) == 16 for behaviours in asked.values())
+
+
 def test_temperatures_fill_their_interval() -> None:
     exploration = Exploration(on_policy=0.0, temperature=(0.5, 2.0))
     drawn = [b.temperature for b in stream(exploration=exploration, samples=3000).training(0).behaviours_K]
