@@ -9,11 +9,13 @@ import signal
 import socket
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 # A call after the end of a run must not start a cluster of its own. Ray reads this when it is imported.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 import ray
+from ray._private import ray_constants
 from ray._private.state import available_resources_per_node
 from ray.exceptions import RayError
 
@@ -55,13 +57,16 @@ def connect(config: Config) -> None:
     else:
         wanted = config.learner.ranks * config.learner.cpus + config.actors.most * config.actors.cpus
         cpus = config.cluster.local_cpus or max(os.cpu_count() or 1, int(wanted + 0.999))
-        ray.init(
-            address="local",  # without it Ray would join whatever cluster was started on this machine last
-            num_cpus=cpus,
-            include_dashboard=config.cluster.dashboard,
-            dashboard_host="127.0.0.1",
-            **common,
-        )
+        # Of a machine that can be no part of a cluster, Ray takes the loopback address; else all of its processes, the
+        # actors among them, would listen to the network.
+        with mock.patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False):
+            ray.init(
+                address="local",  # without it Ray would join whatever cluster was started on this machine last
+                num_cpus=cpus,
+                include_dashboard=config.cluster.dashboard,
+                dashboard_host="127.0.0.1",
+                **common,
+            )
     # Ray puts in a handler that ends the process at once; the stop of a submitted job is to leave a checkpoint.
     signal.signal(signal.SIGTERM, on_terminate)
     check(config, waited=0.0)

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import kubernetes_validate
 import pytest
 import ray
 import yaml
 from ray._private.ray_constants import RAY_RUNTIME_ENV_CREATE_WORKING_DIR_ENV_VAR
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 
@@ -33,8 +35,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "deploy/cluster"
 
 
-def documents(name: str) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all((FOLDER / name).read_text()))
+def documents(name: str, misspelt: str = "") -> list[dict[str, Any]]:
+    """The documents of a file, with one key, where it is given, short of its last letter."""
+    text = (FOLDER / name).read_text()
+    assert f"{misspelt}:" in text
+    return list(yaml.safe_load_all(text.replace(f"{misspelt}:", f"{misspelt[:-1]}:")))
 
 
 def one(name: str, kind: str) -> dict[str, Any]:
@@ -48,6 +53,19 @@ def pods(document: dict[str, Any]) -> list[dict[str, Any]]:
         return [pod for item in document for pod in pods(item)] if isinstance(document, list) else []
     own = [document["template"]] if "containers" in document.get("template", {}).get("spec", {}) else []
     return own + [pod for value in document.values() for pod in pods(value)]
+
+
+def check_what_kubernetes_defines(manifest: list[dict[str, Any]]) -> None:
+    """Every object but the RayJob, and its pods. Strict: the API server refuses a key that its schema lacks."""
+    jobs = [document for document in manifest if document["kind"] == "RayJob"]
+    inside = [{"apiVersion": "v1", "kind": "Pod"} | pod for pod in pods({"all": jobs})]
+    for document in [*(document for document in manifest if document not in jobs), *inside]:
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+def autoscaling(cluster: dict[str, Any]) -> dict[str, Any]:
+    """What the autoscaler beside a head reads of the Ray cluster that KubeRay was given."""
+    return _derive_autoscaling_config_from_ray_cr({"metadata": {"name": "name", "namespace": "default"}, "spec": cluster})
 
 
 def test_the_cluster_launcher_takes_its_file() -> None:
@@ -64,6 +82,35 @@ def test_what_the_launcher_copies_is_in_the_repository() -> None:
     assert all((ROOT / source).exists() for source in mounts.values() if not source.startswith("~"))
 
 
+@pytest.mark.parametrize("name", ["rayjob.yaml", "mlflow.yaml"])
+def test_kubernetes_takes_every_object_and_every_pod(name: str) -> None:
+    check_what_kubernetes_defines(documents(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("rayjob.yaml", "volumeMounts"),
+        ("rayjob.yaml", "securityContext"),
+        ("rayjob.yaml", "accessModes"),
+        ("mlflow.yaml", "clusterIP"),
+        ("mlflow.yaml", "volumeClaimTemplates"),
+        ("mlflow.yaml", "strategy"),
+        ("mlflow.yaml", "readinessProbe"),
+    ],
+)
+def test_kubernetes_refuses_a_misspelt_key_in_an_object_or_a_pod(name: str, key: str) -> None:
+    with pytest.raises(kubernetes_validate.ValidationError, match=f"'{key[:-1]}' was unexpected"):
+        check_what_kubernetes_defines(documents(name, misspelt=key))
+
+
+@pytest.mark.parametrize("key", ["headGroupSpec", "workerGroupSpecs", "groupName", "minReplicas", "maxReplicas"])
+def test_the_autoscaler_refuses_a_ray_job_with_a_misspelt_key_that_it_must_have(key: str) -> None:
+    (job,) = [document for document in documents("rayjob.yaml", misspelt=key) if document["kind"] == "RayJob"]
+    with pytest.raises(KeyError, match=key):
+        autoscaling(job["spec"]["rayClusterSpec"])
+
+
 def test_the_entrypoint_of_the_ray_job_is_a_config_that_fits_its_pods() -> None:
     spec = one("rayjob.yaml", "RayJob")["spec"]
     python, script, config, *overrides = shlex.split(spec["entrypoint"])
@@ -71,14 +118,12 @@ def test_the_entrypoint_of_the_ray_job_is_a_config_that_fits_its_pods() -> None:
     loaded = config_file.load(ROOT / config, overrides)
     cluster = spec["rayClusterSpec"]
     assert cluster["rayVersion"] == ray.__version__
-
-    def cpus(group: dict[str, Any]) -> float:
-        (container,) = group["template"]["spec"]["containers"]
-        return float(container["resources"]["limits"]["cpu"])
-
-    head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
-    fewest = [Resources(cpus(head), 0), *(Resources(cpus(group), 0) for group in workers for _ in range(group["minReplicas"]))]
-    most = [Resources(cpus(head), 0), *(Resources(cpus(group), 0) for group in workers for _ in range(group["maxReplicas"]))]
+    read = autoscaling(cluster)
+    groups = read["available_node_types"]
+    head = Resources(groups.pop(read["head_node_type"])["resources"]["CPU"], 0)
+    workers = [(Resources(group["resources"]["CPU"], 0), group) for group in groups.values()]
+    fewest = [head, *(node for node, group in workers for _ in range(group["min_workers"]))]
+    most = [head, *(node for node, group in workers for _ in range(group["max_workers"]))]
     placement.check(loaded, fewest)
     home = placement.learner_home(loaded, most)
     assert home is not None
@@ -148,6 +193,18 @@ def test_every_image_is_the_one_that_is_built_or_has_a_version() -> None:
     ]
     assert {image for image in images if image.startswith("REGISTRY/")} == set(built)
     assert all(re.search(r":\w*\d", image) for image in images)
+
+
+def test_the_linter_takes_the_dockerfile() -> None:
+    # Debian keeps no older version of a package that could be pinned; the image makes the user that it names.
+    command = [Path(sys.executable).parent / "hadolint", "--no-color", "--ignore=DL3008", "--ignore=DL3066", "-"]
+    text = (FOLDER / "Dockerfile").read_text()
+
+    def lint(text: str) -> str:
+        return subprocess.run(command, input=text, capture_output=True, text=True).stdout
+
+    assert lint(text) == ""
+    assert "DL3020" in lint(text.replace("COPY . .", "ADD . ."))
 
 
 def test_the_image_gets_no_history_and_nothing_that_git_ignores() -> None:

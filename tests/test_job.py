@@ -40,6 +40,16 @@ def last_line(process: subprocess.Popen[str], seconds: float = 280) -> dict[str,
     return json.loads(output.strip().splitlines()[-1])
 
 
+def listening(job: subprocess.Popen[str]) -> set[str]:
+    """The addresses at which a job's processes, those of its Ray and its actors among them, take connections."""
+    driver = psutil.Process(job.pid)
+    processes = [driver, *driver.children(recursive=True)]
+    names = {process.name() for process in processes}
+    assert {"gcs_server", "raylet"} <= names and any("Sampler" in name for name in names), names
+    found = {c.laddr.ip for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    return {address.removeprefix("::ffff:") for address in found}
+
+
 def mlflow_run(folder: Path) -> Any:
     client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("headwater").experiment_id])  # type: ignore[union-attr]
@@ -107,6 +117,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_as_the_same_mlflow_r
     assert job.stdout is not None
     while not job.stdout.readline().startswith("step "):
         assert job.poll() is None
+    assert listening(job) == {"127.0.0.1"}
     job.send_signal(signal.SIGINT)
     assert last_line(job)["finished"] is False
     assert job.returncode == 130
