@@ -44,10 +44,11 @@ lint: setup
 bench: setup
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
-# The tests that take minutes, then processes killed and stopped at random times in real runs: a line of JSON for each fault. ARGS="--injections 5" for a short one.
+# The tests that take minutes, then processes killed and stopped at random times in real runs: a line of JSON for each fault. ARGS="--injections 5" for a short one. At last the memory of a long run.
 chaos: setup
 	$(BIN)/python -m pytest -m chaos
 	$(BIN)/python -m tests.chaos $(ARGS)
+	$(BIN)/python -m tests.benchmarks.soak
 
 # Pins for a set-up that is the same everywhere; without hosts or folders, so it can be committed.
 lock: setup
