@@ -68,6 +68,7 @@ class Baselines:
         from actors.build import build_reward
         from actors.decoding import Settings
         from deploy.prepare import prepare
+        from system.diversity import diversity_measure
         from system.language_model import LanguageModel, load_pretrained, resolve_device
 
         # All methods score whole sequences: evidence after every prefix would be charged to them for nothing.
@@ -88,7 +89,7 @@ class Baselines:
         if rewards.needs_language_model(config.task.reward):
             self.likelihood = rewards.Posterior(frozen, self.problem.reward_stop, config.sampler.token_budget)
         self.tuned = self._adapted(run_dir) if run_dir else None
-        self.encoder = self._encoder()
+        self.diversity = diversity_measure()
 
     def _adapted(self, run_dir: Path) -> Any:
         import torch
@@ -103,15 +104,6 @@ class Baselines:
         policy = Policy(self.folder, run.lora, self.problem.constraints, dtype=dtype, device=self.device)
         load_adapter(policy, path, run.model.path, run.lora.rank)
         return policy.language_model.model.eval()
-
-    def _encoder(self) -> Any:
-        from system.diversity import Encoder
-
-        try:
-            return Encoder()
-        except ConfigError as error:
-            logger.warning("no task/diversity: %s", error)
-            return None
 
     def measure(self, method: str, samples: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """(metrics, one row a sample) of a method of `actors.decoding`, or of `gflownet`."""
@@ -147,8 +139,8 @@ class Baselines:
             log_p_K = [float(score_T[-1]) for score_T in scores]
             metrics |= {"task/max_log_likelihood": max(log_p_K), "task/mean_log_likelihood": sum(log_p_K) / len(log_p_K)}
         metrics["task/distinct"] = len(set(draws.tokens_K)) / len(draws.tokens_K)
-        if self.encoder is not None:
-            metrics["task/diversity"] = self.encoder.diversity(texts)
+        if self.diversity is not None:
+            metrics["task/diversity"] = self.diversity(texts)
         if self.problem.judge is not None:
             metrics |= {f"task/{name}": value for name, value in self.problem.judge(prompt, texts).items()}
         log_weight_K = draws.log_weights(log_reward_K / decoder.reward_temperature)

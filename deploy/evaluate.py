@@ -6,7 +6,8 @@ another file. Writes RUN/heldout.json, which says too what was changed and how m
 to the run in MLflow as heldout/… and heldout/base/… (one of the two with `--only`: runs on the same data need the base model
 once).
 The adapter's samples go to RUN/heldout_samples.jsonl, or to the file of --samples-file: one line a sample, with its prompt's
-id and text, log q and log R in nats.
+id and text, its length in tokens, log q and log R in nats. RUN/heldout.png has both models' bounds by prompt, and the spread of
+their samples' log R, log q and lengths.
 
 For stories that the model told itself (python deploy/self_consistent.py) the true Z is an exact sample of the posterior at
 T = 1, so that E[u] over it is an upper bound on log Z: the gap between the bounds is KL(q || p) + KL(p || q), and zero means
@@ -55,23 +56,24 @@ def evaluate(config: Config, run_dir: Path, samples: int, only: str | None = Non
     """
     from deploy.local import opened
     from system import evaluation
+    from system.diversity import diversity_measure
     from system.language_model import decode
     from system.requests import Requests
 
     path = adapter_file(run_dir)
-    results = {}
+    results: dict[str, Evaluation] = {}
     with opened(config, samples) as local:
         problem, tokenizer = local.problem, local.tokenizer
         requests = Requests(problem.prompts, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed)
+        judge = evaluation.judge(problem, lambda tokens: decode(tokenizer, tokens), local, diversity_measure())
         for name in (only,) if only else WHICH:
             local.use({"base": None, "adapter": path}[name])
             result = evaluation.without_samples(problem, local)
             if result is None:
                 temperature = config.learner.reward_temperature.end
                 result = evaluation.sampled(
-                    requests, local, local, samples=samples, temperature=temperature, round_=ROUND,
-                    judge=evaluation.judge(problem, lambda tokens: decode(tokenizer, tokens), local),
-                )  # fmt: skip
+                    requests, local, local, samples=samples, temperature=temperature, round_=ROUND, judge=judge
+                )
                 # What the model told is a sample of its own posterior, not of a tempered or sharpened one.
                 if temperature == 1 and config.task.reward.kind == "lm_posterior":
                     result.metrics.update(_upper_bound(problem, local, result))
@@ -135,8 +137,10 @@ def main(argv: list[str]) -> int:
     if "adapter" in results and (rows := results["adapter"].samples):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (arguments.samples_file or run_dir / "heldout_samples.jsonl").write_text(lines, encoding="utf-8")
-    from deploy.report import table
+    from deploy.report import posterior_plot, table
 
+    if all(which in results and results[which].samples for which in WHICH):
+        posterior_plot(run_dir / "heldout.png", results["base"], results["adapter"])
     prefixes = {"base": "heldout/base/", "adapter": "heldout/"}
     metrics = {prefixes[which] + name: value for which, result in results.items() for name, value in result.metrics.items()}
     _keep(run_dir, metrics, arguments.overrides, arguments.samples)
@@ -166,7 +170,9 @@ def _track(run_dir: Path, metrics: dict[str, float]) -> None:
     # The run's own config: what this evaluation changes is no param of the run.
     tracker = Tracker(run_dir, config_file.load(run_dir / "config.yaml", []), amend=True)
     tracker.metrics(metrics, 0)
-    tracker.artifact(run_dir / "heldout.json")
+    for name in ("heldout.json", "heldout.png"):
+        if (run_dir / name).is_file():
+            tracker.artifact(run_dir / name)
     tracker.close("FINISHED")
 
 

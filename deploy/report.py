@@ -132,7 +132,7 @@ def plots(
         return [_distribution(folder / "distribution.png", problem, labels, before, after)]
     if not before.samples:
         return []
-    return [_spread(folder / "posterior.png", before, after)]
+    return [posterior_plot(folder / "posterior.png", before, after)]
 
 
 def _distribution(path: Path, problem: Problem, labels: list[str], before: Evaluation, after: Evaluation) -> Path:
@@ -161,8 +161,11 @@ def _label(name: str, evaluation: Evaluation) -> str:
     return f"{name}: KL(target ‖ q) = {evaluation.metrics['exact/kl_target_q']:.3g} nats"
 
 
-def _spread(path: Path, before: Evaluation, after: Evaluation) -> Path:
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+def posterior_plot(path: Path, before: Evaluation, after: Evaluation) -> Path:
+    """PNG: u by prompt, and log R, log q and the lengths of the samples, before and after."""
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.8), layout="constrained")
+    left, middle, right, last = axes
+    longest = max(row["length"] for result in (before, after) for row in result.samples)
     # A prompt whose samples got no reward is in one of the two alone, so a row's number says nothing of its prompt.
     ordered = [*sorted(before.per_prompt, key=lambda row: row["log_z_lower"]), *after.per_prompt]
     place = {prompt: at for at, prompt in enumerate(dict.fromkeys(row["prompt"] for row in ordered))}
@@ -173,11 +176,14 @@ def _spread(path: Path, before: Evaluation, after: Evaluation) -> Path:
         left.errorbar(at, lower, yerr=deviation, fmt="o", ms=3.5, lw=1, color=color, label=label)
         middle.hist([row["log_reward"] for row in result.samples], bins=40, color=color, alpha=0.7, label=label)
         right.hist([row["log_q"] for row in result.samples], bins=40, color=color, alpha=0.7, label=label)
+        lengths = [row["length"] for row in result.samples]
+        last.hist(lengths, bins=np.arange(longest + 2) - 0.5, color=color, alpha=0.7, label=label)
     left.set(title="u = log R / T - log q: mean ± deviation", xlabel="prompt", ylabel="nats")
     middle.set(title="log R of the samples", xlabel="nats")
     right.set(title="log q of the samples", xlabel="nats")
+    last.set(title="length of the samples", xlabel="tokens")
     left.legend(frameon=False)
-    for axis in (left, middle, right):
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)

