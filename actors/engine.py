@@ -269,7 +269,8 @@ class Engine:
         if not error <= self.settings.canary_tolerance:
             raise AdapterError(
                 f"adapter version {adapter.version}: the engine's canary is {error:.4g} nats a token away from the learner's, "
-                f"above sampler.canary_tolerance={self.settings.canary_tolerance:g}: these are not the published weights"
+                f"above sampler.canary_tolerance={self.settings.canary_tolerance:g}: these are not the published "
+                "weights, or bfloat16 is too coarse for what was learned: learner.dtype=float32 and sampler.dtype=float32 tell"
             )
         return error
 
