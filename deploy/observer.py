@@ -16,8 +16,9 @@ from system.tracking import Tracker, system_metrics
 
 logger = logging.getLogger(__name__)
 
-SPANS = 200_000
-"""Spans of all processes that a timeline holds; of a longer run it has the end. About 400 bytes each."""
+SPANS = 10_000
+"""Spans of all processes that a timeline holds; of a longer run it has the end, some thousand updates.
+About 400 bytes each."""
 LAST_SECONDS = 5.0
 """Longest wait for an actor's last spans."""
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-KEPT = 50_000
+KEPT = 5_000
 """Spans that wait in a process to be drained; the oldest are lost first."""
 JOINED_SECONDS = 0.005
 """Spans of one name and track that are no further apart become one: a sampler's steps of one token, for example."""
