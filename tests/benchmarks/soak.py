@@ -3,7 +3,7 @@
     python -m tests.benchmarks.soak [--updates 4000] [--limit 5]
 
 Real Ray, vLLM and MLflow. Resident memory of each process comes from the run's own metrics; the slope is that of a line
-through the last half of the updates (the timeline fills up in the first), in MiB for 1,000 updates, with the spread of the points
+through the last half of the updates (the timeline fills up in the first), in MiB for 1,000 updates, with the spread of points
 around it. Fails where a process grows by more than LIMIT, its spread taken off.
 """
 
