@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from deploy import ray_cluster
 from deploy.answers import first_of_all
@@ -256,6 +256,10 @@ def is_loss(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What went wrong, without the traceback that Ray puts in front of an error from an actor."""
+    """What went wrong, without what Ray puts in front of it: the traceback in an actor, or which actor died."""
     cause = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
-    return next(iter(str(cause).splitlines()), type(cause).__name__)
+    lines = str(cause).splitlines()
+    if isinstance(cause, ActorDiedError):
+        # The first line says that an actor died, the indented ones which it was, and only then comes why.
+        lines = [line.partition(" Some common causes")[0] for line in lines[1:] if not line.startswith("\t")] or lines
+    return next(iter(lines), type(cause).__name__)

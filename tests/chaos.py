@@ -1,8 +1,8 @@
 """Faults at random times in real runs of a tiny model: `python -m tests.chaos [FAULT …] [--injections 20] [--seed 0]`.
 
 Each fault is one run with as many injections, over real Ray actors and real engines. A line of JSON says how long it
-took until all samplers, or the learner, were at work again, and which groups were lost or counted twice: none, or the
-command fails.
+took until all samplers and the learner were at work again, how many groups were lost or counted twice, and how many
+published versions had a number that was not above the one before: none, or the command fails.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import signal
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
+from ray.cluster_utils import Cluster
 from ray.exceptions import RayError
 
 from deploy import ray_cluster
@@ -37,7 +40,7 @@ from system.models import locate
 from system.orchestrator import Orchestrator
 from system.requests import Requests
 from system.trajectory import Group
-from tests import tiny
+from tests import nodes, tiny
 from tests.fakes import FakeTracker
 
 STEPS_EACH = 60
@@ -46,86 +49,139 @@ STEP_SECONDS = 0.1
 """Rest of the loop after each update, so that the run lasts while samplers start."""
 CALM_SECONDS = 2.0
 """Longest time of a whole crew before the next injection."""
+NODE_CPUS = 2
+"""Of each node: two of them hold the crew, one alone does not."""
 LOST_SECONDS = 240.0
 """A crew that is not whole again by then is lost."""
 
 
+class Pool(RaySamplers):
+    """Keeps the numbers of the versions that were published to it."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.versions: list[int] = []
+        super().__init__(*arguments)
+
+    def publish(self, adapter: Any) -> None:
+        published: Any = ray.get(adapter)
+        self.versions.append(published.version)
+        super().publish(adapter)
+
+
 class Crew:
-    """The run's samplers and learner, and who of them is at work."""
+    """The run's samplers and learner, on a cluster whose nodes can be killed or on a local one. Whoever kills gets the process
+    ids of those that must not come back."""
 
-    def __init__(self, config: Config, problem: Any) -> None:
-        self.learner, self.samplers = RayLearner(config, problem), RaySamplers(config, problem)
+    def __init__(self, config: Config, problem: Any, cluster: Cluster | None) -> None:
+        self.learner = RayLearner(config, problem)
+        self.samplers = Pool(config, problem, lambda: self.learner.node)
         self.learner.room = self.samplers.room
+        self.cluster = cluster
         wait_until_ready(self.learner, self.samplers)
-        self.names = self._built()
-        self.learner_pid: int = ray.get(self._ask_learner())
 
-    def _built(self) -> set[str]:
-        return {member.name for member in self.samplers._built()}
+    def kill_sampler(self, number: int) -> set[int]:
+        return self._kill(random.choice(self.samplers.ready()), number)
+
+    def kill_learner(self, number: int) -> set[int]:
+        return self._kill(self._ask_learner(), number)
+
+    def kill_node(self) -> set[int]:
+        """That of a sampler or of the learner, with all that is on it. Another joins."""
+        assert self.cluster
+        actors = [*self.samplers.named().values(), *self.learner.named().values()]
+        places: list[tuple[str, int]] = ray.get([actor.__ray_call__.remote(_place) for actor in actors])
+        home, _ = random.choice(places)
+        self.cluster.remove_node(next(n for n in self.cluster.worker_nodes if n.node_id == home), allow_graceful=False)
+        self.cluster.add_node(num_cpus=NODE_CPUS)
+        return {pid for node, pid in places if node == home}
+
+    def is_whole_without(self, killed: set[int]) -> bool:
+        """All are at work, in the places of the killed too."""
+        pids = _answers([*self.samplers.ready(), self._ask_learner()])
+        return len(pids) > self.samplers.config.actors.fewest and not pids & killed
+
+    def learner_answers(self) -> bool:
+        return bool(_answers([self._ask_learner()]))
 
     def _ask_learner(self) -> Any:
         """Reference to its process id."""
         return self.learner.actors[0].ready.remote()
 
-    def kill_sampler(self, number: int) -> None:
-        references = self.samplers.ready()
-        os.kill(ray.get(references[random.randrange(len(references))]), number)
-
-    def kill_learner(self, number: int) -> None:
-        os.kill(self.learner_pid, number)
-
-    def samplers_are_back(self) -> bool:
-        """All are built, and one of them is new."""
-        names = self._built()
-        if len(names) < self.samplers.config.actors.fewest or names == self.names:
-            return False
-        self.names = names
-        return True
-
-    def learner_is_back(self) -> bool:
-        done, _ = ray.wait([self._ask_learner()], timeout=0.5)
-        try:
-            pid = ray.get(done[0]) if done else self.learner_pid
-        # The one that was killed answers with its death.
-        except RayError:
-            return False
-        if pid == self.learner_pid:
-            return False
-        self.learner_pid = pid
-        return True
+    def _kill(self, asked: Any, number: int) -> set[int]:
+        pid: int = ray.get(asked)
+        os.kill(pid, number)
+        return {pid}
 
 
-Fault = tuple[Callable[[Crew], None], Callable[[Crew], bool]]
-FAULTS: dict[str, Fault] = {
-    "sampler SIGKILL": (lambda crew: crew.kill_sampler(signal.SIGKILL), Crew.samplers_are_back),
-    "sampler SIGSTOP": (lambda crew: crew.kill_sampler(signal.SIGSTOP), Crew.samplers_are_back),
-    "learner SIGKILL": (lambda crew: crew.kill_learner(signal.SIGKILL), Crew.learner_is_back),
-    "learner SIGSTOP": (lambda crew: crew.kill_learner(signal.SIGSTOP), Crew.learner_is_back),
+def _place(actor: Any) -> tuple[str, int]:
+    return ray.get_runtime_context().get_node_id(), os.getpid()
+
+
+def _answers(references: list[Any]) -> set[Any]:
+    """Those that come soon; none if an actor answers with its death."""
+    done, _ = ray.wait(references, num_returns=len(references), timeout=0.5)
+    try:
+        return set(ray.get(done))
+    except RayError:
+        return set()
+
+
+class Fault(NamedTuple):
+    strike: Callable[[Crew], set[int]]
+    needs_nodes: bool = False
+
+
+FAULTS = {
+    "sampler SIGKILL": Fault(lambda crew: crew.kill_sampler(signal.SIGKILL)),
+    "sampler SIGSTOP": Fault(lambda crew: crew.kill_sampler(signal.SIGSTOP)),
+    "learner SIGKILL": Fault(lambda crew: crew.kill_learner(signal.SIGKILL)),
+    "learner SIGSTOP": Fault(lambda crew: crew.kill_learner(signal.SIGSTOP)),
+    "node SIGKILL": Fault(Crew.kill_node, needs_nodes=True),
 }
 
 
-class Injector(threading.Thread):
+class Injector:
     """Waits a random time, strikes, and waits until the crew is whole again; `recoveries` has the seconds."""
 
     def __init__(self, crew: Crew, fault: Fault, injections: int) -> None:
-        super().__init__(daemon=True)
-        self.crew, (self.strike, self.recovered), self.injections = crew, fault, injections
+        self.crew, self.fault, self.injections = crew, fault, injections
         self.recoveries: list[float] = []
+        self.ended = False
 
-    def run(self) -> None:
-        for _ in range(self.injections):
-            time.sleep(random.uniform(0, CALM_SECONDS))
-            began = time.monotonic()
-            self.strike(self.crew)
-            while not self.recovered(self.crew):
-                time.sleep(0.1)
-                if time.monotonic() - began > LOST_SECONDS:
-                    return
-            self.recoveries.append(time.monotonic() - began)
+    def run(self, training: Future[None]) -> None:
+        try:
+            for _ in range(self.injections):
+                time.sleep(random.uniform(0, CALM_SECONDS))
+                began = time.monotonic()
+                killed = self.fault.strike(self.crew)
+                while not self.crew.is_whole_without(killed):
+                    if training.done() or time.monotonic() - began > LOST_SECONDS:
+                        return
+                    time.sleep(0.1)
+                self.recoveries.append(time.monotonic() - began)
+        finally:
+            self.ended = True
+
+
+@contextmanager
+def _cluster(fault: Fault) -> Iterator[Cluster | None]:
+    """A head for the driver, and two nodes for the crew; None where a local cluster will do."""
+    if not fault.needs_nodes:
+        yield None
+        return
+    with nodes.cluster(head_cpus=0) as cluster:
+        for _ in range(2):
+            cluster.add_node(num_cpus=NODE_CPUS)
+        yield cluster
 
 
 def run(name: str, injections: int, folder: Path) -> dict[str, Any]:
     """One run under one fault, as a row of the table."""
+    with _cluster(FAULTS[name]) as cluster:
+        return {"fault": name} | _run(FAULTS[name], injections, folder, cluster)
+
+
+def _run(fault: Fault, injections: int, folder: Path, cluster: Cluster | None) -> dict[str, Any]:
     steps = STEPS_EACH * injections
     config = parse(
         {
@@ -135,23 +191,24 @@ def run(name: str, injections: int, folder: Path) -> dict[str, Any]:
             "sampler": {"samples_per_prompt": 8, "kv_cache_mb": 16},
             "actors": {"count": 2, "answer_seconds": 10},
             "learner": {"steps": steps, "warmup_steps": 0, "max_staleness": 3, "checkpoint_every": 5, "answer_seconds": 10},
+            "cluster": {"address": cluster and cluster.address},
             "output_dir": str(folder),
         }
     )
     problem = tasks.build(config.task, load_tokenizer(locate(config.model)))
     ray_cluster.connect(config)
-    crew = Crew(config, problem)
-    injector = Injector(crew, FAULTS[name], injections)
+    crew = Crew(config, problem, cluster)
+    injector = Injector(crew, fault, injections)
     used: Counter[int] = Counter()
 
     def on_step(loop: Orchestrator, metrics: dict[str, float], fresh: list[Group]) -> None:
         used.update(group.group_id for group in fresh)
         time.sleep(STEP_SECONDS)
-        if loop.counters.step == 1:
-            injector.start()
-        # The learner is asked only by the loop, so its own injections cannot be waited for here.
-        if loop.counters.step == steps - 5 and injector.recovered is not Crew.learner_is_back:
-            injector.join()
+        # The loop does not run ahead of its injections. A learner that is gone is found by the loop alone, which has to go on.
+        while loop.counters.step >= STEPS_EACH * (len(injector.recoveries) + 1) - 5 and not injector.ended:
+            if not crew.learner_answers():
+                break
+            time.sleep(0.1)
 
     requests = Requests(problem.prompts, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed)
     loop = Orchestrator(
@@ -159,20 +216,23 @@ def run(name: str, injections: int, folder: Path) -> dict[str, Any]:
         on_step=on_step,
     )  # fmt: skip
     began = time.monotonic()
-    try:
-        loop.train()
-    finally:
-        crew.samplers.close()
-        ray_cluster.disconnect()
-    recoveries = injector.recoveries
+    with ThreadPoolExecutor() as threads:
+        training = threads.submit(loop.train)
+        try:
+            injector.run(training)
+            training.result()
+        finally:
+            crew.samplers.close()
+            ray_cluster.disconnect()
+    recoveries, versions = injector.recoveries, crew.samplers.versions
     return {
-        "fault": name,
         "injections": len(recoveries),
         "recovery_seconds": round(statistics.median(recoveries), 1) if recoveries else None,
         "recovery_seconds_worst": round(max(recoveries), 1) if recoveries else None,
         # Groups are numbered without gaps; those that came back too old to be used fresh went to the replay buffer.
         "groups_lost": len(set(range(loop.counters.next_group)) - used.keys() - _unused(loop)) - loop.counters.too_stale,
         "groups_doubled": sum(count - 1 for count in used.values()),
+        "versions_not_new": sum(later <= earlier for earlier, later in pairwise(versions)),
         "deaths_seen": loop.counters.deaths + loop.counters.learner_deaths,
         "requests_reissued": loop.counters.reissued,
         "steps": loop.counters.step,
@@ -198,7 +258,7 @@ def main(argv: Sequence[str]) -> int:
         with tempfile.TemporaryDirectory() as folder:
             row = run(name, arguments.injections, Path(folder))
         print(json.dumps(row), flush=True)
-        right = {"injections": arguments.injections, "groups_lost": 0, "groups_doubled": 0}
+        right = {"injections": arguments.injections, "groups_lost": 0, "groups_doubled": 0, "versions_not_new": 0}
         right["steps"] = STEPS_EACH * arguments.injections
         good &= right.items() <= row.items()
     return 0 if good else 1

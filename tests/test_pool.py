@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.exceptions import RayError
 
+from actors.sampler import EngineDied
 from deploy import ray_cluster
 from deploy.pool import SPARE_STEPS, RaySamplers
 from deploy.remote import RayLearner, wait_until_ready
@@ -23,11 +25,11 @@ from system.config import Config, ConfigError
 from system.config_file import parse
 from system.orchestrator import LearnerDied, Orchestrator, SamplerDied
 from system.requests import Requests
+from system.run_error import RunError
 from system.trajectory import Group, Request
+from tests import nodes
 from tests.fakes import PROMPTS, FakeLearner, FakeTracker
 from tests.faults import Faults, FaultySampler, IdleLearner, assert_each_counts_once
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def config(folder: Path, actors: dict[str, Any], steps: int = 12, **cluster: Any) -> Config:
@@ -43,8 +45,10 @@ def config(folder: Path, actors: dict[str, Any], steps: int = 12, **cluster: Any
     )
 
 
-def pool(cfg: Config, faults: Faults, learner_node: str | None = None) -> RaySamplers:
-    samplers = RaySamplers(cfg, faults, lambda: learner_node, FaultySampler)  # type: ignore[arg-type]
+def pool(
+    cfg: Config, faults: Faults, learner_node: str | None = None, actor: type[FaultySampler] = FaultySampler
+) -> RaySamplers:
+    samplers = RaySamplers(cfg, faults, lambda: learner_node, actor)  # type: ignore[arg-type]
     samplers.publish(0)
     return samplers
 
@@ -225,9 +229,18 @@ class TestOneNode:
         samplers.close()
 
     def test_samplers_that_die_over_every_group_stop_the_run_with_the_cause(self, tmp_path: Path) -> None:
-        cfg = config(tmp_path, {"count": 1, "max_deaths": 2})
-        with pytest.raises(RuntimeError, match=r"samplers died 3 times with no group in between \(actors.max_deaths=2\)"):
-            train(cfg, pool(cfg, Faults(crashes=frozenset(range(100)), always=True)))
+        class OutOfMemory(FaultySampler):  # defined in here, it is sent whole: actors need not import this file and torch
+            def sample(self, request: Request, adapter: int) -> Group:
+                raise EngineDied("cannot allocate 1 TiB")
+
+        for actor, cause in (
+            (FaultySampler, "The actor is dead because its worker process has died. Worker exit type: "),
+            (OutOfMemory, "cannot allocate 1 TiB"),
+        ):
+            cfg = config(tmp_path / actor.__name__, {"count": 1, "max_deaths": 2})
+            message = "samplers died 3 times with no group in between (actors.max_deaths=2); the last cause: " + cause
+            with pytest.raises(RunError, match=f"^{re.escape(message)}"):
+                train(cfg, pool(cfg, Faults(crashes=frozenset(range(100)), always=True), actor=actor))
 
     def test_the_pool_does_not_grow_while_the_learner_is_busy_or_no_work_is_left_over(self, tmp_path: Path) -> None:
         cfg = config(tmp_path, {"min": 1, "max": 2})
@@ -281,18 +294,12 @@ class TestOneNode:
 
 
 class TestNodes:
-    """A head of 2 CPUs, and nodes that join and leave."""
+    """A head, of 2 CPUs unless the test says otherwise, and nodes that join and leave."""
 
     @pytest.fixture
-    def cluster(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-        monkeypatch.setenv("PYTHONPATH", str(ROOT))
-        monkeypatch.setenv("RAY_health_check_initial_delay_ms", "1000")
-        monkeypatch.setenv("RAY_health_check_period_ms", "500")
-        monkeypatch.setenv("RAY_health_check_failure_threshold", "4")
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-        yield cluster
-        ray_cluster.disconnect()
-        cluster.shutdown()
+    def cluster(self, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+        with nodes.cluster(head_cpus=getattr(request, "param", 2)) as cluster:
+            yield cluster
 
     def nodes_of(self, samplers: RaySamplers) -> list[str]:
         return [ray.get(member.actor.node.remote(), timeout=60) for member in samplers._members.values()]
@@ -380,4 +387,40 @@ class TestNodes:
         assert 4 <= time.monotonic() - began < 15
         cluster.add_node(num_cpus=3)
         wait_until_ready(samplers)
+        samplers.close()
+
+    @pytest.mark.parametrize("cluster", [4], indirect=True)
+    @pytest.mark.parametrize(("count", "beside_learner"), [(2, 0), (5, 1)])
+    def test_samplers_keep_off_the_node_of_the_learner_until_the_others_are_full(
+        self, count: int, beside_learner: int, cluster: Cluster, tmp_path: Path
+    ) -> None:
+        cluster.add_node(num_cpus=4)
+        cfg = config(tmp_path, {"count": count}, address=cluster.address)
+        ray_cluster.connect(cfg)
+        learner = RayLearner(cfg, Faults(), IdleLearner)  # type: ignore[arg-type]
+        samplers = pool(cfg, Faults(), learner.node)
+        wait_until_ready(learner, samplers)
+        home: str = ray.get(learner.actors[0].node.remote())
+        assert home == learner.node
+        assert len(samplers._built()) == count
+        assert self.nodes_of(samplers).count(home) == beside_learner
+        samplers.close()
+
+    def test_samplers_share_a_gpu_and_more_than_fill_it_are_refused_within_seconds(
+        self, cluster: Cluster, tmp_path: Path
+    ) -> None:
+        joined = cluster.add_node(num_cpus=4, num_gpus=1)
+        began = time.monotonic()
+        with pytest.raises(ConfigError, match=r"actors.count=3: .*3 x actors.gpus=0.5 need 1.5 gpus, but the cluster has 1; "):
+            ray_cluster.connect(config(tmp_path, {"count": 3, "gpus": 0.5}, address=cluster.address))
+        ray_cluster.disconnect()
+        assert time.monotonic() - began < 15
+
+        cfg = config(tmp_path, {"count": 2, "gpus": 0.5}, address=cluster.address)
+        ray_cluster.connect(cfg)
+        samplers = pool(cfg, Faults())
+        wait_until_ready(samplers)
+        assert self.nodes_of(samplers) == [joined.node_id] * 2
+        seen = [member.actor.__ray_call__.remote(lambda actor: ray.get_gpu_ids()) for member in samplers._members.values()]
+        assert ray.get(seen) == [[0], [0]]
         samplers.close()
