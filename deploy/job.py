@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # `python deploy/job.py` puts deploy/ on the path, not the root
@@ -43,6 +44,8 @@ logger = logging.getLogger("headwater")
 
 STOPPED = 130
 """Exit status of a run that was asked to stop."""
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES)
+"""What the kernel says of a write to a disk that is full or read-only, and of a file that is too large or not ours."""
 
 
 def parse_arguments(argv: list[str]) -> tuple[Config, Path, argparse.Namespace]:
@@ -103,7 +106,11 @@ class Job:
         if not self.resume:
             self._keep_config()
         self.progress, self.standing = show(), Standing(self.run_dir.name, config.learner.steps)
-        status, ending = "FAILED", contextlib.ExitStack()
+        status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+        # Each of them, also where one more signal cuts the one before short.
+        ending = contextlib.ExitStack()
+        ending.callback(ray_cluster.disconnect)
+        ending.callback(lambda: self.tracker.close(status))
         try:
             ray_cluster.connect(config)
             self.ray_metrics = RayMetrics(self.run_dir.name)
@@ -113,9 +120,9 @@ class Job:
             )
             self.learner = RayLearner(config, self.problem)
             self.samplers = RaySamplers(config, self.problem, lambda: self.learner.node)
+            ending.callback(self.samplers.close)
             self.learner.room = self.samplers.room
             self.observer = Observer((self.learner, self.samplers), self.tracker, config.tracking.system_metrics_seconds)
-            ending.callback(self.samplers.close)
             self._describe_run()
             wait_until_ready(self.learner, self.samplers)
             requests, samplers, replay = self._sources(lambda: loop.counters.version, buffered=bool(files))
@@ -146,14 +153,13 @@ class Job:
         finally:
             self.progress.close()
             ending.close()
-            try:
-                self.tracker.close(status)
-            finally:
-                ray_cluster.disconnect()
 
     def _keep_config(self) -> None:
-        (self.run_dir / "config.yaml").write_text(config_file.dump(self.config), encoding="utf-8")
-        self.tracker.artifact(self.run_dir / "config.yaml")
+        path, part = self.run_dir / "config.yaml", self.run_dir / ".config.yaml.part"
+        # Whole or as it was: without it, after a full disk or a kill, the run could not be resumed.
+        part.write_text(config_file.dump(self.config), encoding="utf-8")
+        part.replace(path)
+        self.tracker.artifact(path)
 
     def _start_from(self, weights: np.ndarray) -> None:
         try:
@@ -311,6 +317,22 @@ def _plain(error: Exception) -> Exception:
     return getattr(error, "cause", error)
 
 
+@contextlib.contextmanager
+def _disk_faults_named(run_dir: Path) -> Iterator[None]:
+    """The border for what a run writes. The kernel says of a write that fails neither the file nor what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        cause: Any = _plain(error)
+        if cause.errno not in DISK_FAULTS:
+            raise
+        kept = any((run_dir / "checkpoints").glob("step-*"))
+        raise RunError(
+            f"{cause.filename or run_dir} cannot be written: {cause.strerror}; make room there or make it writable, then "
+            + (f"--resume {run_dir}" if kept else "start the run again")
+        ) from error
+
+
 def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -323,7 +345,8 @@ def main(argv: list[str]) -> int:
             return 0
         job = Job(config, run_dir, bool(arguments.resume), arguments.from_step)
         job.stop.hear()
-        summary = job.run()
+        with _disk_faults_named(run_dir):
+            summary = job.run()
     except KeyboardInterrupt:
         print("stopped at once; what the run's last checkpoint has can be resumed", file=sys.stderr)
         return STOPPED

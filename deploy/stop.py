@@ -12,7 +12,7 @@ logger = logging.getLogger("headwater")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AGAIN_SECONDS = 3.0
-"""A signal so soon after the first is the same request: a terminal, a sweep and Ray's job manager may each pass it on."""
+"""A signal so soon after another is the same request: a terminal, a sweep and Ray's job manager may each pass it on."""
 
 
 class Stop:
@@ -42,8 +42,10 @@ class Stop:
 
     def _heard(self, number: int, _frame: object) -> None:
         now = time.monotonic()
-        if self._asked is None and self._patient:
-            self._asked = now
-            logger.warning("stopping after this update, with a checkpoint; once more stops at once")
-        elif self._asked is None or now - self._asked > AGAIN_SECONDS:
+        # Also of one that ends the run at once: what then ends in order must not be cut short by it.
+        if self._asked is not None and now - self._asked <= AGAIN_SECONDS:
+            return
+        first, self._asked = self._asked is None, now
+        if not (first and self._patient):
             raise KeyboardInterrupt(signal.Signals(number).name)
+        logger.warning("stopping after this update, with a checkpoint; once more stops at once")

@@ -96,8 +96,8 @@ class HangingLearner(IdleLearner):
         time.sleep(3600)
 
 
-class OutOfMemoryOnce(SamplerActor):
-    """A real sampler whose engine finds no memory over its third step, once."""
+class OutOfMemory(SamplerActor):
+    """A real sampler whose engine finds no memory over its first step."""
 
     def __init__(self, config: Config, problem: Any) -> None:
         super().__init__(config, problem)
@@ -105,11 +105,21 @@ class OutOfMemoryOnce(SamplerActor):
         step = engine.step
 
         def failing() -> Any:
-            if next(steps) == 2 and once(config, "memory"):
+            if self.fails(config, next(steps)):
                 raise MemoryError("cannot allocate 1 TiB")
             return step()
 
         engine.step = failing
+
+    def fails(self, config: Config, step: int) -> bool:
+        return True
+
+
+class OutOfMemoryOnce(OutOfMemory):
+    """Over its third step, once."""
+
+    def fails(self, config: Config, step: int) -> bool:
+        return step == 2 and once(config, "memory")
 
 
 def once(config: Config, name: str) -> bool:

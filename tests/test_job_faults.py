@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,11 +23,15 @@ import psutil
 import pytest
 from ray.exceptions import RayTaskError
 
-from deploy import job
+from deploy import job, stop
+from system import checkpoint, config_file
 from system.adapters import AdapterError
+from system.journal import read
 from system.reward_error import RewardError
 from system.run_error import RunError
 from tests import tiny
+from tests.test_checkpoint import full_disk
+from tests.test_tracking import Server, history, recorded
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["ab", "cd", "ef", "gh", "ij"]
@@ -33,7 +41,7 @@ SECRETS = {
     "MLFLOW_TRACKING_TOKEN": "hw-secret-77aa",
     "HF_TOKEN": "hw-secret-4b2e", "AWS_SECRET_ACCESS_KEY": "hw-secret-e8f3", "WANDB_API_KEY": "hw-secret-0d5b",
 }  # fmt: skip
-SECONDS = 240
+SECONDS = 400
 
 
 class Runner:
@@ -75,7 +83,7 @@ class Runner:
             )  # fmt: skip
 
     def logs(self) -> str:
-        return "\n".join(path.read_text() for path in self.folder.glob("log-*.txt"))
+        return "\n".join(path.read_text() for path in sorted(self.folder.glob("log-*.txt")))
 
     def processes(self) -> list[psutil.Process]:
         """All that live and were started by a job of this runner's, wherever they hang in the tree of processes."""
@@ -88,15 +96,34 @@ class Runner:
                 continue
         return found
 
+    def names(self) -> set[str]:
+        """What its processes are called; an actor of Ray by its class."""
+        names = set()
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                names.add(process.name().split(".")[0])
+        return names
+
     def assert_nothing_runs(self) -> None:
         deadline = time.monotonic() + 60
         while left := self.processes():
             assert time.monotonic() < deadline, [process.cmdline() for process in left]
             time.sleep(0.2)
 
-    def close(self) -> None:
+    def ended(self, job: subprocess.Popen[str]) -> int:
+        """Waits for its end, after which nothing is left running, and returns its exit code."""
+        job.communicate(timeout=SECONDS)
+        self.assert_nothing_runs()
+        return job.returncode
+
+    def kill(self) -> None:
+        """All at once, as when a machine goes."""
         for process in self.processes():
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # Ray's own end when the driver is gone
+                process.kill()
+
+    def close(self) -> None:
+        self.kill()
         shutil.rmtree(self.ray, ignore_errors=True)
 
 
@@ -105,6 +132,20 @@ def runner(tmp_path: Path) -> Iterator[Runner]:
     runner = Runner(tmp_path)
     yield runner
     runner.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    """After one job that nothing happened to, whose run is in `whole`."""
+    runner = Runner(tmp_path_factory.mktemp("undisturbed"))
+    assert runner.ended(runner.start("config.json", "output_dir=whole")) == 0, runner.logs()[-3000:]
+    yield runner
+    runner.close()
+
+
+def run_of(runner: Runner, output_dir: str) -> Path:
+    (run_dir,) = (runner.folder / output_dir).iterdir()
+    return run_dir
 
 
 def wait_until(condition: Callable[[], Any], job: subprocess.Popen[str]) -> None:
@@ -125,56 +166,76 @@ def weights(run_dir: Path) -> bytes:
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(900)  # four jobs
-def test_a_killed_and_an_interrupted_run_end_with_the_weights_of_one_that_was_not(runner: Runner) -> None:
-    whole = runner.start("config.json", "output_dir=whole")
-    whole.communicate(timeout=SECONDS)
-    assert whole.returncode == 0, runner.logs()[-3000:]
-    runner.assert_nothing_runs()
-    (reference,) = (runner.folder / "whole").iterdir()
-    assert_no_secret(runner)
-
+@pytest.mark.timeout(1800)  # five jobs
+def test_a_killed_and_an_interrupted_run_end_with_the_weights_of_one_that_was_not(runner: Runner, undisturbed: Runner) -> None:
     job = runner.start("config.json", "output_dir=cut")
-    wait_until(lambda: list(runner.folder.glob("cut/*/checkpoints/step-00000010")), job)
+    wait_until(lambda: list(runner.folder.glob("cut/*/checkpoints/step-00000005")), job)
     assert len(runner.processes()) > 4, "driver, learner, sampler, its function, and Ray's own"
     job.kill()
-    job.communicate()
-    runner.assert_nothing_runs()
-    (run_dir,) = (runner.folder / "cut").iterdir()
+    assert runner.ended(job) == -signal.SIGKILL
+    run_dir = run_of(runner, "cut")
     assert not (run_dir / "adapter").exists()
 
     job = runner.start("--resume", str(run_dir))
-    wait_until(lambda: list(run_dir.glob("checkpoints/step-00000015")), job)
-    job.send_signal(signal.SIGINT)
-    job.communicate(timeout=SECONDS)
-    assert job.returncode == 130, runner.logs()[-3000:]
-    runner.assert_nothing_runs()
+    wait_until(lambda: list(run_dir.glob("checkpoints/step-00000010")), job)
+    assert {"python", "gcs_server", "raylet", "ray::LearnerActor", "ray::SamplerActor"} <= runner.names()
+    runner.kill()
+    assert runner.ended(job) == -signal.SIGKILL
 
     job = runner.start("--resume", str(run_dir))
-    job.communicate(timeout=SECONDS)
-    assert job.returncode == 0, runner.logs()[-3000:]
+    wait_until(lambda: list(run_dir.glob("checkpoints/step-00000015")), job)
+    os.killpg(job.pid, signal.SIGINT)  # as a terminal does
+    assert runner.ended(job) == 130, runner.logs()[-3000:]
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] < STEPS
+
+    job = runner.start("--resume", str(run_dir))
+    assert runner.ended(job) == 0, runner.logs()[-3000:]
+    reference = run_of(undisturbed, "whole")
     assert drawn(run_dir) == drawn(reference)
     assert weights(run_dir) == weights(reference)
     groups = [prompt for rows in drawn(run_dir) for prompt, _ in rows[:: len(rows) // GROUPS]]
     assert len(groups) == STEPS * GROUPS
     epochs = [groups[at : at + len(PROMPTS)] for at in range(0, len(groups) - len(PROMPTS) + 1, len(PROMPTS))]
     assert all(sorted(epoch) == [f"line-{number}" for number in range(1, 6)] for epoch in epochs)
+    assert_no_secret(undisturbed)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)  # two jobs
+def test_ctrl_c_ends_a_job_that_starts_and_a_second_one_a_job_that_stops(runner: Runner) -> None:
+    job = runner.start("config.json", "output_dir=starting")
+    wait_until(lambda: {"ray::LearnerActor", "ray::SamplerActor"} & runner.names(), job)
+    os.killpg(job.pid, signal.SIGINT)
+    assert runner.ended(job) == 130, runner.logs()[-3000:]
+    assert "stopped at once" in runner.logs()
+
+    # The stop waits for a server that takes connections and answers nothing.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"tracking.uri=http://127.0.0.1:{silent.getsockname()[1]}"
+        job = runner.start("config.json", "output_dir=stopping", uri, f"tracking.close_seconds={2 * SECONDS}")
+        wait_until(lambda: list(runner.folder.glob("stopping/*/checkpoints/step-00000005")), job)
+        os.killpg(job.pid, signal.SIGINT)
+        wait_until(lambda: list(runner.folder.glob("stopping/*/report.html")), job)
+        time.sleep(stop.AGAIN_SECONDS)
+        os.killpg(job.pid, signal.SIGINT)
+        assert runner.ended(job) == 130, runner.logs()[-3000:]
+    for name in ("starting", "stopping"):
+        ends = [entry["status"] for entry, _ in read(run_of(runner, name) / "journal.jsonl") if entry["kind"] == "status"]
+        assert ends == ["KILLED"]
+    assert "Traceback" not in runner.logs()
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(600)  # three jobs
 def test_a_refused_resume_changes_nothing_and_a_finished_run_resumes_to_the_summary_that_it_had(runner: Runner) -> None:
     def ended(*arguments: str) -> int:
-        job = runner.start(*arguments)
-        job.communicate(timeout=SECONDS)
-        runner.assert_nothing_runs()
-        return job.returncode
+        return runner.ended(runner.start(*arguments))
 
     def summary() -> dict[str, Any]:
         return json.loads((run_dir / "summary.json").read_text())
 
     assert ended("config.json", "output_dir=done") == 0, runner.logs()[-3000:]
-    (run_dir,) = (runner.folder / "done").iterdir()
+    run_dir = run_of(runner, "done")
     first, config, trained = summary(), (run_dir / "config.yaml").read_bytes(), weights(run_dir)
     assert f"sqlite:///{runner.folder}/mlflow.db" in config.decode(), "the same database from wherever it is resumed"
 
@@ -200,19 +261,137 @@ def assert_no_secret(runner: Runner) -> None:
 @pytest.mark.chaos
 def test_a_reward_that_keeps_failing_ends_the_job_with_its_cause_and_no_process(runner: Runner) -> None:
     reward = "task.reward={kind: function, path: 'tests.faulty:none_at_all', every_prefix: true}"
-    job = runner.start("config.json", reward)
-    job.communicate(timeout=SECONDS)
-    assert job.returncode == 2
+    assert runner.ended(runner.start("config.json", reward)) == 2
     assert "task.reward.path='tests.faulty:none_at_all' cannot be imported" in runner.logs()
-    runner.assert_nothing_runs()
 
     reward = "task.reward={kind: function, path: 'tests.faulty:always', seconds: 2}"
-    job = runner.start("config.json", reward, "sampler.max_reward_faults=5")
-    job.communicate(timeout=SECONDS)
-    assert job.returncode == 1
+    assert runner.ended(runner.start("config.json", reward, "sampler.max_reward_faults=5")) == 1
     assert "no prompt of the evaluation has two samples with a reward; the log has the reasons" in runner.logs()
     assert "ArithmeticError: log of zero" in runner.logs()
-    runner.assert_nothing_runs()
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)  # two jobs
+def test_rewards_that_fail_now_and_then_are_counted_up_to_the_limit_and_with_a_higher_one_the_run_goes_on(
+    runner: Runner,
+) -> None:
+    task = "task={kind: random_number, high: 20, reward: {kind: function, path: 'tests.faulty:digits', seconds: 1}}"
+    settings = (task, "learner.steps=8", "learner.evaluation_samples=32")
+    job = runner.start("config.json", *settings, "output_dir=now", "sampler.max_reward_faults=5")
+    assert runner.ended(job) == 1, runner.logs()[-3000:]
+    assert re.search(r"^error: \d+ samples had no reward, more than sampler\.max_reward_faults=5; mend", runner.logs(), re.M)
+    run_dir = run_of(runner, "now")
+    assert checkpoint.read_latest(run_dir / "checkpoints")
+
+    job = runner.start("--resume", str(run_dir), "sampler.max_reward_faults=1000")
+    assert runner.ended(job) == 0, runner.logs()[-3000:]
+    faults = [
+        entry["values"]["reward_faults"] for entry, _ in read(run_dir / "journal.jsonl") if "loss" in entry.get("values", ())
+    ]
+    assert len(faults) == 8
+    assert faults == sorted(faults)
+    assert faults[-1] > 5
+    for reason in ("ArithmeticError: log of zero", "no answer after 1 s", "returned nan"):
+        assert reason in runner.logs()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    (folder := tmp_path / "server").mkdir()
+    server = Server(folder)
+    yield server
+    server.kill()
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1200)  # two jobs
+def test_a_tracking_server_that_is_killed_and_comes_back_has_every_step_and_the_run_its_weights(
+    runner: Runner, undisturbed: Runner, server: Server
+) -> None:
+    server.start()
+    settings = (f"tracking.uri={server.uri}", "tracking.flush_seconds=0.2", f"tracking.close_seconds={SECONDS}")
+    job = runner.start("config.json", "output_dir=down", *settings)
+    wait_until(lambda: list(runner.folder.glob("down/*/checkpoints/step-00000005")), job)
+    run_dir = run_of(runner, "down")
+    wait_until(lambda: json.loads((run_dir / "tracking.json").read_text())["cursors"]["records"], job)
+    server.kill()
+    wait_until(lambda: list(run_dir.glob("checkpoints/step-00000015")), job)
+    assert f"{server.uri} does not take what is logged" in runner.logs()
+    server.start()
+    assert runner.ended(job) == 0, runner.logs()[-3000:]
+
+    assert weights(run_dir) == weights(run_of(undisturbed, "whole"))
+    entries = [entry for entry, _ in read(run_dir / "journal.jsonl") if "loss" in entry.get("values", ())]
+    run = recorded(server.uri, "headwater")
+    losses = history(server.uri, run, "loss")
+    assert losses == [(entry["step"], entry["values"]["loss"]) for entry in entries]
+    assert [step for step, _ in losses] == list(range(1, STEPS + 1))
+    assert run.info.status == "FINISHED"
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for two checkpoints, and not for the third beside them."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets no test mount a file system")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def enlarge(disk: Path, size: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+
+
+def fill(disk: Path) -> None:
+    with (disk / "others").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1500)  # four jobs
+def test_a_full_disk_ends_a_job_with_one_line_and_with_more_room_it_goes_on(
+    disk: Path, runner: Runner, undisturbed: Runner
+) -> None:
+    def errors() -> list[str]:
+        assert "Traceback" not in runner.logs()
+        return [line for line in runner.logs().splitlines() if line.startswith("error: ")]
+
+    # Over a checkpoint.
+    settings = ("learner.checkpoint_every=1", "tracking.close_seconds=5")
+    job = runner.start("config.json", f"output_dir={disk}", *settings)
+    assert runner.ended(job) == 1, runner.logs()[-3000:]
+    (run_dir,) = disk.iterdir()
+    (checkpoints,) = [error for error in errors() if error.startswith(f"error: checkpoint {run_dir}/checkpoints/step-")]
+    assert "cannot be written: No space left on device; make room there" in checkpoints
+    assert checkpoint.read_latest(run_dir / "checkpoints")
+
+    # Over what follows the last checkpoint: the evaluation, the summary, the report.
+    enlarge(disk, "4m")
+    job = runner.start("--resume", str(run_dir))
+    wait_until(lambda: list(run_dir.glob(f"checkpoints/step-{STEPS:08d}")), job)
+    fill(disk)
+    assert runner.ended(job) == 1, runner.logs()[-3000:]
+    _, other = errors()
+    assert other.startswith(f"error: {run_dir}")
+    assert "cannot be written: No space left on device; make room there" in other
+    assert "--resume" in other
+    assert not (run_dir / "report.html").exists()
+
+    enlarge(disk, "8m")
+    assert runner.ended(runner.start("--resume", str(run_dir))) == 0, runner.logs()[-3000:]
+    assert weights(run_dir) == weights(run_of(undisturbed, "whole"))
+
+
+def test_a_config_that_cannot_be_written_again_stays_as_it_was(tmp_path: Path) -> None:
+    resumed = job.Job(config_file.load(ROOT / "deploy/configs/random_number.yaml"), tmp_path, resume=True)
+    (tmp_path / "config.yaml").write_text("as it was")
+    with full_disk(10), pytest.raises(OSError, match="File too large"):
+        resumed._keep_config()
+    assert (tmp_path / "config.yaml").read_text() == "as it was"
 
 
 def test_a_password_in_the_tracking_uri_is_refused_before_anything_is_written(runner: Runner) -> None:
@@ -226,8 +405,6 @@ def test_a_password_in_the_tracking_uri_is_refused_before_anything_is_written(ru
 
 
 def test_a_resume_from_a_damaged_checkpoint_is_refused_with_the_one_before(runner: Runner) -> None:
-    from system import checkpoint, config_file
-
     run_dir = runner.folder / "run"
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text(config_file.dump(config_file.load(runner.folder / "config.json")))
@@ -248,6 +425,12 @@ def test_a_resume_from_a_damaged_checkpoint_is_refused_with_the_one_before(runne
         (AdapterError("adapter 3 is not what the engine runs"), 1, "error: adapter 3 is not what the engine runs"),
         (FloatingPointError("update 7: loss nan"), 1, "error: update 7: loss nan"),
         (RunError("samplers died 4 times"), 1, "error: samplers died 4 times"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "a/b"),
+            1,
+            "error: a/b cannot be written: Read-only file system; make room "
+            "there or make it writable, then start the run again",
+        ),
         (KeyboardInterrupt("SIGTERM"), 130, "stopped at once; what the run's last checkpoint has can be resumed"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from system.language_model import load_tokenizer
 from system.models import locate
 from system.orchestrator import LearnerDied, Orchestrator
 from system.requests import Requests
+from system.run_error import RunError
 from system.tasks.problem import Problem
 from system.trajectory import Group
 from tests import faults, tiny
@@ -154,6 +156,23 @@ def test_an_engine_that_runs_out_of_memory_dies_and_is_replaced(
     samplers.close()
     assert loop.counters.deaths == 1
     assert loop.counters.groups == 6
+
+
+@pytest.mark.chaos
+def test_engines_that_run_out_of_memory_over_every_group_stop_the_run_with_the_cause(
+    folder: Path, problem: Problem, handles: tuple[RayLearner, RaySamplers], tmp_path: Path
+) -> None:
+    learner, _ = handles
+    cfg = config(folder, actors={"count": 1, "max_deaths": 1})
+    samplers = RaySamplers(cfg, problem, actor=faults.OutOfMemory)
+    requests = Requests(problem.prompts, 8, cfg.sampler.exploration, cfg.seed)
+    loop = Orchestrator(cfg, requests, samplers, learner, Replay(cfg.replay), FakeTracker(), tmp_path)
+    message = "samplers died 2 times with no group in between (actors.max_deaths=1); the last cause: "
+    cause = "the engine died: MemoryError: cannot allocate 1 TiB"
+    with pytest.raises(RunError, match=f"^{re.escape(message + cause)}$"):
+        loop.train()
+    samplers.close()
+    assert loop.counters.groups == 0
 
 
 def test_every_sampler_installs_what_the_learner_publishes(handles: tuple[RayLearner, RaySamplers]) -> None:

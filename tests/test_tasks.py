@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from deploy.prepare import prepare
 from system import tasks
 from system.config import ConfigError
 from system.config_file import parse
@@ -162,6 +163,28 @@ def test_prompts_are_the_lines_of_a_file_each_once(tmp_path: Path) -> None:
     assert [prompt.id for prompt in task.prompts] == ["line-1", "line-4", "line-6"]
     assert [text_of(prompt) for prompt in task.prompts] == ["one line", "two.", "three"]
     assert all(prompt.reward_tokens == prompt.policy_tokens and prompt.evidence_tokens is None for prompt in task.prompts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "line", "prompt"),
+    [
+        ("continuation", "prompts", "TEXT", "line-2"),
+        ("infilling", "stories", '{"before": "TEXT", "after": "b"}', "line-2"),
+        ("verifiable", "questions", '{"question": "TEXT", "answer": 3}', "question-2"),
+        ("subjectivity", "records", '{"text": "TEXT", "label": "objective"}', "line-2"),
+    ],
+)
+def test_a_line_that_is_too_long_for_the_model_is_named_with_its_file(
+    tmp_path: Path, kind: str, field: str, line: str, prompt: str
+) -> None:
+    path = tmp_path / ("given.txt" if kind == "continuation" else "given.jsonl")
+    path.write_text("\n".join(line.replace("TEXT", text) for text in ("a", "b" * 500, "c")), encoding="utf-8")
+    templates = dict.fromkeys(("prompt", "label_prompt"), "{text}") if kind == "subjectivity" else {}
+    task = {"kind": kind, field: str(path), "max_tokens": 7, **templates}
+    with pytest.raises(ConfigError) as caught:
+        prepare(parse({"task": task, "model": {"path": str(tiny.folder(tmp_path))}}))
+    for piece in (f"task.{field}={str(path)!r}", f"prompt '{prompt}'", "longest of 1", "context of 128", "or the prompts"):
+        assert piece in str(caught.value)
 
 
 def test_offset_and_limit_choose_among_the_prompts(tmp_path: Path) -> None:
