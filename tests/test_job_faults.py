@@ -206,6 +206,8 @@ def test_ctrl_c_ends_a_job_that_starts_and_a_second_one_a_job_that_stops(runner:
     job = runner.start("config.json", "output_dir=starting")
     wait_until(lambda: {"ray::LearnerActor", "ray::SamplerActor"} & runner.names(), job)
     os.killpg(job.pid, signal.SIGINT)
+    time.sleep(0.3)
+    job.send_signal(signal.SIGINT)  # as a sweep, which heard it too, passes it on
     assert runner.ended(job) == 130, runner.logs()[-3000:]
     assert "stopped at once" in runner.logs()
 
