@@ -139,15 +139,16 @@ def main(argv: list[str]) -> int:
         (arguments.samples_file or run_dir / "heldout_samples.jsonl").write_text(lines, encoding="utf-8")
     from deploy.report import posterior_plot, table
 
-    if all(which in results and results[which].samples for which in WHICH):
-        posterior_plot(run_dir / "heldout.png", results["base"], results["adapter"])
     prefixes = {"base": "heldout/base/", "adapter": "heldout/"}
     metrics = {prefixes[which] + name: value for which, result in results.items() for name, value in result.metrics.items()}
     _keep(run_dir, metrics, arguments.overrides, arguments.samples)
     print(table({which: result.metrics for which, result in results.items()}))
     print(json.dumps(metrics), flush=True)
+    files = [run_dir / "heldout.json"]
+    if all(which in results and results[which].samples for which in WHICH):
+        files.append(posterior_plot(run_dir / "heldout.png", results["base"], results["adapter"]))
     try:
-        _track(run_dir, metrics)
+        _track(run_dir, metrics, files)
     except TrackingError as error:
         print(f"error: RUN/heldout.json has the metrics, but MLflow does not: {error}", file=sys.stderr)
         return 1
@@ -163,16 +164,15 @@ def _keep(run_dir: Path, metrics: dict[str, float], overrides: list[str], sample
     path.write_text(json.dumps(how | {"metrics": metrics}, indent=2), encoding="utf-8")
 
 
-def _track(run_dir: Path, metrics: dict[str, float]) -> None:
+def _track(run_dir: Path, metrics: dict[str, float], files: list[Path]) -> None:
     """Raises TrackingError if the run's journal is in use."""
     from system.tracking import Tracker
 
     # The run's own config: what this evaluation changes is no param of the run.
     tracker = Tracker(run_dir, config_file.load(run_dir / "config.yaml", []), amend=True)
     tracker.metrics(metrics, 0)
-    for name in ("heldout.json", "heldout.png"):
-        if (run_dir / name).is_file():
-            tracker.artifact(run_dir / name)
+    for file in files:
+        tracker.artifact(file)
     tracker.close("FINISHED")
 
 

@@ -27,6 +27,7 @@ from deploy.runs import find_run  # noqa: E402
 from system import config_file, evaluation, journal  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 from system.evaluation import Evaluation  # noqa: E402
+from system.whole_file import replace_text  # noqa: E402
 
 PROMPTS, SAMPLES = 8, 8
 """Prompts whose samples are shown, and samples of each."""
@@ -228,9 +229,7 @@ def write(run_dir: Path, output: Path | None = None) -> Path:
     )  # fmt: skip
     environment.filters["number"] = number
     path = output or run_dir / "report.html"
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(environment.get_template("report.html").render(context(run_dir, config)), encoding="utf-8")
-    part.replace(path)
+    replace_text(path, environment.get_template("report.html").render(context(run_dir, config)))
     return path
 
 

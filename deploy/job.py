@@ -30,6 +30,7 @@ from system.config import Config, ConfigError  # noqa: E402
 from system.journal import TrackingError  # noqa: E402
 from system.reward_error import RewardError  # noqa: E402
 from system.run_error import RunError  # noqa: E402
+from system.whole_file import replace_text  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
@@ -155,10 +156,9 @@ class Job:
             ending.close()
 
     def _keep_config(self) -> None:
-        path, part = self.run_dir / "config.yaml", self.run_dir / ".config.yaml.part"
-        # Whole or as it was: without it, after a full disk or a kill, the run could not be resumed.
-        part.write_text(config_file.dump(self.config), encoding="utf-8")
-        part.replace(path)
+        path = self.run_dir / "config.yaml"
+        # Without it the run could not be resumed.
+        replace_text(path, config_file.dump(self.config))
         self.tracker.artifact(path)
 
     def _start_from(self, weights: np.ndarray) -> None:

@@ -36,6 +36,7 @@ from actors.settings import alone, engine_environment  # noqa: E402
 from deploy.runs import adapter_file, check_output, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
+from system.task_config import PROMPT_FILES  # noqa: E402
 
 if TYPE_CHECKING:
     from deploy.local import Local
@@ -43,11 +44,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("headwater")
 
-FILES = {
-    "continuation": "prompts", "constrained": "prompts", "infilling": "stories",
-    "verifiable": "questions", "arithmetic": "questions", "subjectivity": "records",
-}  # fmt: skip
-"""The field of each task that names a file of prompts."""
 TEXTS = ("continuation", "constrained")
 """Tasks whose record is a text and nothing else."""
 ROUND = 1_000_004
@@ -56,7 +52,7 @@ ROUND = 1_000_004
 
 def with_prompts(config: Config, path: Path) -> Config:
     """The config with the prompts of a JSONL file in place of its own. Raises ConfigError for a task without such a file."""
-    field = FILES.get(config.task.kind)
+    field = PROMPT_FILES.get(config.task.kind)
     if field is None:
         raise ConfigError(
             f"task.kind={config.task.kind} has a prompt of its own and reads no file; "

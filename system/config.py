@@ -12,13 +12,11 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from system.section import ConfigError, Section
-from system.task_config import ProductReward, RandomNumber, Task
+from system.task_config import PROMPT_FILES, ProductReward, RandomNumber, Task
 
 NAME = r"^[A-Za-z0-9][\w.-]*$"
 NEEDS_PREFIX_REWARDS = ("db", "subtb", "tb")
 """Losses whose pairs include states inside a trajectory, so that each needs a reward of its own."""
-PROMPT_FILES = ("prompts", "stories", "questions", "records")
-"""Fields of a task that name where its prompts come from; a task has one of them at most."""
 
 
 # ------------------------------------------------------------------------------------------------ what is trained
@@ -535,9 +533,8 @@ class Config(Section):
         too_long = {name: length for name, length in lengths.items() if length + drawn > context_length}
         if too_long:
             name = max(too_long, key=too_long.__getitem__)
-            file = "".join(
-                f" in task.{field}={getattr(self.task, field)!r}" for field in PROMPT_FILES if hasattr(self.task, field)
-            )
+            field = PROMPT_FILES.get(self.task.kind)
+            file = f" in task.{field}={getattr(self.task, field)!r}" if field else ""
             raise ConfigError(
                 f"task.max_tokens={self.task.max_tokens}: with prompt {name!r} ({too_long[name]} tokens, the longest of "
                 f"{len(too_long)}{file} that do not fit) and the stop token {too_long[name] + drawn} tokens are needed, but "

@@ -22,6 +22,7 @@ from system.run_error import RunError
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt, Trajectory
 from system.voting import preferred, tally
+from system.whole_file import replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -200,9 +201,7 @@ def write(folder: Path, step: int, evaluation: Evaluation) -> None:
     content = asdict(evaluation) | {"step": step}
     if evaluation.log_q_O is not None:
         content["log_q_O"] = evaluation.log_q_O.tolist()
-    part = folder / f".step-{step:08d}.part"
-    part.write_text(json.dumps(content), encoding="utf-8")
-    part.replace(folder / f"step-{step:08d}.json")
+    replace_text(folder / f"step-{step:08d}.json", json.dumps(content))
 
 
 def read(folder: Path) -> list[tuple[int, Evaluation]]:

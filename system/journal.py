@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from system.whole_file import replace_text
+
 log = logging.getLogger(__name__)
 
 Entry = dict[str, Any]
@@ -65,9 +67,7 @@ class State:
             raise TrackingError(f"{path} is not the tracking state of a run: {error}") from error
 
     def save(self, path: Path) -> None:
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
-        part.replace(path)
+        replace_text(path, json.dumps(asdict(self), indent=2))
 
     def move(self, uri: str, experiment: str) -> None:
         """Another server or experiment has nothing of the journal yet: it gets all of it, as a new run."""

@@ -340,6 +340,12 @@ class Subjectivity(Drawn):
         return self
 
 
+PROMPT_FILES = {
+    "continuation": "prompts", "constrained": "prompts", "infilling": "stories",
+    "verifiable": "questions", "arithmetic": "questions", "subjectivity": "records",
+}  # fmt: skip
+"""The field of each task that names a file of prompts."""
+
 Task = Annotated[
     RandomNumber | Continuation | Infilling | Constrained | Verifiable | Arithmetic | Subjectivity, Field(discriminator="kind")
 ]

@@ -23,6 +23,7 @@ def stop() -> Iterator[Stop]:
 def test_a_signal_before_the_loop_ends_the_run_at_once(stop: Stop, number: signal.Signals) -> None:
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(number)
+    signal.raise_signal(number)  # the same one, passed on
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -128,7 +128,7 @@ def constrained(lab: Lab) -> Rows:
 def _prompts(lab: Lab) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(for training, for evaluation), as settings of a task."""
     path = lab.data / "prompts/openwebtext_1000.txt"
-    count = len(path.read_text(encoding="utf-8").splitlines()) - 50
+    count = len(path.read_text(encoding="utf-8").splitlines()) - validation.HELD_OUT["prompts"]
     prompts = f"task.prompts={path}"
     return (prompts, f"task.limit={count}"), (prompts, f"task.offset={count}", "task.limit=24")
 

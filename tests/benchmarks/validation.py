@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from system.tasks.arithmetic import QUESTION, generate
+from system.tasks.arithmetic import QUESTION, generate, steps_of
 
 HELD_OUT = {"prompts": 50, "stories": 20, "questions": 40, "texts": 200}
 """Records of each kind, at least."""
@@ -64,7 +64,7 @@ def _arithmetic(data: Path, folder: Path) -> None:
 def _operands(query: str) -> int:
     asked = QUESTION.fullmatch(query.strip())
     assert asked is not None, query
-    return len(asked.group(1).split()) // 2 + 1
+    return len(steps_of(asked.group(1))) + 1
 
 
 def _subj(data: Path, folder: Path) -> None:
