@@ -249,6 +249,9 @@ class Orchestrator:
         try:
             # Of the learner as it is: where it is gone too, a new one would have to be placed first.
             self._write(self.learner.save().result())
+        except CheckpointError as cause:
+            # Its message is all that there is to know: the disk, and what to do about it.
+            logger.error("what was learned since the last checkpoint is lost: %s", cause)
         except Exception:
             logger.exception("what was learned since the last checkpoint is lost")
 

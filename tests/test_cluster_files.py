@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -241,46 +233,3 @@ def test_ray_takes_every_runtime_environment_of_the_page_together_with_the_worki
             # Where the agent runs there is no file of ours, except in the working directory that it has unpacked.
             file = package.removeprefix(f"-r ${{{RAY_RUNTIME_ENV_CREATE_WORKING_DIR_ENV_VAR}}}/")
             assert (ROOT / file).is_file(), package
-
-
-@pytest.mark.chaos
-def test_the_mlflow_server_takes_its_arguments_and_answers_to_its_own_names_alone(tmp_path: Path) -> None:
-    (server,) = [container for pod in pods(one("mlflow.yaml", "Deployment")) for container in pod["spec"]["containers"]]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    here = {
-        "--host": "127.0.0.1",
-        "--port": str(port),
-        "--backend-store-uri": f"sqlite:///{tmp_path}/mlflow.db",
-        "--artifacts-destination": str(tmp_path / "artifacts"),
-    }
-    given = [argument.split("=")[0] for argument in server["args"]]
-    assert set(here) <= set(given)
-    arguments = [
-        f"{name}={here[name]}" if name in here else argument for name, argument in zip(given, server["args"], strict=True)
-    ]
-    environment = os.environ | {each["name"]: each["value"] for each in server["env"] if "value" in each}
-    command = [str(Path(sys.executable).parent / server["command"][0]), *server["command"][1:], *arguments]
-    log = tmp_path / "server.txt"
-    process = subprocess.Popen(command, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
-
-    def status(host: str) -> int:
-        url = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search?max_results=1"
-        try:
-            return urllib.request.urlopen(urllib.request.Request(url, headers={"Host": host}), timeout=10).status
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code
-        except urllib.error.URLError:
-            return 0
-
-    try:
-        while status("mlflow:5000") == 0:
-            assert process.poll() is None, log.read_text()[-3000:]
-            time.sleep(0.5)
-        assert status("mlflow:5000") == 200
-        assert status("elsewhere.example") == 403
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
