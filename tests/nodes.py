@@ -1,19 +1,25 @@
-"""Ray nodes on this machine, which join and are killed as those of a real cluster are."""
+"""Ray nodes on this machine, which join and are killed as those of a real cluster are, and take jobs as it does."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
+import psutil
 from ray.cluster_utils import Cluster
 
 from deploy import ray_cluster
 
+ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
-    "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+    "PYTHONPATH": str(ROOT),
     # By default Ray takes 15 s to notice that a node is gone; with these, two or three.
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",
@@ -32,3 +38,65 @@ def cluster(head_cpus: int) -> Iterator[Cluster]:
         finally:
             ray_cluster.disconnect()
             started.shutdown()
+
+
+class TwoNodes:
+    """A Ray cluster of two nodes on this machine, with a token, and the command line of its jobs. `programs` is the folder of
+    the Python and the Ray that it runs with."""
+
+    def __init__(self, folder: Path, programs: Path = Path(sys.executable).parent) -> None:
+        self.folder, self.programs = folder, programs
+        self.environment = os.environ | {
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        }
+        self.environment.pop("RAY_ADDRESS", None)
+        (folder / "token").write_text("0123456789abcdef" * 4)
+        ports = {"port": 26379, "dashboard-port": 28265, "ray-client-server-port": 21001}
+        flags = [f"--{name}={port}" for name, port in ports.items()]
+        self.nodes = [self._node("--head", "--num-cpus=2", "--dashboard-host=127.0.0.1", *flags)]
+        while self.job("list").returncode:
+            assert self.nodes[0].poll() is None, (folder / "node-0.txt").read_text()[-3000:]
+            time.sleep(1)
+        # As on a machine of its own: nodes that share a folder delete each other's copy of the job's working directory.
+        self._temporary = tempfile.TemporaryDirectory(prefix="node-", dir="/tmp")  # a short path: there are sockets in it
+        self.nodes.append(self._node("--address=127.0.0.1:26379", "--num-cpus=1", f"--temp-dir={self._temporary.name}"))
+
+    def _node(self, *flags: str) -> subprocess.Popen[bytes]:
+        log = (self.folder / f"node-{int('--head' not in flags)}.txt").open("w")
+        # A free port for the agent: its default is taken where another test's Ray runs, and it takes no jobs then.
+        command = ["ray", "start", "--block", "--dashboard-agent-listen-port=0", *flags]
+        return subprocess.Popen(command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def job(self, verb: str, *arguments: str, seconds: float = 280) -> subprocess.CompletedProcess[str]:
+        """`ray job VERB …`, with all that it prints in stdout."""
+        command = ["ray", "job", verb, "--address", "http://127.0.0.1:28265", *arguments]
+        return subprocess.run(
+            command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            timeout=seconds, check=False,
+        )  # fmt: skip
+
+    def submit(self, *arguments: str, seconds: float = 280) -> subprocess.CompletedProcess[str]:
+        """`ray job submit …`, once a node takes jobs."""
+        deadline = time.monotonic() + 90
+        while True:
+            result = self.job("submit", *arguments, seconds=seconds)
+            # The dashboard answers before the nodes' agents have joined it.
+            if "No available agent" not in result.stdout or time.monotonic() > deadline:
+                return result
+            time.sleep(2)
+
+    def close(self) -> None:
+        # `ray start --block` leaves its daemons to themselves when it is killed: end all that it started.
+        started = [psutil.Process(node.pid) for node in self.nodes]
+        processes = [*started, *(child for process in started for child in process.children(recursive=True))]
+        # Ray ends workers by itself meanwhile.
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        for process in psutil.wait_procs(processes, timeout=20)[1]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._temporary.cleanup()

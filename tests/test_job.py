@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from system.config import Model
 from system.mlflow_views import VIEWS
 from system.models import locate
 from tests import tiny
+from tests.nodes import TwoNodes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -135,57 +133,6 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_as_the_same_mlflow_r
     assert steps == list(range(1, step + 21))
 
 
-class TwoNodes:
-    """A Ray cluster of two nodes on this machine, with a token, and the command line of its jobs."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.environment = os.environ | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
-        }
-        self.environment.pop("RAY_ADDRESS", None)
-        (folder / "token").write_text("0123456789abcdef" * 4)
-        ports = {"port": 26379, "dashboard-port": 28265, "ray-client-server-port": 21001}
-        flags = [f"--{name}={port}" for name, port in ports.items()]
-        self.nodes = [self._node("--head", "--num-cpus=2", "--dashboard-host=127.0.0.1", *flags)]
-        while self.job("list").returncode:
-            assert self.nodes[0].poll() is None, (folder / "node-0.txt").read_text()[-3000:]
-            time.sleep(1)
-        # As on a machine of its own: nodes that share a folder delete each other's copy of the job's working directory.
-        self._temporary = tempfile.TemporaryDirectory(prefix="node-", dir="/tmp")  # a short path: there are sockets in it
-        self.nodes.append(self._node("--address=127.0.0.1:26379", "--num-cpus=1", f"--temp-dir={self._temporary.name}"))
-
-    def _node(self, *flags: str) -> subprocess.Popen[bytes]:
-        log = (self.folder / f"node-{int('--head' not in flags)}.txt").open("w")
-        # A free port for the agent: its default is taken where another test's Ray runs, and it takes no jobs then.
-        command = ["ray", "start", "--block", "--dashboard-agent-listen-port=0", *flags]
-        return subprocess.Popen(command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-
-    def job(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """`ray job VERB …`, with all that it prints in stdout."""
-        command = ["ray", "job", verb, "--address", "http://127.0.0.1:28265", *arguments]
-        return subprocess.run(
-            command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            timeout=280, check=False,
-        )  # fmt: skip
-
-    def close(self) -> None:
-        # `ray start --block` leaves its daemons to themselves when it is killed: end all that it started.
-        started = [psutil.Process(node.pid) for node in self.nodes]
-        processes = [*started, *(child for process in started for child in process.children(recursive=True))]
-        # Ray ends workers by itself meanwhile.
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()
-        for process in psutil.wait_procs(processes, timeout=20)[1]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self._temporary.cleanup()
-
-
 def test_a_submitted_job_runs_on_the_nodes_of_a_cluster_and_can_be_followed_and_stopped(tmp_path: Path) -> None:
     cluster = TwoNodes(tmp_path)
     try:
@@ -196,13 +143,7 @@ def test_a_submitted_job_runs_on_the_nodes_of_a_cluster_and_can_be_followed_and_
             "actors.count=2", "cluster.wait_seconds=60", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
         ]  # fmt: skip
         submit = ["--working-dir", ".", "--runtime-env-json", json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})]
-        deadline = time.monotonic() + 90
-        while True:
-            result = cluster.job("submit", *submit, "--", *entry, "learner.steps=4", f"output_dir={tmp_path}/runs")
-            # The dashboard answers before the nodes' agents have joined it.
-            if "No available agent" not in result.stdout or time.monotonic() > deadline:
-                break
-            time.sleep(2)
+        result = cluster.submit(*submit, "--", *entry, "learner.steps=4", f"output_dir={tmp_path}/runs")
         assert result.returncode == 0, result.stdout[-3000:]
         (run_dir,) = (tmp_path / "runs").iterdir()
         assert json.loads((run_dir / "summary.json").read_text())["steps"] == 4

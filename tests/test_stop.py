@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import signal
+import types
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from deploy import ray_cluster
 from deploy import stop as module
+from deploy.job import Job
 from deploy.stop import SIGNALS, Stop
+from system.config_file import parse
+from system.run_error import RunError
 
 
 @pytest.fixture
@@ -51,3 +58,28 @@ def test_an_evaluation_in_the_loop_ends_at_once_and_the_loop_is_patient_again(st
             signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         assert stop()
+
+
+def test_a_run_that_is_cut_short_while_it_ends_still_leaves_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Tracker:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def artifact(self, *_: Any) -> None: ...
+
+        def close(self, status: str) -> None:
+            done.append(status)
+            raise KeyboardInterrupt
+
+    def refuse(*_: Any) -> None:
+        raise RunError("no cluster")
+
+    monkeypatch.setattr("deploy.prepare.prepare", lambda _: types.SimpleNamespace(tokenizer=None, problem=None))
+    monkeypatch.setattr("system.tracking.Tracker", Tracker)
+    monkeypatch.setattr(ray_cluster, "connect", refuse)
+    monkeypatch.setattr(ray_cluster, "disconnect", lambda: done.append("disconnected"))
+    job = Job(parse({"task": {"kind": "random_number"}}), tmp_path / "run", resume=False)
+    with pytest.raises(KeyboardInterrupt):
+        job.run()
+    assert done == ["FAILED", "disconnected"]
