@@ -206,6 +206,10 @@ def run(config: Config, methods: list[str], samples: int, settings: dict[str, An
         # After each method: what is measured stays if the next one is interrupted.
         (folder / "baselines.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
         tracker = Tracker(folder / method, config.model_copy(update={"name": f"{config.name}-{method}"}))
+        of_method = json.dumps(result | {"methods": {method: metrics}}, indent=2)
+        for name, text in (("config.yaml", config_file.dump(config)), ("baselines.json", of_method)):
+            (folder / method / name).write_text(text, encoding="utf-8")
+            tracker.artifact(folder / method / name)
         tracker.tags({"method": method, "samples": str(samples)} | {f"method.{k}": str(v) for k, v in settings.items()})
         tracker.metrics(metrics, 0)
         tracker.table("samples", rows, 0)

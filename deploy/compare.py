@@ -1,7 +1,9 @@
-"""Runs side by side: `python deploy/compare.py RUN … [--metric NAME …] [--plots FOLDER] [--mlflow]`, a table on stdout.
+"""Runs side by side: `python deploy/compare.py RUN … [--tracking URI] [--metric NAME …] [--plots FOLDER] [--mlflow]`, a table.
 
-Reads the folders of runs (summary.json, heldout.json) and of `deploy/baselines.py` (baselines.json); no server is needed. A
-row is a run or a method: at the end of training, and on held-out prompts where `deploy/evaluate.py` was run, the base model
+Reads the folders of runs (summary.json, heldout.json) and of `deploy/baselines.py` (baselines.json); no server is needed. With
+`--tracking` it reads the same files from an MLflow server, where RUN is the id of a run, or the name of runs or of a sweep.
+
+A row is a run or a method: at the end of training, and on held-out prompts where `deploy/evaluate.py` was run, the base model
 beside it. Runs that differ in nothing but the seed, evaluated in the same way, are one row: their mean, with the least and the
 largest. `--mlflow` prints the addresses, at the tracking server, of the compare view with all of them and of views of their
 experiments, which it saves there: the columns that say how near to the posterior runs are, and how fast.
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,7 @@ from deploy.runs import find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import ConfigError  # noqa: E402
 from system.journal import State, TrackingError  # noqa: E402
+from system.mlflow_results import fetch  # noqa: E402
 from system.tracking import set_environment  # noqa: E402
 
 SHOWN = ("task/", "posterior/", "exact/", "model_tokens", "seconds")
@@ -231,14 +235,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--metric", action="append", default=[], help="a column; may be given several times")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="writes PNG files there")
     parser.add_argument(
+        "--tracking", metavar="URI", help="an MLflow server; RUN is the id or the name of runs there, or the name of a sweep"
+    )
+    parser.add_argument(
         "--mlflow", action="store_true", help="prints addresses of views in MLflow, and saves those views there"
     )
     arguments = parser.parse_args(argv)
     try:
-        folders = [find_run(name) for name in arguments.runs]
-        table = rows([entry for folder in folders for entry in read(folder)])
-        metrics = metrics_of(table, arguments.metric)
-        views = mlflow_views(folders) if arguments.mlflow else {}
+        with tempfile.TemporaryDirectory() as fetched:
+            if arguments.tracking:
+                found = [path for name in arguments.runs for path in fetch(arguments.tracking, name, Path(fetched))]
+            else:
+                found = [find_run(name) for name in arguments.runs]
+            folders = list(dict.fromkeys(found))
+            table = rows([entry for folder in folders for entry in read(folder)])
+            metrics = metrics_of(table, arguments.metric)
+            views = mlflow_views(folders) if arguments.mlflow else {}
     except (ConfigError, TrackingError) as error:
         print(f"config error: {error}", file=sys.stderr)
         return 2

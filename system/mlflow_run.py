@@ -18,7 +18,7 @@ from urllib.parse import quote, urlsplit
 from system.journal import BATCH, Entry, State, TrackingError, first_line
 
 _KEY_TAG = "headwater.journal"
-_SWEEP_TAG, _PARENT_TAG = "headwater.sweep", "mlflow.parentRunId"  # of a parent run, and of its children
+SWEEP_TAG, PARENT_TAG = "headwater.sweep", "mlflow.parentRunId"  # of a parent run, and of its children
 _TABLES_TAG = "mlflow.loggedArtifacts"  # the MLflow UI shows the files listed here as tables
 _BATCH_LIMIT = {"metrics": BATCH, "params": 100, "tags": 100}
 _NAME_LIMIT, _PARAM_LIMIT, _TAG_LIMIT = 250, 6000, 8000
@@ -67,7 +67,7 @@ class MlflowRun:
             found = self._client.search_runs([where], f"tags.`{_KEY_TAG}` = '{state.key}'", max_results=1)
             tags = {_KEY_TAG: state.key}
             if state.sweep and not found:
-                tags[_PARENT_TAG] = self._parent(where, state.sweep)
+                tags[PARENT_TAG] = self._parent(where, state.sweep)
             run = found[0] if found else self._client.create_run(where, state.started, tags, state.name)
             state.run_id = run.info.run_id
         run = self._client.get_run(state.run_id)
@@ -86,12 +86,12 @@ class MlflowRun:
         """The parent run's id. Of parents that several children created at the same time the first one stays."""
 
         def parents() -> list[str]:
-            found = self._client.search_runs([experiment_id], f"tags.`{_SWEEP_TAG}` = '{sweep}'", max_results=100)
+            found = self._client.search_runs([experiment_id], f"tags.`{SWEEP_TAG}` = '{sweep}'", max_results=100)
             return [run.info.run_id for run in sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))]
 
         if known := parents():
             return known[0]
-        own = self._client.create_run(experiment_id, tags={_SWEEP_TAG: sweep}, run_name=sweep).info.run_id
+        own = self._client.create_run(experiment_id, tags={SWEEP_TAG: sweep}, run_name=sweep).info.run_id
         # It has nothing of its own to wait for.
         self._client.set_terminated(own, "FINISHED")
         first, *_ = parents()

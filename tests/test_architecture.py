@@ -20,7 +20,7 @@ MAY_IMPORT = {
 HOMES = {
     "vllm": {"actors/engine.py", "actors/prompt_sharing.py"},
     "peft": {"learner/policy.py"},
-    "mlflow": {"system/mlflow_run.py", "system/mlflow_views.py"},
+    "mlflow": {"system/mlflow_run.py", "system/mlflow_results.py", "system/mlflow_views.py"},
     "ray": {"deploy/"},
 }
 NUMPY_ONLY = ["system/trajectory.py", "system/prefix_tree.py", "system/posterior.py"]

@@ -18,6 +18,7 @@ from system.config import Config, ConfigError
 from system.journal import State
 from system.language_model import load_tokenizer
 from system.models import locate
+from system.tracking import Tracker
 from tests import tiny
 
 
@@ -123,6 +124,37 @@ def test_the_table_is_markdown_with_the_metrics_that_are_asked_for(tmp_path: Pat
     assert "no run has it; there are posterior/log_z_lower, task/distinct" in capsys.readouterr().err
 
 
+def tracked(folder: Path) -> str:
+    """Sends what `run` left to the server of its config. The id that it has there."""
+    cfg = config_file.load(folder / "config.yaml", [])
+    tracker = Tracker(folder, cfg)
+    for name in ("config.yaml", "summary.json"):
+        tracker.artifact(folder / name)
+    tracker.close("FINISHED")
+    run_id = State.load(folder / "tracking.json").run_id
+    assert run_id is not None
+    return run_id
+
+
+def test_runs_at_a_server_are_read_by_id_by_name_and_as_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    settings = {"uri": uri, "sweep": "both-seeds", "flush_seconds": 0.1}
+    folders = [run(tmp_path, "one", seed, -10.0 - seed, tracking=settings) for seed in (0, 1)]
+    ids = [tracked(folder) for folder in folders]
+    assert compare.main([str(folder) for folder in folders]) == 0
+    expected = capsys.readouterr().out
+    assert "| one: after | 2 | 1 (1 to 1) | -10.5 (-11 to -10) |" in expected
+    for asked in (ids, ["one"], ["both-seeds"], ["one", ids[0], "both-seeds"]):
+        assert compare.main([*asked, "--tracking", uri, "--mlflow"]) == 0
+        printed = capsys.readouterr()
+        assert printed.out == expected
+        assert all(run_id in printed.err for run_id in ids)
+    assert compare.main(["another", "--tracking", uri]) == 2
+    assert f"RUN='another': {uri} has no run of that id" in capsys.readouterr().err
+    assert compare.main(["one", "--tracking", "http://user:secret@example.org"]) == 2
+    assert "secret" not in capsys.readouterr().err
+
+
 def test_a_run_that_did_not_end_is_named(tmp_path: Path) -> None:
     folder = run(tmp_path, "one", 0, -10.0)
     (folder / "summary.json").unlink()
@@ -166,7 +198,9 @@ def trained(cfg: Config) -> Path:
     return path
 
 
-def test_each_method_is_measured_and_the_adapter_beside_it(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_method_is_measured_and_the_adapter_beside_it(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("system.diversity.find_spec", lambda name: None)
     methods = ["ancestral", "beam", "smc"]
     folder = baselines.run(tiny_config, methods, 8, {"oversample": 2}, trained(tiny_config))
@@ -187,6 +221,8 @@ def test_each_method_is_measured_and_the_adapter_beside_it(tiny_config: Config, 
     content = json.loads(samples.read_text())
     assert len(content["data"]) == 2 * 8
     assert {"prompt", "text", "log_reward", "log_weight"} <= set(content["columns"])
+    [at_server] = compare.fetch(tiny_config.tracking.uri, "told-smc", tmp_path)
+    assert table(at_server)["told: smc"].values == rows["told: smc"].values
     [(uri, addresses)] = compare.mlflow_views([folder]).items()
     address = addresses["compare"]
     assert uri.startswith("sqlite:") and address.startswith("http://127.0.0.1:5000/#/compare-runs?runs=")
