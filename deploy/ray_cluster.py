@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 # A call after the end of a run must not start a cluster of its own. Ray reads this when it is imported.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
@@ -57,9 +58,7 @@ def connect(config: Config) -> None:
     else:
         wanted = config.learner.ranks * config.learner.cpus + config.actors.most * config.actors.cpus
         cpus = config.cluster.local_cpus or max(os.cpu_count() or 1, int(wanted + 0.999))
-        # Of a machine that can be no part of a cluster, Ray takes the loopback address; else all of its processes, the
-        # actors among them, would listen to the network.
-        with mock.patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False):
+        with _loopback_alone():
             ray.init(
                 address="local",  # without it Ray would join whatever cluster was started on this machine last
                 num_cpus=cpus,
@@ -70,6 +69,17 @@ def connect(config: Config) -> None:
     # Ray puts in a handler that ends the process at once; the stop of a submitted job is to leave a checkpoint.
     signal.signal(signal.SIGTERM, on_terminate)
     check(config, waited=0.0)
+
+
+@contextlib.contextmanager
+def _loopback_alone() -> Iterator[None]:
+    """A Ray that is started inside listens on loopback, all of its processes, the actors among them: Ray does so on machines
+    that can be no part of a cluster, and has no option for it."""
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def disconnect() -> None:
