@@ -193,7 +193,7 @@ class Engine:
 
         Returns seconds, and in nats a token `canary_error` (mean distance from the learner's log-probs) and
         `canary_signal` (mean distance of those from the base's: what the canary could have shown), NaN without a canary;
-        `effective_update` as `Merging.write`, 1 for an adapter beside the base.
+        `effective_update` as `Merging.write`, NaN for an adapter beside the base, which is written into no weight.
 
         Raises:
             AdapterError: the adapter is damaged, of another model or not plain LoRA: what was installed stays. Or its
@@ -210,7 +210,7 @@ class Engine:
                 f"adapter {adapter.version}: max_model_len is too small for its canary of {len(adapter.canary.tokens_T)}"
             )
         updates = self._base.by_weight(adapter.updates())
-        effective = 1.0
+        effective = math.nan
         if self.settings.install == "merged":
             self._merging.check(updates)
             self.installed = None

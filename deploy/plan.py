@@ -4,8 +4,9 @@
     python -m deploy.plan CONFIG --update 1.0 --group 0.5 --install 0.3 [--reward 0.1] [--adapter 0.1]
 
 Durations come from the timeline of a run (seconds of work, its waiting for a core left out where an actor computes with one
-thread) or from the command line. The simulation has the loop's own gate, versions that are drained, and cores that are
-shared evenly by all who compute; without --cores everyone has cores of their own, as on a cluster.
+thread) or from the command line. The simulation has the loop's own gate, versions that are drained, a driver that takes in
+one group after another, and cores that are shared evenly by all who compute; without --cores everyone has cores of their own,
+as on a cluster.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import statistics
 import sys
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
 DRIVER_SECONDS = 0.001
-"""Of the driver for a group: the bound that tests/benchmarks/driver_rate.py holds it to."""
+"""The bound that tests/benchmarks/driver_rate.py holds the loop to."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Durations:
     group: float
     """Of an engine, for a group."""
     reward: float
+    driver: float = DRIVER_SECONDS
+    """Of the loop itself, for a group."""
 
     @classmethod
     def of_trace(cls, trace: dict[str, Any], one_thread: bool) -> Durations:
@@ -127,29 +130,31 @@ class Simulation:
         self.version_step: dict[int, int] = {}
         self.group_version: dict[int, int] = {}
         self.in_flight = 0
+        self.driver: deque[tuple[int, float]] = deque()
+        """(group, work left): one thread, in order."""
         self.arrived: deque[int] = deque()
         self.updating = self.publishing = 0.0
-        self.now = self.learner_busy = 0.0
+        self.now = self.learner_busy = self.driver_busy = 0.0
         self.staleness: list[int] = []
 
     def run(self, steps: int) -> Plan:
         """Simulates `steps` updates; the first tenth only fills the pipeline."""
         self._publish_done()
         warm = max(1, steps // 10)
-        started = busy = sampler_busy = 0.0
+        started = busy = driver = sampler_busy = 0.0
         while self.step < steps:
             before = self.step
             self._feed()
             self._advance()
             if before < warm <= self.step:
-                started, busy = self.now, self.learner_busy
+                started, busy, driver = self.now, self.learner_busy, self.driver_busy
                 sampler_busy = sum(sampler.busy for sampler in self.samplers)
         seconds = self.now - started
         groups = (steps - warm) * self.learner.groups_per_update / seconds
         engines = (sum(sampler.busy for sampler in self.samplers) - sampler_busy) / seconds / len(self.samplers)
         idle = 1 - (self.learner_busy - busy) / seconds
         stale = statistics.mean(self.staleness[warm * self.learner.groups_per_update :])
-        return Plan(len(self.samplers), groups, idle, 1 - engines, stale, groups * DRIVER_SECONDS)
+        return Plan(len(self.samplers), groups, idle, 1 - engines, stale, (self.driver_busy - driver) / seconds)
 
     # ------------------------------------------------------------------------------------------- the loop's rules
 
@@ -195,9 +200,9 @@ class Simulation:
         engines = [sampler for sampler in self.samplers if sampler.installing or sampler.running]
         scoring = [sampler for sampler in self.samplers if sampler.rewards]
         learning = bool(self.updating or self.publishing)
-        computing = len(engines) + len(scoring) + (self.learner.ranks if self.updating else learning)
+        computing = len(engines) + len(scoring) + bool(self.driver) + (self.learner.ranks if self.updating else learning)
         pace = min(1.0, self.cores / computing)
-        ends = [sampler.rewards[0][1] for sampler in scoring]
+        ends = [queue[0][1] for queue in (self.driver, *(sampler.rewards for sampler in scoring)) if queue]
         ends += [s.installing or min(s.running.values()) * len(s.running) for s in engines]
         ends += [self.updating or self.publishing] if learning else []
         work = min(ends)
@@ -217,10 +222,16 @@ class Simulation:
                 if not sampler.running[group]:
                     del sampler.running[group]
                     sampler.rewards.append((group, self.durations.reward))
+        if self.driver:
+            self.driver_busy += work / pace
+            group, left = self.driver[0]
+            self.driver[0] = (group, left - work)
+        while self.driver and not _rest(self.driver[0][1], 0.0):
+            self.arrived.append(self.driver.popleft()[0])
+            self.in_flight -= 1
         for sampler in self.samplers:
             while sampler.rewards and not _rest(sampler.rewards[0][1], 0.0):
-                self.arrived.append(sampler.rewards.popleft()[0])
-                self.in_flight -= 1
+                self.driver.append((sampler.rewards.popleft()[0], self.durations.driver))
         if learning:
             self.learner_busy += work / pace
             self._learn(work)
@@ -257,11 +268,11 @@ def table(plans: Sequence[Plan], samples: int) -> str:
     return "\n".join([head, *rows])
 
 
-def advice(plans: Sequence[Plan]) -> str:
+def advice(plans: Sequence[Plan], driver_seconds: float) -> str:
     """The fewest samplers that come within 5 % of the best rate."""
     best = max(plan.groups_per_second for plan in plans)
     enough = next(plan for plan in plans if plan.groups_per_second >= 0.95 * best)
-    saturated = 1 / DRIVER_SECONDS
+    saturated = 1 / driver_seconds
     number = "1 sampler is" if enough.samplers == 1 else f"{enough.samplers} samplers are"
     return (
         f"{number} enough for this learner; more bring less than 5 %. "
@@ -280,6 +291,7 @@ def main(argv: Sequence[str]) -> int:
         parser.add_argument(f"--{name}", type=float, help="seconds of work")
     for name in ("reward", "adapter"):
         parser.add_argument(f"--{name}", type=float, default=0.0, help="seconds of work")
+    parser.add_argument("--driver", type=float, default=DRIVER_SECONDS, help="seconds for a group (%(default)s)")
     parser.add_argument("--samplers", default="1,2,4,8,16,32", help="numbers to try")
     parser.add_argument("--cores", type=float, default=math.inf, help="cores that all actors share")
     arguments = parser.parse_intermixed_args(argv)
@@ -288,14 +300,16 @@ def main(argv: Sequence[str]) -> int:
         counts = _counts(arguments.samplers)
         if not arguments.cores > 0:
             raise ConfigError(f"--cores={arguments.cores}: must be above 0; leave it out where everyone has cores of their own")
-        durations = _durations(arguments)
+        if not 0 < arguments.driver < math.inf:
+            raise ConfigError(f"--driver={arguments.driver}: must be above 0, in seconds")
+        durations = replace(_durations(arguments), driver=arguments.driver)
     except ConfigError as error:
         print(f"config error: {error}", file=sys.stderr)
         return 2
     print(f"seconds of work: {durations}")
     plans = [simulate(config, durations, count, arguments.cores) for count in counts]
     print(table(plans, config.sampler.samples_per_prompt))
-    print(advice(plans))
+    print(advice(plans, durations.driver))
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def summary(
         "seconds_total": round(seconds, 1),
         "seconds_training": round(counters.seconds, 1),
         "trajectories_per_second": round(counters.trajectories / training, 2),
-        "learner_idle": round(1.0 - counters.learner_busy_seconds / training, 3),
+        "learner_idle": round(counters.learner_wait_seconds / training, 3),
         "sampler_idle": None if math.isnan(sampler_idle) else round(sampler_idle, 3),
         "sampler_deaths": counters.deaths,
     }
@@ -91,18 +91,31 @@ def timeline(path: Path, processes: Mapping[str, Iterable[Span]], alive: Collect
     """
     spans = {process: list(spans) for process, spans in processes.items()}
     path.write_text(json.dumps(chrome_trace(spans)), encoding="utf-8")
-    loop = [span for span in spans.get("driver", []) if span.name in ("update", "wait for groups")]
+    trained = _training(spans.get("driver", []))
     busy = present = 0.0
     for process, each in spans.items():
         engine = [span for span in each if span.track == "engine"]
-        if not engine or not loop:
+        if not engine:
             continue
-        start = max(loop[0].start, min(span.start for span in engine))
-        end = loop[-1].end if process in alive else min(loop[-1].end, max(span.end for span in engine))
-        if end > start:
-            busy += busy_fraction(engine, start, end) * (end - start)
-            present += end - start
+        first, last = min(span.start for span in engine), max(span.end for span in engine)
+        for start, end in trained:
+            start, end = max(start, first), end if process in alive else min(end, last)
+            if end > start:
+                busy += busy_fraction(engine, start, end) * (end - start)
+                present += end - start
     return 1.0 - busy / present if present else math.nan
+
+
+def _training(driver: Sequence[Span]) -> list[tuple[float, float]]:
+    """From when to when the loop trained: from its first update or wait to its last one, but for the evaluations between."""
+    loop = [span for span in driver if span.name in ("update", "wait for groups")]
+    if not loop:
+        return []
+    start, last, trained = loop[0].start, loop[-1].end, []
+    for pause in (span for span in driver if span.name == "evaluate"):
+        trained.append((start, min(pause.start, last)))
+        start = max(start, pause.end)
+    return [(start, end) for start, end in (*trained, (start, last)) if end > start]
 
 
 def shown(evaluations: list[tuple[int, Evaluation]]) -> list[tuple[int, Evaluation]]:

@@ -141,7 +141,8 @@ class Counters:
     """Groups of which too few samples were left."""
     seconds: float = 0.0
     """Time in the loop, over all sessions of the run."""
-    learner_busy_seconds: float = 0.0
+    learner_wait_seconds: float = 0.0
+    """Of those, with no group to learn from."""
 
 
 class Issued(NamedTuple):
@@ -213,8 +214,10 @@ class Orchestrator:
             self._evaluate()
         began = time.perf_counter()
         while self.counters.step < settings.steps and not self.should_stop():
+            asked = time.perf_counter()
             with self.timeline.span("wait for groups", "loop", step=self.counters.step):
                 collected = self._collect(settings.groups_per_update)
+            waited = time.perf_counter() - asked
             if not collected:
                 break
             # In the order of their numbers, not of their arrival: a synchronous run repeats itself to the bit.
@@ -223,12 +226,11 @@ class Orchestrator:
                 self.replay.add(group)
             rng = np.random.default_rng((self.config.seed, 4, self.counters.step))
             batch = [self.replay.mix(group, rng) for group in merge_by_prompt(self._taken)]
-            started = time.perf_counter()
             with self.timeline.span("update", "loop", step=self.counters.step):
                 metrics = self.with_learner(lambda batch=batch: self._update(batch))
             self._since_saved.append(batch)
             now = time.perf_counter()
-            self._account(metrics, now - started, now - began)
+            self._account(metrics, waited, now - began)
             began = now
             # An evaluation draws from the weights that it scores.
             if self._due(settings.publish_every) or self._due(evaluate_every):
@@ -276,10 +278,11 @@ class Orchestrator:
     def _publish(self) -> None:
         # A number is used once, even if the learner dies over it: no version ever stands for two sets of weights.
         self.counters.version += 1
-        adapter = self.learner.adapter(self.counters.version)
-        self.counters.published_step = self.counters.step
-        self._adapter_steps[self.counters.version] = self.counters.step
-        self.samplers.publish(adapter)
+        with self.timeline.span("publish", "loop", version=self.counters.version):
+            adapter = self.learner.adapter(self.counters.version)
+            self.counters.published_step = self.counters.step
+            self._adapter_steps[self.counters.version] = self.counters.step
+            self.samplers.publish(adapter)
 
     # -------------------------------------------------------------------------------------- a learner that may die
 
@@ -423,7 +426,8 @@ class Orchestrator:
         """Updates between the adapter that drew a group and the update that uses it now."""
         return self.counters.step - self._adapter_steps[group.adapter_version]
 
-    def _account(self, metrics: dict[str, float], update_seconds: float, step_seconds: float) -> None:
+    def _account(self, metrics: dict[str, float], wait_seconds: float, step_seconds: float) -> None:
+        """A step is what was published and saved after the update before, the wait for groups, and the update."""
         fresh, self._taken = self._taken, []
         staleness = float(np.mean([self._staleness(group) for group in fresh]))
         trajectories = [trajectory for group in fresh for trajectory in group.trajectories_K]
@@ -434,7 +438,7 @@ class Orchestrator:
         counters.trajectories += len(trajectories)
         counters.sampled_tokens += tokens
         counters.seconds += step_seconds
-        counters.learner_busy_seconds += update_seconds
+        counters.learner_wait_seconds += wait_seconds
         lengths = [len(trajectory) for trajectory in trajectories]
         metrics = metrics | {
             "staleness": staleness,
@@ -453,8 +457,8 @@ class Orchestrator:
             "samplers/deaths": float(counters.deaths),
             "learner/deaths": float(counters.learner_deaths),
             "seconds/step": step_seconds,
-            "seconds/wait": step_seconds - update_seconds,
-            "idle/learner": 1.0 - update_seconds / step_seconds,
+            "seconds/wait": wait_seconds,
+            "idle/learner": wait_seconds / step_seconds,
             "rate/trajectories_per_second": len(trajectories) / step_seconds,
             "rate/sampled_tokens_per_second": tokens / step_seconds,
         }

@@ -563,3 +563,16 @@ def test_what_is_asked_of_a_sampler_that_is_lost_is_asked_again(tmp_path: Path) 
     assert ask(0) == ask(ATTEMPTS - 1) == 7
     with pytest.raises(SamplerDied):
         ask(ATTEMPTS)
+
+
+def test_what_a_learner_takes_to_publish_and_to_save_is_no_wait_for_groups(tmp_path: Path) -> None:
+    class Slow(FakeLearner):
+        def adapter(self, version: int) -> int:
+            time.sleep(0.2)
+            return super().adapter(version)
+
+    loop = orchestrator(tmp_path, config(steps=6, publish_every=1, max_staleness=3), FakeSamplers(), Slow())
+    loop.train()
+    assert min(loop.tracker.series("seconds/step")[1:]) > 0.2  # type: ignore[attr-defined]
+    assert max(loop.tracker.series("seconds/wait")) < 0.1  # type: ignore[attr-defined]
+    assert loop.counters.learner_wait_seconds < 0.1 < loop.counters.seconds

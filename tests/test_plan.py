@@ -20,7 +20,7 @@ from system.orchestrator import Orchestrator
 from system.requests import Requests
 from tests.fakes import PROMPTS, FakeLearner, FakeSamplers, FakeTracker
 
-FAST = Durations(update=1.0, adapter=0.0, install=0.0, group=1e-6, reward=0.0)
+FAST = Durations(update=1.0, adapter=0.0, install=0.0, group=1e-6, reward=0.0, driver=0.0)
 
 
 def config(**learner: Any) -> Config:
@@ -43,11 +43,21 @@ def test_with_updates_for_nothing_samplers_set_the_rate() -> None:
     assert one.sampler_idle < 0.01
 
 
+def test_the_driver_is_the_limit_of_many_samplers() -> None:
+    wide = config(groups_per_update=16, max_staleness=8)
+    durations = Durations(update=0.001, adapter=0.0, install=0.0, group=0.05, reward=0.0, driver=0.01)
+    few, many = (simulate(wide, durations, samplers=count) for count in (2, 64))
+    assert few.groups_per_second == pytest.approx(2 / 0.05, rel=0.05)
+    assert few.driver_busy == pytest.approx(40 * 0.01, rel=0.05)
+    assert many.groups_per_second == pytest.approx(1 / 0.01, rel=0.02)
+    assert many.driver_busy == pytest.approx(1.0, abs=0.02)
+
+
 def test_a_synchronous_run_takes_turns_and_is_never_stale() -> None:
-    result = simulate(config(max_staleness=0), Durations(1.0, 0.5, 0.25, 2.0, 0.125), samplers=1)
-    assert result.groups_per_second == pytest.approx(1 / (1.0 + 0.5 + 0.25 + 2.0 + 0.125), rel=0.01)
+    result = simulate(config(max_staleness=0), Durations(1.0, 0.5, 0.25, 2.0, 0.125, 0.0625), samplers=1)
+    assert result.groups_per_second == pytest.approx(1 / (1.0 + 0.5 + 0.25 + 2.0 + 0.125 + 0.0625), rel=0.01)
     assert result.staleness == 0
-    assert result.learner_idle == pytest.approx(1 - 1.5 / 3.875, rel=0.01)
+    assert result.learner_idle == pytest.approx(1 - 1.5 / 3.9375, rel=0.01)
 
 
 def test_staleness_stays_in_the_bound_and_rises_with_it() -> None:
@@ -136,6 +146,7 @@ def test_the_command_prints_a_table_and_says_how_many_are_enough(
         ("--group", "-1", "--group=-1.0: must be above 0"),
         ("--install", "inf", "--install=inf: must be 0 or more"),
         ("--reward", "-1", "--reward=-1.0: must be 0 or more"),
+        ("--driver", "0", "--driver=0.0: must be above 0"),
     ],
 )
 def test_an_option_that_cannot_be_simulated_is_named(

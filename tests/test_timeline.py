@@ -58,6 +58,18 @@ def test_sampler_idleness_is_what_their_engines_leave_of_the_training_time(tmp_p
     assert len(json.loads(path.read_text())["traceEvents"]) == 4 + 5 + 7
 
 
+def test_an_evaluation_is_no_part_of_the_time_in_which_samplers_are_idle(tmp_path: Path) -> None:
+    processes = {
+        "driver": [
+            Span("evaluate", "loop", 0, 10), Span("update", "loop", 10, 20), Span("evaluate", "loop", 20, 60),
+            Span("wait for groups", "loop", 60, 62), Span("update", "loop", 62, 70), Span("evaluate", "loop", 70, 90),
+        ],
+        "sampler-0": [Span("g", "engine", 5, 15), Span("g", "engine", 20, 55), Span("g", "engine", 60, 70)],
+    }  # fmt: skip
+    idle = report.timeline(tmp_path / "timeline.json", processes, ("sampler-0",))
+    assert idle == pytest.approx(1 - (5 + 10) / 20)
+
+
 def test_a_sampler_is_idle_only_while_it_is_there(tmp_path: Path) -> None:
     processes = {
         "driver": [Span("update", "loop", 0, 20)],

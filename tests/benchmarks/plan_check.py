@@ -18,9 +18,13 @@ from tests.benchmarks.runs import ROOT, job
 
 
 def measure(*overrides: str) -> tuple[float, Durations]:
-    """(groups a second in training, durations) of a real run."""
+    """(groups a second once the pipeline is full, durations) of a real run of one group an update."""
     run = job(str(ROOT / "deploy/configs/random_number.yaml"), *overrides)
-    return run.summary["groups"] / run.summary["seconds_training"], Durations.of_trace(run.trace, one_thread=True)
+    updates = [event for event in run.trace["traceEvents"] if (event.get("cat"), event["name"]) == ("loop", "update")]
+    ends = sorted(event["ts"] + event["dur"] for event in updates)
+    # As the simulation does.
+    ends = ends[max(1, len(ends) // 10) - 1 :]
+    return (len(ends) - 1) / (ends[-1] - ends[0]) * 1e6, Durations.of_trace(run.trace, one_thread=True)
 
 
 def main() -> None:
