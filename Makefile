@@ -40,7 +40,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
-# Measured figures, as a table and MLflow runs; names choose: make bench ARGS="publish update_rate".
+# Measured figures, as a table and MLflow runs; names choose: make bench ARGS="publish update_rate", or ARGS=all for hours.
 bench: setup
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 

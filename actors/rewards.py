@@ -38,7 +38,8 @@ class Posterior:
     """log p(Z stop | X), plus log p(Y | X Z stop) where the prompt has evidence Y, under the frozen model.
 
     One packed pass: each distinct prefix once, and a branch with the stop and Y after each of them, in place of T + 1
-    passes. `tokens_forwarded` counts what that costs.
+    passes. A group that does not fit the token budget is several rows, which go on from one reading of X where the model
+    can. `tokens_forwarded` counts what that costs.
     """
 
     def __init__(self, model: LanguageModel, stop: Sequence[int], token_budget: int = 1024, every_prefix: bool = True) -> None:
@@ -51,12 +52,17 @@ class Posterior:
 
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
         suffix = self.stop + tuple(prompt.evidence_tokens or ())
-        parts = self._parts(prompt, trajectories_K, suffix)
-        pieces = [Packed.of(tree, prompt.reward_tokens, suffix, self._branches(tree, suffix)) for tree, _ in parts]
+        read, context = prompt.reward_tokens, None
+        parts = self._parts(len(read), trajectories_K, suffix)
+        if len(parts) > 1 and len(read) > 1 and (context := self.model.read(read[:-1])) is not None:
+            self.tokens_forwarded += context.length
+            read = read[-1:]
+            parts = self._parts(len(read), trajectories_K, suffix)
+        pieces = [Packed.of(tree, read, suffix, self._branches(tree, suffix)) for tree, _ in parts]
         result: list[np.ndarray] = [np.zeros(0)] * len(trajectories_K)
         for row in rows_by_budget([len(piece) for piece in pieces], self.token_budget):
             self.tokens_forwarded += sum(len(pieces[index]) for index in row)
-            for index, (edge_N, suffix_N) in zip(row, self.model.score([pieces[index] for index in row]), strict=True):
+            for index, (edge_N, suffix_N) in zip(row, self.model.score([pieces[index] for index in row], context), strict=True):
                 tree, members = parts[index]
                 for k, nodes_T in zip(members, tree.nodes_K, strict=True):
                     result[k] = np.cumsum(edge_N[nodes_T]) + (suffix_N[nodes_T] if suffix else 0.0)
@@ -70,19 +76,20 @@ class Posterior:
         return branch_N
 
     def _parts(
-        self, prompt: Prompt, trajectories_K: Sequence[Trajectory], suffix: tuple[int, ...]
+        self, before: int, trajectories_K: Sequence[Trajectory], suffix: tuple[int, ...]
     ) -> list[tuple[PrefixTree, list[int]]]:
-        """The group as one tree, or as several with neighbouring samples where one would not fit the token budget."""
+        """The group as one tree, or as several with neighbouring samples where one would not fit the token budget with the
+        `before` tokens that it begins with."""
         order = sorted(range(len(trajectories_K)), key=lambda k: trajectories_K[k].tokens_T.tolist())
         tree = PrefixTree.of([trajectories_K[k] for k in order])
         branches = len(tree) if self.every_prefix else len(order)
-        tokens = len(prompt.reward_tokens) + len(tree) + branches * max(0, len(suffix) - 1)
+        tokens = before + len(tree) + branches * max(0, len(suffix) - 1)
         if tokens <= self.token_budget or len(order) == 1:
             return [(tree, order)]
         half = len(order) // 2
         parts = []
         for members in (order[:half], order[half:]):
-            for subtree, inner in self._parts(prompt, [trajectories_K[k] for k in members], suffix):
+            for subtree, inner in self._parts(before, [trajectories_K[k] for k in members], suffix):
                 parts.append((subtree, [members[k] for k in inner]))
         return parts
 

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)  # fmt: skip
 
 from system import tree_attention
 from system.config import ConfigError
@@ -27,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Largest difference, nats, between the packed pass and the model's own forward on a short sequence."""
+
+CONTEXT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+"""Largest difference of hidden states, relative, with and without a context that was read before."""
 
 
 def resolve_device(device: str) -> torch.device:
@@ -84,6 +94,16 @@ def load_pretrained(folder: Path, dtype: torch.dtype, device: torch.device) -> P
     return model
 
 
+@dataclass(frozen=True, eq=False)
+class Context:
+    """Tokens that a model has read, for rows that go on from them."""
+
+    cache: DynamicCache
+    """Keys and values of each layer."""
+    length: int
+    """Tokens."""
+
+
 class LanguageModel:
     """The packed forward over a Hugging Face model, whose modules may have been adapted in place.
 
@@ -112,6 +132,7 @@ class LanguageModel:
             self._use_blocks(required=attention == "block")
         if self.attention == "dense":
             self._check()
+        self._goes_on = self.attention == "dense" and self._window is None and self._check_context()
 
     @property
     def device(self) -> torch.device:
@@ -121,8 +142,20 @@ class LanguageModel:
     def vocab_size(self) -> int:
         return self._head.weight_CH.shape[0]
 
-    def hidden(self, pieces: Sequence[Packed]) -> torch.Tensor:
-        """Final hidden states [L, H] of pieces laid end to end in one row; pieces do not see each other."""
+    def read(self, tokens: Sequence[int]) -> Context | None:
+        """Without gradients. None where rows cannot go on from what was read: with windows, with block attention, and in
+        architectures whose cache takes no mask of ours."""
+        return self._read(tokens) if self._goes_on else None
+
+    def _read(self, tokens: Sequence[int]) -> Context:
+        decoder: Any = self.model.base_model
+        with torch.no_grad():
+            cache = decoder(input_ids=self._put(np.array(tokens, np.int64))[None], use_cache=True).past_key_values
+        return Context(cache, len(tokens))
+
+    def hidden(self, pieces: Sequence[Packed], context: Context | None = None) -> torch.Tensor:
+        """Final hidden states [L, H] of pieces laid end to end in one row; pieces do not see each other. All of them go on
+        from the `context`, if there is one."""
         offsets = np.cumsum([0] + [len(piece) for piece in pieces])
         ids = np.concatenate([piece.input_ids_L for piece in pieces])
         positions = np.concatenate([piece.position_ids_L for piece in pieces])
@@ -133,13 +166,16 @@ class LanguageModel:
             more = tree_attention.padded(length) - length
             ids, positions = np.pad(ids, (0, more)), np.pad(positions, (0, more))
             ends = np.concatenate([ends, np.arange(length, length + more) + 1])
+        mask, cached = self._mask(ends, positions), {"use_cache": False}
+        if context is not None:
+            positions = positions + context.length
+            mask = torch.nn.functional.pad(mask, (context.length, 0))
+            cached = {"use_cache": True, "past_key_values": context.cache}
         decoder: Any = self.model.base_model
-        output = decoder(
-            input_ids=self._put(ids)[None],
-            position_ids=self._put(positions)[None],
-            attention_mask=self._mask(ends, positions),
-            use_cache=False,
-        )
+        output = decoder(input_ids=self._put(ids)[None], position_ids=self._put(positions)[None], attention_mask=mask, **cached)
+        if context is not None:
+            # The row was added to it.
+            context.cache.crop(context.length)
         return output.last_hidden_state[0, :length]
 
     def log_probs(
@@ -184,10 +220,11 @@ class LanguageModel:
             self._selected = (constraints, replace(head, stop_column=constraints.stop_column))
         return self._selected[1]
 
-    def score(self, pieces: Sequence[Packed]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def score(self, pieces: Sequence[Packed], context: Context | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
         """Without gradients: per piece, float64 [N] log p(node | parent) (0 at the root), and [N] log p(suffix | node).
 
-        The second is NaN where a node has no branch. Over the whole vocabulary, at temperature 1.
+        The second is NaN where a node has no branch. Over the whole vocabulary, at temperature 1. With a `context`, pieces
+        have what comes after it alone, one token of their own context at least.
         """
         positions, tokens, offset = [], [], 0
         for piece in pieces:
@@ -196,7 +233,7 @@ class LanguageModel:
                 tokens.append(token.ravel())
             offset += len(piece)
         with torch.no_grad():
-            logp_Q = self.log_probs(self.hidden(pieces), np.concatenate(positions), np.concatenate(tokens))
+            logp_Q = self.log_probs(self.hidden(pieces, context), np.concatenate(positions), np.concatenate(tokens))
         values = np.split(logp_Q.double().cpu().numpy(), np.cumsum([len(token) for token in tokens])[:-1])
         scores = []
         for index, piece in enumerate(pieces):
@@ -262,3 +299,17 @@ class LanguageModel:
                 f"{type(self.model).__name__}: packed log-probs differ from the model's own by {worst:.3g} nats; "
                 "this architecture is not supported"
             )
+
+    def _check_context(self) -> bool:
+        """Rows that go on from a context have the log-probs of rows that begin with it."""
+        tokens = np.arange(1, 9) % self.vocab_size
+        whole, rest = (Packed.of(PrefixTree.of([]), part.tolist()) for part in (tokens, tokens[4:]))
+        try:
+            with torch.no_grad():
+                expected = self.hidden([whole])[4:]
+                found = self.hidden([rest], self._read(tokens[:4].tolist()))
+        # A border: what a model does with a cache is its own affair, and nothing depends on it but speed.
+        except Exception as error:
+            logger.info("contexts are read anew for each row: %s", _first_line(error))
+            return False
+        return bool(((found - expected).abs().max() / expected.abs().max()) < CONTEXT_TOLERANCE[expected.dtype])

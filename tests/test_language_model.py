@@ -61,6 +61,28 @@ def test_packed_scores_equal_one_sequence_at_a_time(model: PreTrainedModel, suff
                     assert suffix_N[nodes_T[t]] == pytest.approx(ending, abs=1e-4)
 
 
+def test_rows_go_on_from_a_context_as_if_it_were_in_them(model: PreTrainedModel) -> None:
+    rng, language_model = np.random.default_rng(0), LanguageModel(model)
+    context = language_model.read(CONTEXTS[0][:-1])
+    assert (context is None) == bool(getattr(model.config, "sliding_window", None)), "windows alone are read anew"
+    if context is None:
+        return
+    for _ in range(2):  # what one row adds to it is gone for the next
+        samples_G = [random_samples(rng), random_samples(rng)]
+        whole, rest = (
+            [Packed.of(PrefixTree.of(samples), tokens, [11, 12]) for samples in samples_G]
+            for tokens in (CONTEXTS[0], CONTEXTS[0][-1:])
+        )
+        for expected, found in zip(language_model.score(whole), language_model.score(rest, context), strict=True):
+            np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+            np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
+
+
+def test_a_model_that_cannot_go_on_from_a_cache_reads_its_context_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LanguageModel, "_read", lambda self, tokens: 1 / 0)
+    assert LanguageModel(tiny.llama(VOCAB)).read([3, 4]) is None
+
+
 def test_chunks_change_neither_values_nor_gradients(model: PreTrainedModel) -> None:
     samples = random_samples(np.random.default_rng(1))
     piece = Packed.of(PrefixTree.of(samples), CONTEXTS[0])

@@ -81,14 +81,33 @@ def test_a_small_token_budget_changes_the_rows_and_not_the_numbers(model: PreTra
     for prompt in (PROMPT, EVIDENCE):
         whole, split = Posterior(LanguageModel(model), (2,)), Posterior(LanguageModel(model), (2,), budget)
         assert_same(split.score(prompt, trajectories()), whole.score(prompt, trajectories()))
-        assert split.tokens_forwarded > whole.tokens_forwarded
+        assert split.tokens_forwarded >= whole.tokens_forwarded
+
+
+def test_a_prompt_is_read_once_for_all_rows_of_its_group_and_every_group_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LanguageModel(tiny.llama())
+    long = Prompt("long", (5, 6), tuple(3 + i % 30 for i in range(40)), evidence_tokens=EVIDENCE.evidence_tokens)
+    once = Posterior(model, (2,), 64)
+    for _ in range(2):
+        assert_same(once.score(long, trajectories()), one_at_a_time(model.model, long, (2,)))
+        assert_same(once.score(EVIDENCE, trajectories()), one_at_a_time(model.model, EVIDENCE, (2,)))
+    monkeypatch.setattr(model, "read", lambda tokens: None)
+    each = Posterior(model, (2,), 64)
+    for _ in range(2):
+        each.score(long, trajectories())
+        each.score(EVIDENCE, trajectories())
+    assert once.tokens_forwarded < each.tokens_forwarded - 2 * 40
 
 
 def test_rows_stay_within_the_budget_where_a_sample_alone_does(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     language_model = LanguageModel(model)
     score, rows = language_model.score, []
-    monkeypatch.setattr(language_model, "score", lambda pieces: rows.append(sum(map(len, pieces))) or score(pieces))
-    for prompt, budget in ((PROMPT, 16), (EVIDENCE, 54)):  # the longest sample needs 15, and 4 + 11 + 12 * 3 = 51
+    monkeypatch.setattr(
+        language_model, "score", lambda pieces, context: rows.append(sum(map(len, pieces))) or score(pieces, context)
+    )
+    before = 4 if language_model.read([3, 4]) is None else 1
+    # The longest sample needs 11 behind that, and with evidence 11 + 12 * 3 = 47.
+    for prompt, budget in ((PROMPT, before + 12), (EVIDENCE, before + 50)):
         rows.clear()
         Posterior(language_model, (2,), budget).score(prompt, trajectories())
         assert len(rows) > 1

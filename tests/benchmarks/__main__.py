@@ -1,9 +1,9 @@
 """The benchmark suite: every figure with its spread, as a table and as MLflow runs.
 
-    python -m tests.benchmarks [NAME …]
+    python -m tests.benchmarks [NAME … | all]
 
 Each benchmark runs in a process of its own, on a machine that should be doing nothing else. Without names all run but
-those that take many minutes, which are in `LONG`.
+those that take many minutes, which are in `LONG`; `all` takes hours.
 """
 
 from __future__ import annotations
@@ -68,10 +68,13 @@ def log(figures: list[Figure]) -> None:
             mlflow.log_params({"wanted": figure.wanted, "unit": figure.unit} | figure.detail)
             for repeat, value in enumerate(figure.values):
                 mlflow.log_metric("value", value, step=repeat)
-            mlflow.log_metrics({"median": figure.median, "reached": float(figure.reached)})
+            spread = {"median": figure.median, "least": min(figure.values), "largest": max(figure.values)}
+            mlflow.log_metrics(spread | {"reached": float(figure.reached)})
 
 
 def main(names: list[str]) -> None:
+    if names == ["all"]:
+        names = [each.split()[0] for each in QUICK + LONG]
     unknown = [name for name in names if not any(name == each.split()[0] for each in QUICK + LONG)]
     if unknown:
         sys.exit(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(each.split()[0] for each in QUICK + LONG)}")

@@ -1,6 +1,6 @@
 """The ways a version enters the engine, merged into the base weights or as an adapter beside them, side by side.
 
-    python -m tests.benchmarks.install_modes [--dtypes float32 bfloat16] [--repeats 4]
+    python -m tests.benchmarks.install_modes [--dtypes float32 bfloat16] [--repeats 5]
 
 Each engine lives in a process of its own; they are measured in turns. Tokens a second are over an engine of the same
 precision that never had a version. The update is Adam's first on a text, scaled to a size (rms over all weights); what
@@ -221,7 +221,7 @@ def measure(folder: Path, dtype: Literal["float32", "bfloat16"], repeats: int, t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", choices=("float32", "bfloat16"), nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     # What a process starts with: its children read it when they import vLLM.

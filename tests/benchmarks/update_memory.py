@@ -1,6 +1,6 @@
 """Peak memory of an update above what the process held before it: chunked output layer against materialised logits.
 
-    python -m tests.benchmarks.update_memory [--repeats 2]
+    python -m tests.benchmarks.update_memory [--repeats 5]
 
 Each measurement is a process of its own. 4,096 packed tokens, all of the 49,152 columns, gradient checkpointing in both.
 """
@@ -98,7 +98,7 @@ def measure(variant: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--variant", choices=("chunked", "materialised"), help="measure once, in this process")
     arguments = parser.parse_args()
     if arguments.variant:
