@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from transformers import (
     DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-)  # fmt: skip
+)
 
 from system import tree_attention
 from system.config import ConfigError
@@ -132,7 +133,6 @@ class LanguageModel:
             self._use_blocks(required=attention == "block")
         if self.attention == "dense":
             self._check()
-        self._goes_on = self.attention == "dense" and self._window is None and self._check_context()
 
     @property
     def device(self) -> torch.device:
@@ -146,6 +146,11 @@ class LanguageModel:
         """Without gradients. None where rows cannot go on from what was read: with windows, with block attention, and in
         architectures whose cache takes no mask of ours."""
         return self._read(tokens) if self._goes_on else None
+
+    @cached_property
+    def _goes_on(self) -> bool:
+        windows = self._window is not None and self._layer_types != {"full_attention"}
+        return self.attention == "dense" and not windows and self._check_context()
 
     def _read(self, tokens: Sequence[int]) -> Context:
         decoder: Any = self.model.base_model
