@@ -180,7 +180,7 @@ class LanguageModel:
         output = decoder(input_ids=self._put(ids)[None], position_ids=self._put(positions)[None], attention_mask=mask, **cached)
         if context is not None:
             # The row was added to it.
-            context.cache.crop(context.length)
+            context.cache.crop(-len(ids))
         return output.last_hidden_state[0, :length]
 
     def log_probs(
