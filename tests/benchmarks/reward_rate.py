@@ -1,14 +1,15 @@
-"""log R at every prefix, with evidence: one packed pass against T + 1 passes over padded rows, in turns.
+"""log R at every prefix, with evidence: packed trees that go on from one reading of X, in turns with what they replace.
 
-    python -m tests.benchmarks.reward_rate [--repeats 5]
+    python -m tests.benchmarks.reward_rate [--repeats 5] [--against rows passes]
 
-The T + 1 passes are those of the paper's code: the whole of X, the prefix, the stop and Y again for each prefix length, K
-rows at a time. Both give the same log R, which is checked first.
+`passes` are the T + 1 of the paper's code: the whole of X, the prefix, the stop and Y again for each prefix length, K rows at a
+time. `rows` are packed trees that have X in each row. All give the same log R, which is checked first.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -29,15 +30,23 @@ PROMPTS = (64, 256)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--against", nargs="+", choices=("rows", "passes"), default=["rows", "passes"])
+    arguments = parser.parse_args()
     model = load_pretrained(locate(Model()), torch.float32, torch.device("cpu"))
     for prompt_tokens in PROMPTS:
-        report(measure(model, prompt_tokens, repeats))
+        report(*measure(model, prompt_tokens, arguments.repeats, arguments.against))
 
 
-def measure(model: PreTrainedModel, prompt_tokens: int, repeats: int) -> Figure:
+class EachRow(LanguageModel):
+    """Whose rows go on from nothing."""
+
+    def read(self, tokens: Sequence[int]) -> None:
+        return None
+
+
+def measure(model: PreTrainedModel, prompt_tokens: int, repeats: int, against: list[str]) -> list[Figure]:
     rng = np.random.default_rng(0)
-    reward = Posterior(LanguageModel(model), (STOP,))
+    reward, with_rows = Posterior(LanguageModel(model), (STOP,)), Posterior(EachRow(model), (STOP,))
     x, y = (tuple(rng.integers(100, 40000, n).tolist()) for n in (prompt_tokens, EVIDENCE))
     prompt = Prompt("p", x, x, evidence_tokens=y)
     samples = [rng.integers(100, 40000, T).astype(np.int32) for _ in range(K)]
@@ -45,6 +54,9 @@ def measure(model: PreTrainedModel, prompt_tokens: int, repeats: int) -> Figure:
 
     def packed() -> np.ndarray:
         return np.stack(reward.score(prompt, trajectories))
+
+    def rows() -> np.ndarray:
+        return np.stack(with_rows.score(prompt, trajectories))
 
     @torch.no_grad()
     def passes() -> np.ndarray:
@@ -55,16 +67,24 @@ def measure(model: PreTrainedModel, prompt_tokens: int, repeats: int) -> Figure:
             columns.append(logp.gather(2, rows[:, prompt_tokens:, None])[..., 0].sum(1).numpy())
         return np.stack(columns, 1)
 
-    np.testing.assert_allclose(packed(), passes(), atol=5e-3)
-    reward.tokens_forwarded = 0
-    packed()
-    tokens = reward.tokens_forwarded
-    times = in_turns({"passes": seconds(passes), "packed": seconds(packed)}, repeats, warm_up=0)
-    return ratio(
-        f"reward at every prefix, X = {prompt_tokens}, K = {K}, T = {T}, {EVIDENCE} tokens of evidence: T + 1 passes over one",
-        times["passes"], times["packed"], 10.0,
-        packed_tokens=tokens, padded_tokens=sum(K * (prompt_tokens + t + 1 + EVIDENCE) for t in range(T + 1)),
-    )  # fmt: skip
+    others = {name: {"rows": rows, "passes": passes}[name] for name in against}
+    expected = packed()
+    for other in others.values():
+        np.testing.assert_allclose(expected, other(), atol=5e-3)
+    tokens = {
+        "packed": reward.tokens_forwarded, "rows": with_rows.tokens_forwarded,
+        "passes": sum(K * (prompt_tokens + t + 1 + EVIDENCE) for t in range(T + 1)),
+    }  # fmt: skip
+    times = in_turns({name: seconds(work) for name, work in {"packed": packed, **others}.items()}, repeats, warm_up=0)
+    said = {"rows": "X in each row over X read once", "passes": "T + 1 passes over packed trees"}
+    return [
+        ratio(
+            f"reward at every prefix, X = {prompt_tokens}, K = {K}, T = {T}, {EVIDENCE} tokens of evidence: {said[name]}",
+            times[name], times["packed"], {"rows": None, "passes": 10.0}[name],
+            packed_tokens=tokens["packed"], other_tokens=tokens[name],
+        )
+        for name in others
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":
