@@ -198,18 +198,19 @@ class Simulation:
     def _advance(self) -> None:
         """To the next event: the work that ends first, at the pace that the cores allow."""
         engines = [sampler for sampler in self.samplers if sampler.installing or sampler.running]
-        scoring = [sampler for sampler in self.samplers if sampler.rewards]
+        queues = [queue for queue in (self.driver, *(sampler.rewards for sampler in self.samplers)) if queue]
         learning = bool(self.updating or self.publishing)
-        computing = len(engines) + len(scoring) + bool(self.driver) + (self.learner.ranks if self.updating else learning)
+        computing = len(engines) + len(queues) + (self.learner.ranks if self.updating else learning)
         pace = min(1.0, self.cores / computing)
-        ends = [queue[0][1] for queue in (self.driver, *(sampler.rewards for sampler in scoring)) if queue]
+        ends = [queue[0][1] for queue in queues]
         ends += [s.installing or min(s.running.values()) * len(s.running) for s in engines]
         ends += [self.updating or self.publishing] if learning else []
         work = min(ends)
         self.now += work / pace
-        for sampler in scoring:
-            group, left = sampler.rewards[0]
-            sampler.rewards[0] = (group, left - work)
+        self.driver_busy += work / pace if self.driver else 0.0
+        for queue in queues:
+            group, left = queue[0]
+            queue[0] = (group, left - work)
         for sampler in engines:
             sampler.busy += work / pace
             if sampler.installing:
@@ -222,10 +223,6 @@ class Simulation:
                 if not sampler.running[group]:
                     del sampler.running[group]
                     sampler.rewards.append((group, self.durations.reward))
-        if self.driver:
-            self.driver_busy += work / pace
-            group, left = self.driver[0]
-            self.driver[0] = (group, left - work)
         while self.driver and not _rest(self.driver[0][1], 0.0):
             self.arrived.append(self.driver.popleft()[0])
             self.in_flight -= 1

@@ -55,7 +55,7 @@ def summary(
         "seconds_total": round(seconds, 1),
         "seconds_training": round(counters.seconds, 1),
         "trajectories_per_second": round(counters.trajectories / training, 2),
-        "learner_idle": round(counters.learner_wait_seconds / training, 3),
+        "learner_idle": round(1.0 - counters.learner_busy_seconds / training, 3),
         "sampler_idle": None if math.isnan(sampler_idle) else round(sampler_idle, 3),
         "sampler_deaths": counters.deaths,
     }

@@ -120,8 +120,10 @@ class LanguageModel:
         self.model = model
         self.logits_chunk = logits_chunk
         config = model.config.get_text_config()
-        self._window: int | None = getattr(config, "sliding_window", None)
         self._layer_types = set(getattr(config, "layer_types", None) or ())
+        self._window: int | None = getattr(config, "sliding_window", None)
+        if self._layer_types == {"full_attention"}:  # a window that no layer has
+            self._window = None
         head: Any = model.get_output_embeddings()
         if head is None:
             raise ConfigError(f"{type(model).__name__} has no output embeddings: it is no causal language model")
@@ -149,8 +151,7 @@ class LanguageModel:
 
     @cached_property
     def _goes_on(self) -> bool:
-        windows = self._window is not None and self._layer_types != {"full_attention"}
-        return self.attention == "dense" and not windows and self._check_context()
+        return self.attention == "dense" and self._window is None and self._check_context()
 
     def _read(self, tokens: Sequence[int]) -> Context:
         decoder: Any = self.model.base_model
@@ -262,7 +263,7 @@ class LanguageModel:
 
         if self._window is not None and len(self._layer_types) > 1:
             return {"full_attention": mask(None), "sliding_attention": mask(self._window)}
-        return mask(None if self._layer_types == {"full_attention"} else self._window)
+        return mask(self._window)
 
     def _use_blocks(self, required: bool) -> None:
         """Block attention, if it works for this model on this device: it is compiled here, with its gradients.
@@ -306,7 +307,7 @@ class LanguageModel:
             )
 
     def _check_context(self) -> bool:
-        """Rows that go on from a context have the log-probs of rows that begin with it."""
+        """Rows that go on from a context have the hidden states of rows that begin with it."""
         tokens = np.arange(1, 9) % self.vocab_size
         whole, rest = (Packed.of(PrefixTree.of([]), part.tolist()) for part in (tokens, tokens[4:]))
         try:

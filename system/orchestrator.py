@@ -141,8 +141,8 @@ class Counters:
     """Groups of which too few samples were left."""
     seconds: float = 0.0
     """Time in the loop, over all sessions of the run."""
-    learner_wait_seconds: float = 0.0
-    """Of those, with no group to learn from."""
+    learner_busy_seconds: float = 0.0
+    """Of those, all but the wait for groups."""
 
 
 class Issued(NamedTuple):
@@ -438,7 +438,7 @@ class Orchestrator:
         counters.trajectories += len(trajectories)
         counters.sampled_tokens += tokens
         counters.seconds += step_seconds
-        counters.learner_wait_seconds += wait_seconds
+        counters.learner_busy_seconds += step_seconds - wait_seconds
         lengths = [len(trajectory) for trajectory in trajectories]
         metrics = metrics | {
             "staleness": staleness,

@@ -16,6 +16,7 @@ import psutil
 from ray.cluster_utils import Cluster
 
 from deploy import ray_cluster
+from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
@@ -25,6 +26,15 @@ ENVIRONMENT = {
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_failure_threshold": "4",
 }
+
+
+def entry(folder: Path) -> list[str]:
+    """Of a job with a tiny model. A head of two CPUs has room for the learner and one of its samplers."""
+    return [
+        "python", "deploy/job.py", "deploy/configs/random_number.yaml", f"model.path={tiny.folder(folder)}",
+        "learner.warmup_steps=0", "sampler.samples_per_prompt=8", "sampler.kv_cache_mb=16", "lora.rank=4",
+        "actors.count=2", "cluster.wait_seconds=60", f"tracking.uri=sqlite:///{folder}/mlflow.db",
+    ]  # fmt: skip
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from system.config import Model
 from system.mlflow_views import VIEWS
 from system.models import locate
 from tests import tiny
-from tests.nodes import TwoNodes
+from tests.nodes import TwoNodes, entry
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -136,21 +136,16 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_as_the_same_mlflow_r
 def test_a_submitted_job_runs_on_the_nodes_of_a_cluster_and_can_be_followed_and_stopped(tmp_path: Path) -> None:
     cluster = TwoNodes(tmp_path)
     try:
-        entry = [
-            "python", "deploy/job.py", "deploy/configs/random_number.yaml", f"model.path={tiny.folder(tmp_path)}",
-            "learner.warmup_steps=0", "sampler.samples_per_prompt=8", "sampler.kv_cache_mb=16", "lora.rank=4",
-            # The head has room for the learner and one of them.
-            "actors.count=2", "cluster.wait_seconds=60", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
-        ]  # fmt: skip
+        job = entry(tmp_path)
         submit = ["--working-dir", ".", "--runtime-env-json", json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})]
-        result = cluster.submit(*submit, "--", *entry, "learner.steps=4", f"output_dir={tmp_path}/runs")
+        result = cluster.submit(*submit, "--", *job, "learner.steps=4", f"output_dir={tmp_path}/runs")
         assert result.returncode == 0, result.stdout[-3000:]
         (run_dir,) = (tmp_path / "runs").iterdir()
         assert json.loads((run_dir / "summary.json").read_text())["steps"] == 4
         assert mlflow_run(tmp_path)[1].info.status == "FINISHED"
 
         identity = ["--no-wait", "--submission-id", "long"]
-        cluster.job("submit", *identity, *submit, "--", *entry, "learner.steps=100000", f"output_dir={tmp_path}/long")
+        cluster.job("submit", *identity, *submit, "--", *job, "learner.steps=100000", f"output_dir={tmp_path}/long")
         while "step 1" not in cluster.job("logs", "long").stdout:
             status = cluster.job("status", "long").stdout
             assert "PENDING" in status or "RUNNING" in status, status

@@ -30,8 +30,9 @@ from system.journal import read
 from system.reward_error import RewardError
 from system.run_error import RunError
 from tests import tiny
+from tests.servers import MLflow
 from tests.test_checkpoint import full_disk
-from tests.test_tracking import Server, history, recorded
+from tests.test_tracking import history, recorded
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["ab", "cd", "ef", "gh", "ij"]
@@ -298,9 +299,9 @@ def test_rewards_that_fail_now_and_then_are_counted_up_to_the_limit_and_with_a_h
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
+def server(tmp_path: Path) -> Iterator[MLflow]:
     (folder := tmp_path / "server").mkdir()
-    server = Server(folder)
+    server = MLflow(folder)
     yield server
     server.kill()
 
@@ -308,7 +309,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 @pytest.mark.chaos
 @pytest.mark.timeout(1200)  # two jobs
 def test_a_tracking_server_that_is_killed_and_comes_back_has_every_step_and_the_run_its_weights(
-    runner: Runner, undisturbed: Runner, server: Server
+    runner: Runner, undisturbed: Runner, server: MLflow
 ) -> None:
     server.start()
     settings = (f"tracking.uri={server.uri}", "tracking.flush_seconds=0.2", f"tracking.close_seconds={SECONDS}")

@@ -6,8 +6,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +22,7 @@ from mlflow import MlflowClient
 
 from system.config_file import parse
 from system.tracking import Tracker
+from tests.servers import Server, free_port
 
 pytestmark = pytest.mark.chaos
 MANIFEST = list(yaml.safe_load_all((Path(__file__).resolve().parents[1] / "deploy/cluster/mlflow.yaml").read_text()))
@@ -35,24 +34,6 @@ def container(kind: str) -> dict[str, Any]:
     (found,) = [document for document in MANIFEST if document["kind"] == kind]
     (only,) = found["spec"]["template"]["spec"]["containers"]
     return only
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-@contextlib.contextmanager
-def running(command: list[str], log: Path, **settings: Any) -> Iterator[subprocess.Popen[Any]]:
-    with log.open("ab") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **settings)
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def status(port: int, host: str) -> int:
@@ -72,55 +53,52 @@ def server(folder: Path, database: str | None = None) -> Iterator[int]:
     """The port of the manifest's server. `database` is host and port of its database; without one it has a file."""
     given, port = container("Deployment"), free_port()
     arguments = dict(argument.split("=", 1) if "=" in argument else (argument, "") for argument in given["args"])
-    arguments |= {"--host": "127.0.0.1", "--port": str(port), "--artifacts-destination": str(folder / "artifacts")}
-    arguments["--allowed-hosts"] = arguments["--allowed-hosts"].replace(":5000", f":{port}")
     uri = arguments["--backend-store-uri"].replace("$(DATABASE_PASSWORD)", PASSWORD)
-    uri = uri.replace("mlflow-database:5432", database) if database else f"sqlite:///{folder}/mlflow.db"
-    arguments["--backend-store-uri"] = uri
+    here = {
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--backend-store-uri": uri.replace("mlflow-database:5432", database) if database else f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination": str(folder / "artifacts"),
+        "--allowed-hosts": f"{arguments['--allowed-hosts']},127.0.0.1:{port}",
+    }
+    assert set(here) <= set(arguments)
     command = [str(Path(sys.executable).parent / given["command"][0]), *given["command"][1:]]
-    command += [f"{name}={value}" if value else name for name, value in arguments.items()]
+    command += [f"{name}={value}" if value else name for name, value in (arguments | here).items()]
     environment = os.environ | {each["name"]: each["value"] for each in given["env"] if "value" in each}
-    log = folder / "server.txt"
-    with running(command, log, env=environment) as process:
-        while status(port, f"127.0.0.1:{port}") == 0:
-            assert process.poll() is None, log.read_text()[-3000:]
-            time.sleep(0.5)
+    started = Server(command, folder / "server.txt", lambda: status(port, "mlflow:5000") != 0, env=environment)
+    try:
+        started.start()
         yield port
+    finally:
+        started.kill()
 
 
-class PostgreSQL:
+class PostgreSQL(Server):
     """A database as the manifest's pod makes it: its user, its database, a password."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder / "data", free_port()
         of_pod = {each["name"]: each.get("value") for each in container("StatefulSet")["env"]}
         self.user, self.name = str(of_pod["POSTGRES_USER"]), str(of_pod["POSTGRES_DB"])
-        # It refuses to run as root.
-        self.settings = {"user": "nobody", "extra_groups": []} if os.geteuid() == 0 else {}
-        self.log = folder / "postgres.txt"
-        self.folder.mkdir()
-        password = folder / "password"
+        self.port, data, password = free_port(), folder / "data", folder / "password"
+        data.mkdir()
         password.write_text(PASSWORD)
-        if self.settings:
+        settings: dict[str, Any] = {"cwd": data}
+        if os.geteuid() == 0:  # as which it refuses to run
+            settings |= {"user": "nobody", "extra_groups": []}
             for path in (folder, *folder.parents[:2]):
                 path.chmod(0o755)
-            shutil.chown(self.folder, "nobody")
-        command = ["initdb", "--pgdata", str(self.folder), "--username", self.user, "--pwfile", str(password)]
-        subprocess.run([*command, "--auth", "scram-sha-256"], check=True, capture_output=True, cwd=self.folder, **self.settings)
+            shutil.chown(data, "nobody")
+        command = ["initdb", "--pgdata", str(data), "--username", self.user, "--pwfile", str(password)]
+        subprocess.run([*command, "--auth", "scram-sha-256"], check=True, capture_output=True, **settings)
+        command = ["postgres", "-D", str(data), "-p", str(self.port), "-c", "listen_addresses=127.0.0.1"]
+        super().__init__([*command, "-c", "unix_socket_directories="], folder / "postgres.txt", self._is_there, **settings)
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Ends with SIGKILL."""
-        command = ["postgres", "-D", str(self.folder), "-p", str(self.port), "-c", "listen_addresses=127.0.0.1"]
-        command += ["-c", "unix_socket_directories="]
-        with running(command, self.log, cwd=self.folder, **self.settings) as process:
-            while True:
-                assert process.poll() is None, self.log.read_text()[-3000:]
-                with contextlib.suppress(psycopg2.OperationalError):
-                    self.connect("postgres").close()
-                    break
-                time.sleep(0.2)
-            yield
+    def _is_there(self) -> bool:
+        try:
+            self.connect("postgres").close()
+        except psycopg2.OperationalError:
+            return False
+        return True
 
     def connect(self, name: str) -> Any:
         return psycopg2.connect(host="127.0.0.1", port=self.port, user=self.user, password=PASSWORD, dbname=name)
@@ -138,7 +116,7 @@ class PostgreSQL:
 
 def test_the_server_answers_to_its_own_names_alone(tmp_path: Path) -> None:
     with server(tmp_path) as port:
-        assert status(port, f"mlflow:{port}") == 200
+        assert status(port, "mlflow:5000") == 200
         assert status(port, "elsewhere.example") == 403
 
 
@@ -146,8 +124,8 @@ def test_the_server_answers_to_its_own_names_alone(tmp_path: Path) -> None:
 def test_a_run_is_whole_in_a_database_that_was_killed_under_it(tmp_path: Path) -> None:
     database = PostgreSQL(tmp_path)
     with contextlib.ExitStack() as alive:
-        first = alive.enter_context(contextlib.ExitStack())
-        first.enter_context(database.running())
+        alive.callback(database.kill)
+        database.start()
         database.create()
         port = alive.enter_context(server(tmp_path, f"127.0.0.1:{database.port}"))
         uri = f"http://127.0.0.1:{port}"
@@ -164,11 +142,11 @@ def test_a_run_is_whole_in_a_database_that_was_killed_under_it(tmp_path: Path) -
         log(range(20))
         while database.count("metrics") < 40:
             time.sleep(0.1)
-        first.close()
+        database.kill()
         log(range(20, 40))
         time.sleep(2.0)
         assert tracker.lag() > 0
-        alive.enter_context(database.running())
+        database.start()
         tracker.table("samples", [{"text": "z", "log_reward": -1.5}], 39)
         tracker.artifact(adapter)
         tracker.model_version("numbers", adapter.name)

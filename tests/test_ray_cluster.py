@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 import time
 
 import pytest
@@ -11,13 +10,12 @@ import pytest
 from deploy import ray_cluster
 from system.config import ConfigError
 from system.config_file import parse
+from tests.servers import free_port
 
 
 @pytest.fixture
 def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 def refused(address: str | None, message: str) -> None:

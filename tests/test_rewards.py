@@ -76,12 +76,12 @@ def test_every_prefix_is_scored_as_if_it_were_alone(model: PreTrainedModel, prom
     assert_same(scores, one_at_a_time(model, prompt, stop))
 
 
-@pytest.mark.parametrize("budget", [5, 12, 17])
+@pytest.mark.parametrize("budget", [5, 12, 14])
 def test_a_small_token_budget_changes_the_rows_and_not_the_numbers(model: PreTrainedModel, budget: int) -> None:
     for prompt in (PROMPT, EVIDENCE):
         whole, split = Posterior(LanguageModel(model), (2,)), Posterior(LanguageModel(model), (2,), budget)
         assert_same(split.score(prompt, trajectories()), whole.score(prompt, trajectories()))
-        assert split.tokens_forwarded >= whole.tokens_forwarded
+        assert split.tokens_forwarded > whole.tokens_forwarded
 
 
 def test_a_prompt_is_read_once_for_all_rows_of_its_group_and_every_group_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:

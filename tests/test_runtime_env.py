@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
-from tests.nodes import ROOT, TwoNodes
+from tests.nodes import ROOT, TwoNodes, entry
 
 PACKAGES = "--extra-index-url=https://download.pytorch.org/whl/cpu"
 """Where the page has PyTorch's builds from."""
@@ -46,12 +45,8 @@ def test_a_job_installs_its_packages_on_nodes_that_have_none_but_ray(tmp_path: P
     cluster = TwoNodes(tmp_path, programs)
     try:
         result = cluster.submit(
-            "--working-dir", ".", "--runtime-env-json", json.dumps(environment_of_the_page()), "--",
-            "python", "deploy/job.py", "deploy/configs/random_number.yaml", f"model.path={tiny.folder(tmp_path)}",
-            "learner.warmup_steps=0", "learner.steps=4", "sampler.samples_per_prompt=8", "sampler.kv_cache_mb=16",
-            # The head has room for the learner and one of them.
-            "lora.rank=4", "actors.count=2", "cluster.wait_seconds=60", "actors.start_seconds=1500", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
-            f"output_dir={tmp_path}/runs", seconds=1500,
+            "--working-dir", ".", "--runtime-env-json", json.dumps(environment_of_the_page()), "--", *entry(tmp_path),
+            "learner.steps=4", "actors.start_seconds=1500", f"output_dir={tmp_path}/runs", seconds=1500,
         )  # fmt: skip
         assert result.returncode == 0, result.stdout[-3000:]
         (run_dir,) = (tmp_path / "runs").iterdir()

@@ -21,15 +21,10 @@ from peft import PeftModel
 from deploy import serve
 from system.config import ConfigError
 from tests import finished, lora
+from tests.servers import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = [1, 14, 15, 16, 20, 30, 17, 18]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:

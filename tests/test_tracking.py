@@ -1,6 +1,5 @@
 import json
 import logging
-import os
 import resource
 import signal
 import socket
@@ -20,6 +19,7 @@ from system.config import Config, ConfigError
 from system.config_file import parse
 from system.journal import Journal, TrackingError
 from system.tracking import Tracker, replay, resolve_uri, system_metrics
+from tests.servers import MLflow
 
 ROOT = Path(__file__).parent.parent
 
@@ -421,50 +421,11 @@ def black_hole() -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-class Server:
-    """An MLflow server that can be killed and started again on its port and its data."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{port}"
-        self._folder = folder
-        self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-        self._command += [
-            "--backend-store-uri",
-            f"sqlite:///{folder}/mlflow.db",
-            "--artifacts-destination",
-            str(folder / "files"),
-        ]
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        log = (self._folder / "server.log").open("ab")
-        self._process = subprocess.Popen(
-            self._command, cwd=self._folder, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-        log.close()
-        wait_until(self._answers)
-
-    def _answers(self) -> bool:
-        try:
-            return bool(MlflowClient(self.uri).search_experiments())
-        except Exception:  # not up yet: asked again until it is, or the wait is over
-            return False
-
-    def kill(self) -> None:
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-
 @pytest.fixture
-def server(tmp_path: Path, database: str) -> Iterator[Server]:
+def server(tmp_path: Path, database: str) -> Iterator[MLflow]:
     folder = tmp_path / "server"
     folder.mkdir()
-    server = Server(folder)
+    server = MLflow(folder)
     yield server
     server.kill()
 
