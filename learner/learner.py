@@ -258,16 +258,17 @@ class Learner:
         """All that the next update depends on, as uint8 safetensors: LoRA weights, optimizer moments, step."""
         tensors = {f"adapter/{name}": array for name, array in self.policy.adapter_tensors().items()}
         tensors |= {"canary/tokens": self._canary_tokens, "canary/base": np.array(self._canary_base)}
-        tensors["scale"] = np.array(self.policy.scale)
+        tensors |= {"scale": np.array(self.policy.scale), "step": np.array(self.step)}
         for name, parameter in self.policy.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{key}/{name}"] = value.detach().cpu().numpy()
-        metadata = {"step": str(self.step), "base_model": self.base_model}
-        return np.frombuffer(safetensors.numpy.save(tensors, metadata), np.uint8)
+        return np.frombuffer(safetensors.numpy.save(tensors, {"base_model": self.base_model}), np.uint8)
 
     def restore(self, saved: np.ndarray, step: int) -> None:
-        """Continues from `save`. Raises CheckpointError if it is of another model, LoRA rank or scale."""
+        """Continues from `save`. Raises CheckpointError if it is of another model, LoRA rank, scale or step."""
         tensors = safetensors.numpy.load(saved.tobytes())
+        if (its_own := int(tensors.get("step", step))) != step:
+            raise CheckpointError(f"the checkpoint of step {step} has the weights of step {its_own}: it cannot be gone on from")
         # An adapter that training starts from has neither these nor a scale: its folder was checked.
         if "canary/tokens" in tensors:
             self._check_base(tensors["canary/tokens"], tensors["canary/base"])

@@ -187,6 +187,8 @@ class Orchestrator:
     _learner_is_lost: bool = False
     _saved_step: int | None = None
     """Of the last checkpoint; None: a learner begins anew."""
+    _failure: Exception | None = None
+    """What the samplers ended the run with during an update, which comes to its end all the same."""
     _since_saved: list[list[Group]] = field(default_factory=list)
     """The batches of the updates since then: a new learner does them again, so that a death of the old one costs time alone."""
 
@@ -231,6 +233,8 @@ class Orchestrator:
             self._since_saved.append(batch)
             now = time.perf_counter()
             self._account(metrics, waited, now - began)
+            if self._failure is not None:
+                raise self._failure
             began = now
             # An evaluation draws from the weights that it scores.
             if self._due(settings.publish_every) or self._due(evaluate_every):
@@ -259,9 +263,13 @@ class Orchestrator:
 
     def _update(self, batch: list[Group]) -> dict[str, float]:
         update = self.learner.update(batch)
-        while not update.done():
-            self._feed()
-            self._receive(update)
+        while not update.done() and self._failure is None:
+            try:
+                self._feed()
+                self._receive(update)
+            # The learner goes on: raised before it is counted, the checkpoint would have its weights under the step before.
+            except Exception as error:
+                self._failure = error
         return update.result()
 
     def _evaluate(self) -> None:

@@ -145,6 +145,12 @@ def test_weights_of_another_rank_are_refused(folder: Path) -> None:
     other = config().model_copy(update={"lora": parse({"task": {"kind": "random_number"}, "lora": {"rank": 2}}).lora})
     saved = Learner(other, folder, CONSTRAINTS, "base", list(range(10, 40))).save()
     with pytest.raises(CheckpointError, match=r"another lora section.*does not fit the policy"):
+        learner(folder).restore(saved, 0)
+
+
+def test_weights_of_another_step_are_refused(folder: Path) -> None:
+    saved = learner(folder).save()
+    with pytest.raises(CheckpointError, match="the checkpoint of step 1 has the weights of step 0"):
         learner(folder).restore(saved, 1)
 
 

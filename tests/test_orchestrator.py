@@ -191,6 +191,31 @@ def test_a_run_that_its_samplers_end_leaves_what_it_learned(tmp_path: Path, end:
     assert sorted(samplers.issued) == list(range(14, 24))
 
 
+def test_an_update_that_is_under_way_when_the_samplers_end_the_run_is_counted(tmp_path: Path) -> None:
+    updating = threading.Event()
+
+    def fate(request: Request) -> None:
+        if request.group_id >= 14:
+            updating.wait(10)
+            refusing(request)
+
+    def during_update() -> None:
+        if first.step == 6:
+            updating.set()
+            time.sleep(0.3)  # the loop hears of it
+
+    cfg, first = config(max_staleness=1), FakeLearner(during_update)
+    with pytest.raises(ValueError, match="reward is NaN"):
+        orchestrator(tmp_path, cfg, FakeSamplers(workers=1, fate=fate), first).train()
+    second, samplers = FakeLearner(), FakeSamplers()
+    again = orchestrator(tmp_path, cfg, samplers, second)
+    second.restore(again.restore(checkpoint.read_latest(tmp_path / "checkpoints")), again.counters.step)
+    assert again.counters.step == first.step == 7
+    assert second.weights == first.weights
+    again.train()
+    assert sorted(samplers.issued) == list(range(14, 24))
+
+
 def test_a_sampler_that_refuses_ends_the_run_with_its_own_error(tmp_path: Path) -> None:
     def fate(request: Request) -> None:
         raise ValueError("reward is NaN for prompt-1")
