@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actors import rewards
 from actors.sampler import Sampler
-from system.config import Config
+from system.config import Config, ConfigError
 from system.language_model import LanguageModel, decode, load_pretrained, load_tokenizer, resolve_device
 from system.models import locate
 from system.tasks.problem import Problem
@@ -34,18 +34,24 @@ def build_sampler(config: Config, problem: Problem, on_death: Callable[[], None]
     """Loads the engine, and the frozen model too if the reward needs one.
 
     Raises:
-        ConfigError: the model or the reward of the config cannot be had.
-        ValueError: vLLM cannot run the model with these settings.
+        ConfigError: the model or the reward of the config cannot be had, or vLLM cannot run the model with these settings.
     """
     folder = locate(config.model)
     tokenizer = load_tokenizer(folder)
     model = None
     if rewards.needs_language_model(config.task.reward):
-        device = resolve_device("auto" if config.actors.gpus else "cpu")
-        base = load_pretrained(folder, getattr(torch, config.sampler.reward_dtype), device)
+        # As the engine, it computes on the GPU that this process sees: Ray shows an actor those that are reserved for it.
+        base = load_pretrained(folder, getattr(torch, config.sampler.reward_dtype), resolve_device("auto"))
         model = LanguageModel(base, attention=config.learner.attention)
     reward = build_reward(config, problem, tokenizer, model)
-    return Sampler.build(
-        config, folder, problem.constraints, reward,
-        longest_prompt=problem.longest_prompt, tool=problem.tool, on_death=on_death,
-    )  # fmt: skip
+    try:
+        return Sampler.build(
+            config, folder, problem.constraints, reward,
+            longest_prompt=problem.longest_prompt, tool=problem.tool, on_death=on_death,
+        )  # fmt: skip
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(
+            f"model.path={config.model.path!r} cannot be run by vLLM with the settings of sampler: {error}"
+        ) from error

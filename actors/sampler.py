@@ -25,6 +25,7 @@ from system.adapters import Adapter, AdapterError
 from system.config import Config
 from system.constraints import Constraints
 from system.reward_error import RewardError
+from system.run_error import RunError
 from system.timeline import Timeline
 from system.tools import Tool
 from system.trajectory import Group, Prompt, Request, Trajectory
@@ -38,7 +39,7 @@ SHORTEST_CONTEXT = 128
 """Tokens that an engine holds at least, so that an adapter's canary fits."""
 
 
-class EngineDied(RuntimeError):
+class EngineDied(RunError):
     """The engine's thread ended by an error, or the sampler was closed: what was asked for will not come."""
 
 

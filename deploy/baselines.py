@@ -29,10 +29,10 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from actors.settings import alone, engine_environment  # noqa: E402
+from deploy.command import command  # noqa: E402
 from deploy.runs import adapter_file, find_run, load_adapter, make_folder  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
-from system.reward_error import RewardError  # noqa: E402
 from system.task_config import at_ends  # noqa: E402
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Baselines:
                 f"task.kind={config.task.kind}: its samples need a tool while they are drawn, which decoding without training "
                 "does not run; compare with loss.kind=mle or grpo, or with the base column of deploy/evaluate.py"
             )
-        self.device = resolve_device("auto" if config.actors.gpus else "cpu")
+        self.device = resolve_device("auto")
         self.base = load_pretrained(self.folder, getattr(torch, config.sampler.reward_dtype), self.device)
         frozen = LanguageModel(self.base)
         self.reward = build_reward(config, self.problem, self.tokenizer, frozen)
@@ -102,7 +102,7 @@ class Baselines:
             raise ConfigError(f"--run: its model is {run.model.path!r}, but the config's is {self.config.model.path!r}")
         dtype = getattr(torch, self.config.learner.dtype)
         policy = Policy(self.folder, run.lora, self.problem.constraints, dtype=dtype, device=self.device)
-        load_adapter(policy, path, run.model.path, run.lora.rank)
+        load_adapter(policy, path, run.model.path, run.lora)
         return policy.language_model.model.eval()
 
     def measure(self, method: str, samples: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -217,6 +217,7 @@ def run(config: Config, methods: list[str], samples: int, settings: dict[str, An
     return folder
 
 
+@command
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python deploy/baselines.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -235,19 +236,12 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     names = ("temperature", "top_p", "penalty", "oversample", "twist")
     settings = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    try:
-        if arguments.samples < 2:
-            raise ConfigError(f"--samples={arguments.samples}: one draw says nothing about the spread; take 2 at least")
-        config = config_file.load(arguments.config, arguments.overrides)
-        os.environ.update(engine_environment(alone(config).actors.threads, bool(config.actors.gpus)))
-        run_dir = find_run(arguments.run) if arguments.run else None
-        folder = run(config, arguments.methods.split(","), arguments.samples, settings, run_dir)
-    except ConfigError as error:
-        print(f"config error: {error}", file=sys.stderr)
-        return 2
-    except RewardError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if arguments.samples < 2:
+        raise ConfigError(f"--samples={arguments.samples}: one draw says nothing about the spread; take 2 at least")
+    config = config_file.load(arguments.config, arguments.overrides)
+    os.environ.update(engine_environment(alone(config).actors.threads, bool(config.actors.gpus)))
+    run_dir = find_run(arguments.run) if arguments.run else None
+    folder = run(config, arguments.methods.split(","), arguments.samples, settings, run_dir)
     print(folder)
     return 0
 

@@ -27,10 +27,11 @@ if str(ROOT) not in sys.path:
 import numpy as np  # noqa: E402
 
 from deploy.baselines import TUNED  # noqa: E402
+from deploy.command import command  # noqa: E402
 from deploy.runs import find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import ConfigError  # noqa: E402
-from system.journal import State, TrackingError  # noqa: E402
+from system.journal import State  # noqa: E402
 from system.mlflow_results import fetch  # noqa: E402
 from system.tracking import set_environment  # noqa: E402
 
@@ -75,7 +76,8 @@ def read(folder: Path) -> list[Entry]:
         ) from error
     if not found:
         raise ConfigError(
-            f"{folder} has no summary.json, heldout.json or baselines.json: the run did not end; --resume it first"
+            f"{folder} has no baselines.json, no heldout.json, and no summary.json of a run that came to its end: "
+            "--resume it first"
         )
     return [
         Entry(name, json.dumps([name, same], sort_keys=True), config.seed, {k: float(v) for k, v in metrics.items()})
@@ -96,7 +98,8 @@ def _results(folder: Path, run: str, config: dict[str, Any]) -> Iterator[tuple[s
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     summary, heldout, baselines = content("summary.json"), content("heldout.json"), content("baselines.json")
-    if "after" in summary:
+    # What a stopped run had learned is no repetition of what the others had in the end.
+    if "after" in summary and summary["finished"]:
         yield f"{run}: before", config, summary["before"]
         yield f"{run}: after", config, summary["after"]
     if heldout:
@@ -229,6 +232,7 @@ def mlflow_views(folders: Sequence[Path]) -> dict[str, dict[str, str]]:
     return {uri: save_views(uri, run_ids) for uri, run_ids in runs.items()}
 
 
+@command
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python deploy/compare.py", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or of baselines, or its name under runs/")
@@ -241,19 +245,17 @@ def main(argv: list[str]) -> int:
         "--mlflow", action="store_true", help="prints addresses of views in MLflow, and saves those views there"
     )
     arguments = parser.parse_args(argv)
-    try:
-        with tempfile.TemporaryDirectory() as fetched:
-            if arguments.tracking:
-                found = [path for name in arguments.runs for path in fetch(arguments.tracking, name, Path(fetched))]
-            else:
-                found = [find_run(name) for name in arguments.runs]
-            folders = list(dict.fromkeys(found))
-            table = rows([entry for folder in folders for entry in read(folder)])
-            metrics = metrics_of(table, arguments.metric)
-            views = mlflow_views(folders) if arguments.mlflow else {}
-    except (ConfigError, TrackingError) as error:
-        print(f"config error: {error}", file=sys.stderr)
-        return 2
+    if arguments.plots and arguments.plots.is_file():
+        raise ConfigError(f"--plots {str(arguments.plots)!r} is a file; name a folder")
+    with tempfile.TemporaryDirectory() as fetched:
+        if arguments.tracking:
+            found = [path for name in arguments.runs for path in fetch(arguments.tracking, name, Path(fetched))]
+        else:
+            found = [find_run(name) for name in arguments.runs]
+        folders = list(dict.fromkeys(found))
+        table = rows([entry for folder in folders for entry in read(folder)])
+        metrics = metrics_of(table, arguments.metric)
+        views = mlflow_views(folders) if arguments.mlflow else {}
     print(markdown(table, metrics))
     for path in plots(arguments.plots, table, metrics) if arguments.plots else []:
         print(path, file=sys.stderr)

@@ -22,19 +22,19 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from actors.settings import alone, engine_environment  # noqa: E402
+from deploy.command import command  # noqa: E402
 from deploy.runs import adapter_file, check_output, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 from system.journal import TrackingError  # noqa: E402
-from system.reward_error import RewardError  # noqa: E402
-from system.run_error import RunError  # noqa: E402
+from system.whole_file import replace_text  # noqa: E402
 
 if TYPE_CHECKING:
     from deploy.local import Local
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("headwater")
 
 WHICH = ("base", "adapter")
+HELDOUT = "heldout.json"
 ROUND = 1_000_003
 """Of the draws: no training evaluation has this number, so no seed is used twice."""
 
@@ -110,6 +111,7 @@ def _upper_bound(problem: Problem, local: Local, result: Evaluation) -> dict[str
     }
 
 
+@command
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python deploy/evaluate.py", description=__doc__)
     parser.add_argument("run", help="folder of a run, or its name under runs/")
@@ -119,21 +121,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", choices=WHICH, help="instead of both")
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    try:
-        if arguments.samples < 2:
-            raise ConfigError(f"--samples={arguments.samples}: one draw says nothing about the spread; take 2 at least")
-        if arguments.samples_file:
-            check_output("--samples-file", arguments.samples_file)
-        run_dir = find_run(arguments.run)
-        config = alone(config_file.load(run_dir / "config.yaml", arguments.overrides))
-        os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
-        results = evaluate(config, run_dir, arguments.samples, arguments.only)
-    except ConfigError as error:
-        print(f"config error: {error}", file=sys.stderr)
-        return 2
-    except (RunError, RewardError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if arguments.samples < 2:
+        raise ConfigError(f"--samples={arguments.samples}: one draw says nothing about the spread; take 2 at least")
+    if arguments.samples_file:
+        check_output("--samples-file", arguments.samples_file)
+    run_dir = find_run(arguments.run)
+    config = alone(config_file.load(run_dir / "config.yaml", arguments.overrides))
+    os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
+    how = {"overrides": arguments.overrides, "samples": arguments.samples}
+    earlier = _earlier(run_dir / HELDOUT, how)
+    results = evaluate(config, run_dir, arguments.samples, arguments.only)
     if "adapter" in results and (rows := results["adapter"].samples):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (arguments.samples_file or run_dir / "heldout_samples.jsonl").write_text(lines, encoding="utf-8")
@@ -141,10 +138,10 @@ def main(argv: list[str]) -> int:
 
     prefixes = {"base": "heldout/base/", "adapter": "heldout/"}
     metrics = {prefixes[which] + name: value for which, result in results.items() for name, value in result.metrics.items()}
-    _keep(run_dir, metrics, arguments.overrides, arguments.samples)
+    replace_text(run_dir / HELDOUT, json.dumps(how | {"metrics": earlier | metrics}, indent=2))
     print(table({which: result.metrics for which, result in results.items()}))
     print(json.dumps(metrics), flush=True)
-    files = [run_dir / "heldout.json"]
+    files = [run_dir / HELDOUT]
     if all(which in results and results[which].samples for which in WHICH):
         files.append(posterior_plot(run_dir / "heldout.png", results["base"], results["adapter"]))
     try:
@@ -155,13 +152,19 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _keep(run_dir: Path, metrics: dict[str, float], overrides: list[str], samples: int) -> None:
-    """In RUN/heldout.json, beside those of the other model where these were found in the same way."""
-    path, how = run_dir / "heldout.json", {"overrides": overrides, "samples": samples}
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if {name: known.get(name) for name in how} == how:
-        metrics = known["metrics"] | metrics
-    path.write_text(json.dumps(how | {"metrics": metrics}, indent=2), encoding="utf-8")
+def _earlier(path: Path, how: dict[str, Any]) -> dict[str, float]:
+    """The metrics that are there already, such as the other model's, if they were found in the same way.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return known["metrics"] if {name: known[name] for name in how} == how else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged: {type(error).__name__}: {error}; remove it") from error
 
 
 def _track(run_dir: Path, metrics: dict[str, float], files: list[Path]) -> None:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from deploy.command import command  # noqa: E402
 from deploy.runs import adapter_file, adapter_tensors, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
@@ -65,19 +66,16 @@ def merge(config: Config, adapter: Path, folder: Path) -> Path:
     return folder
 
 
+@command
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python deploy/export.py", description=__doc__)
     parser.add_argument("run", help="folder of a run, or its name under runs/")
     parser.add_argument("--merge", metavar="FOLDER", type=Path, required=True, help="where base + adapter is written")
     arguments = parser.parse_args(argv)
-    try:
-        run_dir = find_run(arguments.run)
-        adapter = adapter_file(run_dir)
-        config = config_file.load(run_dir / "config.yaml", [])
-        print(merge(config, adapter, arguments.merge.absolute()))
-    except ConfigError as error:
-        print(f"config error: {error}", file=sys.stderr)
-        return 2
+    run_dir = find_run(arguments.run)
+    adapter = adapter_file(run_dir)
+    config = config_file.load(run_dir / "config.yaml", [])
+    print(merge(config, adapter, arguments.merge.absolute()))
     return 0
 
 

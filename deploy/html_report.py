@@ -22,6 +22,7 @@ if str(ROOT) not in sys.path:
 from jinja2 import Environment, FileSystemLoader, StrictUndefined  # noqa: E402
 
 from deploy.charts import Chart, data_uri, draw  # noqa: E402
+from deploy.command import command  # noqa: E402
 from deploy.report import shown  # noqa: E402
 from deploy.runs import find_run  # noqa: E402
 from system import config_file, evaluation, journal  # noqa: E402
@@ -233,16 +234,13 @@ def write(run_dir: Path, output: Path | None = None) -> Path:
     return path
 
 
+@command
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python deploy/html_report.py", description=__doc__)
     parser.add_argument("run", help="folder of a run, or its name under runs/")
     parser.add_argument("--output", metavar="FILE", type=Path, help="instead of RUN/report.html")
     arguments = parser.parse_args(argv)
-    try:
-        print(write(find_run(arguments.run), arguments.output))
-    except ConfigError as error:
-        print(f"config error: {error}", file=sys.stderr)
-        return 2
+    print(write(find_run(arguments.run), arguments.output))
     return 0
 
 

@@ -22,13 +22,12 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # `python deploy/job.py` puts deploy/ on the path, not the root
     sys.path.insert(0, str(ROOT))
 
+from deploy.command import command, plain  # noqa: E402
 from deploy.runs import find_run, make_folder, starting_weights  # noqa: E402
 from deploy.stop import Stop  # noqa: E402
 from system import config_file  # noqa: E402
 from system.checkpoint import CheckpointError  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
-from system.journal import TrackingError  # noqa: E402
-from system.reward_error import RewardError  # noqa: E402
 from system.run_error import RunError  # noqa: E402
 from system.whole_file import replace_text  # noqa: E402
 
@@ -77,7 +76,7 @@ class Job:
     def __init__(self, config: Config, run_dir: Path, resume: bool, from_step: int | None = None) -> None:
         from system.tracking import resolve_uri
 
-        # What the folder keeps must mean the same from any working directory; and a password in it is refused.
+        # What the folder keeps of the server means the same from any working directory; and a password in it is refused.
         tracking = config.tracking.model_copy(update={"uri": resolve_uri(config.tracking.uri)})
         self.config = config.model_copy(update={"tracking": tracking})
         self.run_dir, self.resume, self.from_step = run_dir, resume, from_step
@@ -93,7 +92,7 @@ class Job:
         from deploy.ray_metrics import RayMetrics
         from deploy.remote import RayLearner, wait_until_ready
         from system import checkpoint
-        from system.orchestrator import Orchestrator
+        from system.orchestrator import Orchestrator, is_of_task
         from system.requests import Requests
         from system.tracking import Tracker
 
@@ -103,16 +102,17 @@ class Job:
         self.tokenizer, self.problem = prepared.tokenizer, prepared.problem
         start = starting_weights(config) if config.lora.start and not files else None
         make_folder(config, self.run_dir)
-        self.tracker = Tracker(self.run_dir, config, resume=self.resume)
-        if not self.resume:
-            self._keep_config()
-        self.progress, self.standing = show(), Standing(self.run_dir.name, config.learner.steps)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-        # Each of them, also where one more signal cuts the one before short.
+        # Each of its steps is taken, also where one more signal cuts the one before short.
         ending = contextlib.ExitStack()
-        ending.callback(ray_cluster.disconnect)
-        ending.callback(lambda: self.tracker.close(status))
         try:
+            ending.callback(ray_cluster.disconnect)
+            self.tracker = Tracker(self.run_dir, config, resume=self.resume)
+            ending.callback(lambda: self.tracker.close(status))
+            if not self.resume:
+                self._keep_config()
+            self.progress, self.standing = show(), Standing(self.run_dir.name, config.learner.steps)
+            ending.callback(self.progress.close)
             ray_cluster.connect(config)
             self.ray_metrics = RayMetrics(self.run_dir.name)
             sampler, longest = config.sampler, self.problem.constraints.max_tokens
@@ -123,17 +123,20 @@ class Job:
             self.samplers = RaySamplers(config, self.problem, lambda: self.learner.node)
             ending.callback(self.samplers.close)
             self.learner.room = self.samplers.room
-            self.observer = Observer((self.learner, self.samplers), self.tracker, config.tracking.system_metrics_seconds)
+            self.observer = Observer(
+                (self.learner, self.samplers), self.tracker, config.tracking.system_metrics_seconds, self.run_dir
+            )
             self._describe_run()
             wait_until_ready(self.learner, self.samplers)
-            requests, samplers, replay = self._sources(lambda: loop.counters.version, buffered=bool(files))
+            same_task = bool(files) and is_of_task(files, config)
+            requests, samplers, replay = self._sources(lambda: loop.counters.version, buffered=same_task)
             loop = Orchestrator(
                 config, requests, samplers, self.learner, replay, self.tracker,
                 self.run_dir / "checkpoints", on_step=self._on_step, evaluate=self._evaluate, should_stop=self.stop,
             )  # fmt: skip
             if files:
                 self.learner.restore(loop.restore(files), loop.counters.step)
-                self._restore_evaluations(loop.counters.step)
+                self._restore_evaluations(loop.counters.step, same_task)
                 # Not before: with settings that are refused here, the run could not be resumed again.
                 self._keep_config()
             elif start is not None:
@@ -152,7 +155,6 @@ class Job:
             status = "KILLED"
             raise
         finally:
-            self.progress.close()
             ending.close()
 
     def _keep_config(self) -> None:
@@ -167,7 +169,7 @@ class Job:
         except CheckpointError as error:
             raise ConfigError(
                 f"lora.start={self.config.lora.start!r} is not of this model with lora.rank={self.config.lora.rank} and "
-                f"lora.targets={self.config.lora.targets}: {_plain(error)}"
+                f"lora.targets={self.config.lora.targets}: {plain(error)}"
             ) from error
 
     def _sources(self, version: Callable[[], int], *, buffered: bool) -> tuple[Requests, Pool, Replay]:
@@ -267,9 +269,13 @@ class Job:
             judge=evaluation.judge(self.problem, lambda tokens: decode(self.tokenizer, tokens), self.samplers),
         )  # fmt: skip
 
-    def _restore_evaluations(self, step: int) -> None:
+    def _restore_evaluations(self, step: int, same_task: bool) -> None:
         from system import evaluation
 
+        folder = self.run_dir / "evaluations"
+        if not same_task and folder.is_dir():
+            # They stay, where no later resume takes them for this task's.
+            folder.rename(f"{folder}-of-another-task-to-step-{step}")
         self.evaluations = [(at, result) for at, result in evaluation.read(self.run_dir / "evaluations") if at <= step]
 
     # ---------------------------------------------------------------------------------------------- at the end
@@ -312,18 +318,13 @@ class Job:
         return idle
 
 
-def _plain(error: Exception) -> Exception:
-    """Without the actor's traceback, which an error of an actor has in its message."""
-    return getattr(error, "cause", error)
-
-
 @contextlib.contextmanager
 def _disk_faults_named(run_dir: Path) -> Iterator[None]:
     """The border for what a run writes. The kernel says of a write that fails neither the file nor what to do about it."""
     try:
         yield
     except OSError as error:
-        cause: Any = _plain(error)
+        cause: Any = plain(error)
         if cause.errno not in DISK_FAULTS:
             raise
         kept = any((run_dir / "checkpoints").glob("step-*"))
@@ -333,30 +334,24 @@ def _disk_faults_named(run_dir: Path) -> Iterator[None]:
         ) from error
 
 
+@command
 def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    config, run_dir, arguments = parse_arguments(argv)
+    for warning in config.warnings():
+        logger.warning(warning)
+    if arguments.dry_run:
+        print(config_file.dump(config), end="")
+        return 0
+    job = Job(config, run_dir, bool(arguments.resume), arguments.from_step)
+    job.stop.hear()
     try:
-        config, run_dir, arguments = parse_arguments(argv)
-        for warning in config.warnings():
-            logger.warning(warning)
-        if arguments.dry_run:
-            print(config_file.dump(config), end="")
-            return 0
-        job = Job(config, run_dir, bool(arguments.resume), arguments.from_step)
-        job.stop.hear()
         with _disk_faults_named(run_dir):
             summary = job.run()
     except KeyboardInterrupt:
         print("stopped at once; what the run's last checkpoint has can be resumed", file=sys.stderr)
         return STOPPED
-    except ConfigError as error:
-        print(f"config error: {_plain(error)}", file=sys.stderr)
-        return 2
-    # A reward's error of a sample is counted; this one is of a demonstration. A FloatingPointError is a loss without a value.
-    except (RunError, CheckpointError, TrackingError, RewardError, FloatingPointError) as error:
-        print(f"error: {_plain(error)}", file=sys.stderr)
-        return 1
     print(json.dumps(summary))
     return 0 if summary["finished"] else STOPPED
 

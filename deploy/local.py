@@ -43,7 +43,7 @@ class Local:
             ConfigError: the adapter is of another model or rank.
         """
         if adapter is not None:
-            load_adapter(self.learner.policy, adapter, self.config.model.path, self.config.lora.rank)
+            load_adapter(self.learner.policy, adapter, self.config.model.path, self.config.lora)
         self.publish(self.learner.adapter(0 if self.adapter is None else self.adapter.version + 1))
 
     def publish(self, adapter: Adapter) -> None:

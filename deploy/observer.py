@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import ray
@@ -30,8 +31,9 @@ class Observed(Protocol):
 
 
 class Observer:
-    def __init__(self, actors: Sequence[Observed], tracker: Tracker, seconds: float) -> None:
-        """Asks `actors` every so many seconds, and gives `tracker` the statistics."""
+    def __init__(self, actors: Sequence[Observed], tracker: Tracker, seconds: float, folder: Path = Path()) -> None:
+        """Asks `actors` every so many seconds, and gives `tracker` the statistics. The driver writes to `folder`."""
+        self._folder = folder
         self._actors, self._tracker, self._seconds = actors, tracker, seconds
         self._pending: dict[tuple[str, str], Any] = {}
         self._asked = 0.0
@@ -44,7 +46,7 @@ class Observer:
         """Asks if it is time, and takes what has come back."""
         if time.perf_counter() - self._asked > self._seconds:
             self._asked = time.perf_counter()
-            self._tracker.system("driver", system_metrics(), step)
+            self._tracker.system("driver", system_metrics(self._folder), step)
             self._ask()
         for (kind, name), reference in list(self._pending.items()):
             if not ray.wait([reference], timeout=0)[0]:

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from deploy.command import command  # noqa: E402
 from deploy.runs import find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
@@ -277,6 +278,7 @@ def advice(plans: Sequence[Plan], driver_seconds: float) -> str:
     )
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m deploy.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -292,17 +294,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--samplers", default="1,2,4,8,16,32", help="numbers to try")
     parser.add_argument("--cores", type=float, default=math.inf, help="cores that all actors share")
     arguments = parser.parse_intermixed_args(argv)
-    try:
-        config = config_file.load(arguments.config, arguments.overrides)
-        counts = _counts(arguments.samplers)
-        if not arguments.cores > 0:
-            raise ConfigError(f"--cores={arguments.cores}: must be above 0; leave it out where everyone has cores of their own")
-        if not 0 < arguments.driver < math.inf:
-            raise ConfigError(f"--driver={arguments.driver}: must be above 0, in seconds")
-        durations = replace(_durations(arguments), driver=arguments.driver)
-    except ConfigError as error:
-        print(f"config error: {error}", file=sys.stderr)
-        return 2
+    config = config_file.load(arguments.config, arguments.overrides)
+    counts = _counts(arguments.samplers)
+    if not arguments.cores > 0:
+        raise ConfigError(f"--cores={arguments.cores}: must be above 0; leave it out where everyone has cores of their own")
+    if not 0 < arguments.driver < math.inf:
+        raise ConfigError(f"--driver={arguments.driver}: must be above 0, in seconds")
+    durations = replace(_durations(arguments), driver=arguments.driver)
     print(f"seconds of work: {durations}")
     plans = [simulate(config, durations, count, arguments.cores) for count in counts]
     print(table(plans, config.sampler.samples_per_prompt))

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from system.config import Config, ConfigError
+from system.config import Config, ConfigError, Lora
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,13 +59,33 @@ def adapter_tensors(path: Path, model: str) -> dict[str, np.ndarray]:
         raise ConfigError(str(error)) from error
 
 
-def load_adapter(policy: Policy, path: Path, model: str, rank: int) -> None:
-    """Raises ConfigError if the adapter is damaged, or not of `model` and `rank`, the policy's own."""
+def load_adapter(policy: Policy, path: Path, model: str, lora: Lora) -> None:
+    """`model` and `lora` are those of the policy. Raises ConfigError if the adapter is damaged, or of others."""
     tensors = adapter_tensors(path, model)
     try:
         policy.load_adapter(tensors)
-    except ValueError as error:
-        raise ConfigError(f"{path} does not fit lora.rank={rank}: {error}") from error
+        _check_scale(path.parent, lora)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} does not fit lora.rank={lora.rank}: {error}") from error
+
+
+def _check_scale(folder: Path, lora: Lora) -> None:
+    """That an adapter's updates count as much there as here: with another scale the same weights are another policy.
+
+    Raises:
+        ValueError, OSError: its adapter_config.json cannot be read, is of no plain LoRA, or has another scale.
+    """
+    from system.adapters import AdapterError, scale_of
+
+    try:
+        scale = scale_of(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
+    except (AdapterError, KeyError, TypeError) as error:
+        raise ValueError(f"adapter_config.json: {error}") from error
+    if not math.isclose(scale, lora.alpha / lora.rank):
+        raise ValueError(
+            f"its updates are scaled by lora_alpha / r = {scale:g}, the policy's by lora.alpha / lora.rank = {lora.alpha:g} / "
+            f"{lora.rank}; set lora.alpha={scale * lora.rank:g}"
+        )
 
 
 def starting_weights(config: Config) -> np.ndarray:
@@ -78,9 +98,9 @@ def starting_weights(config: Config) -> np.ndarray:
     import safetensors
     import safetensors.numpy
 
-    from system.adapters import MANIFEST, WEIGHTS, AdapterError, read_folder, scale_of
+    from system.adapters import MANIFEST, WEIGHTS, AdapterError, read_folder
 
-    start, lora = config.lora.start, config.lora
+    start = config.lora.start
     assert start is not None
     places = [Path(root) / start / name for root in (".", "runs") for name in ("adapter", ".")]
     folder = next((folder for folder in places if (folder / WEIGHTS).is_file()), None)
@@ -90,14 +110,9 @@ def starting_weights(config: Config) -> np.ndarray:
         # A PEFT folder that another program wrote says nothing by which its bytes and its base could be known.
         own = (folder / MANIFEST).is_file()
         tensors = read_folder(folder, config.model.path) if own else safetensors.numpy.load_file(folder / WEIGHTS)
-        scale = scale_of(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
+        _check_scale(folder, config.lora)
     except safetensors.SafetensorError as error:
         raise ConfigError(f"lora.start={start!r}: {folder / WEIGHTS} is damaged: {error}") from error
-    except (AdapterError, OSError, ValueError, KeyError, TypeError) as error:
+    except (AdapterError, OSError, ValueError) as error:
         raise ConfigError(f"lora.start={start!r}: {error}") from error
-    if not math.isclose(scale, lora.alpha / lora.rank):
-        raise ConfigError(
-            f"lora.start={start!r}: its updates are scaled by lora_alpha / r = {scale:g}, this run's by lora.alpha / lora.rank "
-            f"= {lora.alpha:g} / {lora.rank}; set lora.alpha={scale * lora.rank:g}"
-        )
     return np.frombuffer(safetensors.numpy.save({f"adapter/{name}": tensor for name, tensor in tensors.items()}), np.uint8)

@@ -33,6 +33,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from actors.settings import alone, engine_environment  # noqa: E402
+from deploy.command import command  # noqa: E402
 from deploy.runs import adapter_file, check_output, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
@@ -149,6 +150,7 @@ def run(config: Config, adapter: Path, samples: int, seed: int, output: Path | N
     print(f"{len(local.problem.prompts)} prompts, {samples} samples each, in {output}")
 
 
+@command
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python deploy/sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -163,27 +165,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="another one gives other draws (0)")
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    try:
-        if arguments.samples < 1:
-            raise ConfigError(f"--samples={arguments.samples}: draw at least one")
-        if arguments.seed < 0:
-            raise ConfigError(f"--seed={arguments.seed}: seeds are from 0 on")
-        if arguments.output:
-            check_output("--output", arguments.output)
-        run_dir = find_run(arguments.run)
-        adapter = adapter_file(run_dir)
-        config = config_file.load(run_dir / "config.yaml", arguments.overrides)
-        with tempfile.TemporaryDirectory(prefix="headwater-prompt-") as folder:
-            path = arguments.input
-            if arguments.prompt is not None:
-                path = Path(folder) / "prompt.jsonl"
-                path.write_text(json.dumps(record_of(config, arguments.prompt)) + "\n", encoding="utf-8")
-            config = alone(with_prompts(config, path) if path else config)
-            os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
-            run(config, adapter, arguments.samples, arguments.seed, arguments.output)
-    except ConfigError as error:
-        print(f"config error: {error}", file=sys.stderr)
-        return 2
+    if arguments.samples < 1:
+        raise ConfigError(f"--samples={arguments.samples}: draw at least one")
+    if arguments.seed < 0:
+        raise ConfigError(f"--seed={arguments.seed}: seeds are from 0 on")
+    if arguments.output:
+        check_output("--output", arguments.output)
+    run_dir = find_run(arguments.run)
+    adapter = adapter_file(run_dir)
+    config = config_file.load(run_dir / "config.yaml", arguments.overrides)
+    with tempfile.TemporaryDirectory(prefix="headwater-prompt-") as folder:
+        path = arguments.input
+        if arguments.prompt is not None:
+            path = Path(folder) / "prompt.jsonl"
+            path.write_text(json.dumps(record_of(config, arguments.prompt)) + "\n", encoding="utf-8")
+        config = alone(with_prompts(config, path) if path else config)
+        os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
+        run(config, adapter, arguments.samples, arguments.seed, arguments.output)
     return 0
 
 

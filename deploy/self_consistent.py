@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from deploy.command import command  # noqa: E402
 from deploy.runs import check_output  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
@@ -115,6 +116,7 @@ def _tell(
     return [(middle, after) for middle, after in told if after is not None and len(after) == ending]
 
 
+@command
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python deploy/self_consistent.py", description=__doc__)
     parser.add_argument("config", help="a config of the task infilling")
@@ -125,19 +127,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    try:
-        if arguments.per_story < 1:
-            raise ConfigError(f"--per-story={arguments.per_story}: tell at least one story for each beginning")
-        if arguments.ending < 1:
-            raise ConfigError(f"--ending={arguments.ending}: Y has at least one token")
-        check_output("OUTPUT", arguments.output)
-        config = config_file.load(arguments.config, arguments.overrides)
-        if config.task.kind != "infilling":
-            raise ConfigError(f"task.kind={config.task.kind}: stories are of the task infilling; name a config of that")
-        stories = draw(config, arguments.per_story, arguments.ending, arguments.seed)
-    except ConfigError as error:
-        print(f"config error: {error}", file=sys.stderr)
-        return 2
+    if arguments.per_story < 1:
+        raise ConfigError(f"--per-story={arguments.per_story}: tell at least one story for each beginning")
+    if arguments.ending < 1:
+        raise ConfigError(f"--ending={arguments.ending}: Y has at least one token")
+    check_output("OUTPUT", arguments.output)
+    config = config_file.load(arguments.config, arguments.overrides)
+    if config.task.kind != "infilling":
+        raise ConfigError(f"task.kind={config.task.kind}: stories are of the task infilling; name a config of that")
+    stories = draw(config, arguments.per_story, arguments.ending, arguments.seed)
     arguments.output.write_text("".join(json.dumps(story) + "\n" for story in stories), encoding="utf-8")
     print(f"{len(stories)} stories in {arguments.output}")
     return 0

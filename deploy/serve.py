@@ -29,6 +29,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from actors.settings import BLOCK, LORA_RANKS, engine_environment  # noqa: E402
+from deploy.command import command  # noqa: E402
 from deploy.runs import adapter_file, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
@@ -38,7 +39,7 @@ STOP_SECONDS = 20.0
 POLL_SECONDS = 0.5
 
 
-def command(config: Config, run_dir: Path, host: str, port: int, *, gpu: bool) -> list[str]:
+def command_line(config: Config, run_dir: Path, host: str, port: int, *, gpu: bool) -> list[str]:
     """vLLM's server for a run. Raises ConfigError if the run has no adapter or its model cannot be had."""
     from system.models import context_length, locate
 
@@ -136,6 +137,7 @@ class Server:
         self._process.wait()
 
 
+@command
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python deploy/serve.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -145,18 +147,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_intermixed_args(argv)
-    try:
-        run_dir = find_run(arguments.run)
-        adapter_file(run_dir)
-        config = config_file.load(run_dir / "config.yaml", arguments.overrides)
-        check_port(arguments.host, arguments.port)
-        import torch
+    run_dir = find_run(arguments.run)
+    adapter_file(run_dir)
+    config = config_file.load(run_dir / "config.yaml", arguments.overrides)
+    check_port(arguments.host, arguments.port)
+    import torch
 
-        gpu = torch.cuda.is_available()
-        line = command(config, run_dir, arguments.host, arguments.port, gpu=gpu)
-    except ConfigError as error:
-        print(f"config error: {error}", file=sys.stderr)
-        return 2
+    gpu = torch.cuda.is_available()
+    line = command_line(config, run_dir, arguments.host, arguments.port, gpu=gpu)
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(arguments.host, arguments.host)
     with closing(Server(line, environment(config, gpu=gpu), f"http://{host}:{arguments.port}")) as server:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from deploy.command import command  # noqa: E402
 from deploy.job import STOPPED  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import ConfigError  # noqa: E402
@@ -89,18 +90,15 @@ class Jobs:
         return None if stopped else code == 0
 
 
+@command
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python deploy/sweep.py", description=__doc__)
     parser.add_argument("config", help="a YAML file, such as deploy/configs/random_number.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every run")
     parser.add_argument("--over", action="append", required=True, metavar="key=value,value", help="a run for each value")
     arguments = parser.parse_intermixed_args(argv)
-    try:
-        runs = list(combinations(arguments.over))
-        configs = [config_file.load(arguments.config, [*arguments.overrides, *run]) for run in runs]
-    except ConfigError as error:
-        print(f"config error: {error}", file=sys.stderr)
-        return 2
+    runs = list(combinations(arguments.over))
+    configs = [config_file.load(arguments.config, [*arguments.overrides, *run]) for run in runs]
     sweep = configs[0].tracking.sweep or f"{configs[0].name}-sweep-{time.strftime('%Y%m%d-%H%M%S')}"
     failed, jobs = [], Jobs()
     with jobs.hearing():

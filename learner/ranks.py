@@ -47,10 +47,6 @@ class Ranks:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         return cls(rank, size, device, in_lockstep=in_lockstep)
 
-    def leave(self) -> None:
-        if self.size > 1:
-            dist.destroy_process_group()
-
     # ------------------------------------------------------------------------------------------------- the work
 
     def rows(self, lengths_G: Sequence[int], budget: int) -> list[list[int]]:

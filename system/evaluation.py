@@ -18,6 +18,7 @@ from system.demonstrations import Rewards
 from system.orchestrator import Samplers, asked
 from system.posterior import Bounds, Exact, mean_metrics
 from system.requests import Requests
+from system.reward_error import RewardError
 from system.run_error import RunError
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt, Trajectory
@@ -115,8 +116,14 @@ def judge(
         if diversity is not None:
             result["diversity"] = diversity(texts)
         if others := problem.alternatives.get(group.prompt.id):
-            # Its own evidence comes last: `preferred` gives a tie to what comes first, and a tie is not right.
-            result |= tally(preferred(log_reward_EK(group, others, rewards)), truth=len(others))
+            try:
+                log_rewards = log_reward_EK(group, others, rewards)
+            # As in training, where the samples are left out: here it is the prompt's vote.
+            except RewardError as error:
+                logger.warning("evaluation: %s has no vote, as its samples have no reward: %s", group.prompt.id, error)
+            else:
+                # Its own evidence comes last: `preferred` gives a tie to what comes first, and a tie is not right.
+                result |= tally(preferred(log_rewards), truth=len(others))
         return result
 
     return verdict

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from system.run_error import RunError
 from system.whole_file import replace_text
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ BATCH = 1000
 _LANE = dict.fromkeys(("params", "tags", "metrics", "dataset", "status"), "records") | {"artifact": "files", "model": "files"}
 
 
-class TrackingError(RuntimeError):
+class TrackingError(RunError):
     """A run folder that cannot be tracked or replayed. The message says why and what to do."""
 
 

@@ -37,18 +37,22 @@ POLL_SECONDS = 0.5
 """Longest time between two looks at a request to stop."""
 
 
-class SamplerDied(RuntimeError):
+class SamplerDied(RunError):
     """SamplerDied(cause, name): the sampler that worked on a request is gone, and the pool is replacing it.
 
     The name is unique to that sampler, so that a death which costs several requests counts once.
     """
+
+    def __str__(self) -> str:
+        cause, name = self.args
+        return f"{name} is gone: {cause}"
 
 
 class SamplerLeft(SamplerDied):
     """SamplerLeft(cause, name): the pool itself ended the sampler, so that it counts for no death."""
 
 
-class LearnerDied(RuntimeError):
+class LearnerDied(RunError):
     """The learner's process is gone, with the updates since the last checkpoint. Handles raise it from any call."""
 
 
@@ -163,7 +167,7 @@ class Orchestrator:
     tracker: Tracker
     checkpoints: Path
     on_step: Callable[[Orchestrator, dict[str, float], list[Group]], None] = lambda loop, metrics, fresh: None
-    """Called after each update, with its metrics and the fresh groups it used: progress, tables, evaluations."""
+    """Called after each update, with its metrics and the fresh groups it used: progress and tables."""
     evaluate: Callable[[Orchestrator], None] = lambda loop: None
     """Called before the first update, every evaluate_every updates and after the last; the learner's weights are published,
     and what was learned is in a checkpoint."""
@@ -187,6 +191,8 @@ class Orchestrator:
     _learner_is_lost: bool = False
     _saved_step: int | None = None
     """Of the last checkpoint; None: a learner begins anew."""
+    _new_task: bool = False
+    """The checkpoint that the run comes from is of another task, of which the learner has never been evaluated."""
     _failure: Exception | None = None
     """What the samplers ended the run with during an update, which comes to its end all the same."""
     _since_saved: list[list[Group]] = field(default_factory=list)
@@ -212,7 +218,7 @@ class Orchestrator:
         self._deaths_before = self.counters.deaths - self.samplers.deaths
         self.publish()
         # Before the first update, and of a run that was cut off between a checkpoint and an evaluation.
-        if self._due(evaluate_every):
+        if self._due(evaluate_every) or self._new_task:
             self._evaluate()
         began = time.perf_counter()
         while self.counters.step < settings.steps and not self.should_stop():
@@ -359,7 +365,8 @@ class Orchestrator:
         awaited: list[Future[Any]] = [*self._in_flight, *([update] if update else [])]
         done, _ = wait(awaited, POLL_SECONDS, FIRST_COMPLETED)
         self.counters.deaths = self._deaths_before + self.samplers.deaths
-        for future in done & self._in_flight.keys():
+        # Of those that came back together the one issued first: it is the stalest.
+        for future in [future for future in self._in_flight if future in done]:
             issued = self._in_flight.pop(future)
             try:
                 group = future.result()
@@ -396,7 +403,7 @@ class Orchestrator:
         """Tolerated on purpose: a lost sampler costs time, not groups. Its request is issued again under its number."""
         self.counters.reissued += 1
         cause, name = death.args
-        logger.warning("group %d is issued again: %s is gone: %s", issued.group_id, name, cause)
+        logger.warning("group %d is issued again: %s", issued.group_id, death)
         if isinstance(death, SamplerLeft) or name in self._dead:
             return
         self._dead.add(name)
@@ -500,13 +507,19 @@ class Orchestrator:
         state = json.loads(files["state.json"])
         self.counters = Counters(**state["counters"])
         self._reissue = deque(state["unused_groups"])
-        if state["task"] == self.config.task.model_dump(mode="json"):
+        self._new_task = not is_of_task(files, self.config)
+        if not self._new_task:
             self.replay.restore(safetensors.numpy.load(files["replay.safetensors"]), state["replay"])
         elif state["replay"]:
             # Of other prompts, lengths or rewards: nothing in it is true of this task.
             logger.warning("the task is another than that of the checkpoint: the replay buffer starts empty")
         self._saved_step, self._since_saved = self.counters.step, []
         return _learner_state(files)
+
+
+def is_of_task(files: dict[str, bytes], config: Config) -> bool:
+    """A checkpoint's samples and evaluations are of the task of `config`."""
+    return json.loads(files["state.json"])["task"] == config.task.model_dump(mode="json")
 
 
 def _learner_state(files: dict[str, bytes]) -> np.ndarray:

@@ -134,12 +134,6 @@ class Packed:
         return positions, np.broadcast_to(self.suffix, positions.shape)
 
 
-def visible(end_L: np.ndarray) -> np.ndarray:
-    """bool [L, L] (query, key): the attention pattern of a row. For tests and small rows; a device builds its own."""
-    at = np.arange(len(end_L))
-    return (at[None, :] <= at[:, None]) & (at[:, None] < end_L[None, :])
-
-
 def rows_by_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Indices of pieces packed into rows of at most `budget` tokens, longest first (first fit).
 

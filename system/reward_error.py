@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from system.run_error import RunError
+
 if TYPE_CHECKING:
     import numpy as np
 
 
-class RewardError(RuntimeError):
+class RewardError(RunError):
     """A reward gave nothing that can be learned from for some of a group. The message has the first one's prompt and text."""
 
     def __init__(self, faults: dict[int, str], log_reward_K: Sequence[np.ndarray]) -> None:

@@ -193,8 +193,9 @@ class Constrained(NextSentence):
             raise ValueError("keywords, pattern and predicate are all empty: set one of them, or use kind=continuation")
         try:
             re.compile(self.pattern or "")
-        except re.error as error:
-            raise ValueError(f"pattern={self.pattern!r} is no regular expression: {error}") from error
+        # The last two are how `re` says that a number in it, or its nesting, is too large.
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"pattern={self.pattern!r} is no regular expression that can be used: {error}") from error
         return self
 
 

@@ -256,8 +256,8 @@ def replay(run_dir: Path, uri: str | None = None) -> int:
         journal.close()
 
 
-def system_metrics() -> dict[str, float]:
-    """Of this process and its machine. Sizes in MiB. CPU in percent of all cores since this thread
+def system_metrics(folder: Path = Path()) -> dict[str, float]:
+    """Of this process, its machine, and the disk that has `folder`. Sizes in MiB. CPU in percent of all cores since this thread
     last asked, so 0 at first.
 
     GPU memory is there if this process already uses CUDA: asking must not create a CUDA context.
@@ -266,7 +266,7 @@ def system_metrics() -> dict[str, float]:
         "cpu_percent": psutil.cpu_percent(),
         "process_memory_mib": psutil.Process().memory_info().rss / _MIB,
         "memory_available_mib": psutil.virtual_memory().available / _MIB,
-        "disk_free_mib": psutil.disk_usage(".").free / _MIB,
+        "disk_free_mib": psutil.disk_usage(str(folder)).free / _MIB,
     }
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -47,10 +47,6 @@ class Behaviour:
     """(depth, token), by depth: the action at that depth is this one, and the stop is not drawn before the last of them."""
 
     @property
-    def on_policy(self) -> bool:
-        return self.temperature == 1.0 and self.epsilon == 0.0 and not self.planted
-
-    @property
     def open_from(self) -> int:
         """The depth from which the stop may be drawn, whatever the minimum length is."""
         return self.planted[-1][0] + 1 if self.planted else 0
@@ -79,7 +75,7 @@ class Trajectory:
     logp_T: np.ndarray
     """float32 [T + 1], nats: what each token, and last the stop, was drawn with. 0 where not an action or forced.
 
-    For diagnostics alone: the loss uses the learner's own log q."""
+    GFlowNet losses use the learner's own log q instead; the baselines' ratios are to this one."""
     stop: Stop
     behaviour: Behaviour = Behaviour()
 

@@ -29,7 +29,8 @@ def run(folder: Path, name: str, seed: int, bound: float, **other: Any) -> Path:
     cfg = config_file.parse({"name": name, "seed": seed, "task": {"kind": "continuation"}, "output_dir": str(path), **other})
     (path / "config.yaml").write_text(config_file.dump(cfg))
     before, after = ({"posterior/log_z_lower": value, "task/distinct": 1.0} for value in (-30.0, bound))
-    (path / "summary.json").write_text(json.dumps({"run": name, "seed": seed, "before": before, "after": after}))
+    summary = {"run": name, "seed": seed, "finished": True, "before": before, "after": after}
+    (path / "summary.json").write_text(json.dumps(summary))
     return path
 
 
@@ -120,6 +121,9 @@ def test_the_table_is_markdown_with_the_metrics_that_are_asked_for(tmp_path: Pat
         "| one: after | 1 | 1 |",
     ]
     assert (tmp_path / "plots" / "metrics.png").stat().st_size > 1000
+    (tmp_path / "file").touch()
+    assert compare.main([str(folder), "--plots", str(tmp_path / "file")]) == 2
+    assert "is a file; name a folder" in capsys.readouterr().err
     assert compare.main([str(folder), "--metric", "task/nothing"]) == 2
     assert "no run has it; there are posterior/log_z_lower, task/distinct" in capsys.readouterr().err
 
@@ -158,7 +162,11 @@ def test_runs_at_a_server_are_read_by_id_by_name_and_as_a_sweep(tmp_path: Path, 
 def test_a_run_that_did_not_end_is_named(tmp_path: Path) -> None:
     folder = run(tmp_path, "one", 0, -10.0)
     (folder / "summary.json").unlink()
-    with pytest.raises(ConfigError, match="the run did not end"):
+    with pytest.raises(ConfigError, match="--resume it first"):
+        compare.read(folder)
+    stopped = json.loads((run(tmp_path, "two", 0, -9.0) / "summary.json").read_text()) | {"finished": False}
+    (folder / "summary.json").write_text(json.dumps(stopped))
+    with pytest.raises(ConfigError, match=r"no summary\.json of a run that came to its end: --resume it first"):
         compare.read(folder)
     (folder / "summary.json").write_text("{")
     with pytest.raises(ConfigError, match="its results cannot be read"):

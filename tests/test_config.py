@@ -59,6 +59,8 @@ def refusal(tree: Any) -> str:
     ("field", "value", "fix"),
     [
         ("seed", -1, "greater than or equal to 0"),
+        ("seed", 2**32, "less than 4294967296"),
+        ("actors.gpus", 2, "less than or equal to 1"),
         ("name", "a/b", "pattern"),
         ("name", "../up", "pattern"),
         ("name", 7, "put it in quotes"),

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,7 +144,7 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
     assert {(row["prompt"], row["context"]) for row in rows} == {("line-1", "<s>caab")}
     assert all(0 < len(row["text"]) <= 3 and row["log_q"] < 0 and row["length"] == len(row["text"]) for row in rows)
     assert metrics["heldout/task/max_log_reward"] == pytest.approx(max(row["log_reward"] for row in rows))
-    assert ("heldout/task/diversity" in metrics) is diversity.available()
+    assert ("heldout/task/diversity" in metrics) is (find_spec(diversity.PACKAGE) is not None)
     assert (run / "heldout.png").read_bytes().startswith(b"\x89PNG")
     assert metrics["heldout/posterior/spread"] != metrics["heldout/base/posterior/spread"]
     for which in ("heldout", "heldout/base"):
@@ -169,6 +170,11 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
             assert json.loads((run / "heldout.json").read_text())["metrics"] == known
             assert ((run / "heldout_samples.jsonl").read_text() == before) is (which == "base")
             assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {name: 2.0}
+        heldout = (run / "heldout.json").read_text()
+        (run / "heldout.json").write_text(heldout[:-3])
+        assert evaluate.main(["one"]) == 2
+        assert "heldout.json is damaged" in capsys.readouterr().err
+        (run / "heldout.json").write_text(heldout)
     assert asked == ["base", "adapter"]
 
     weights.unlink()

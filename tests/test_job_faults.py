@@ -24,9 +24,10 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from deploy import job, stop
-from system import checkpoint, config_file
+from system import checkpoint, config_file, evaluation
 from system.adapters import AdapterError
 from system.journal import read
+from system.orchestrator import LearnerDied, SamplerDied
 from system.reward_error import RewardError
 from system.run_error import RunError
 from tests import tiny
@@ -397,6 +398,19 @@ def test_a_config_that_cannot_be_written_again_stays_as_it_was(tmp_path: Path) -
     assert (tmp_path / "config.yaml").read_text() == "as it was"
 
 
+def test_evaluations_of_another_task_are_put_aside_for_good(tmp_path: Path) -> None:
+    resumed = job.Job(config_file.load(ROOT / "deploy/configs/random_number.yaml"), tmp_path, resume=True)
+    for step in (0, 4):
+        evaluation.write(tmp_path / "evaluations", step, evaluation.Evaluation({"posterior/ess": 0.5}))
+    resumed._restore_evaluations(4, same_task=True)
+    assert [step for step, _ in resumed.evaluations] == [0, 4]
+    resumed._restore_evaluations(4, same_task=False)
+    assert resumed.evaluations == []
+    resumed._restore_evaluations(4, same_task=True)
+    assert resumed.evaluations == []
+    assert len(evaluation.read(tmp_path / "evaluations-of-another-task-to-step-4")) == 2
+
+
 def test_a_password_in_the_tracking_uri_is_refused_before_anything_is_written(runner: Runner) -> None:
     before = sorted(path.name for path in runner.folder.iterdir())
     job = runner.start("config.json", "tracking.uri=http://me:hw-secret-5e5e@127.0.0.1:9")
@@ -428,6 +442,8 @@ def test_a_resume_from_a_damaged_checkpoint_is_refused_with_the_one_before(runne
         (AdapterError("adapter 3 is not what the engine runs"), 1, "error: adapter 3 is not what the engine runs"),
         (FloatingPointError("update 7: loss nan"), 1, "error: update 7: loss nan"),
         (RunError("samplers died 4 times"), 1, "error: samplers died 4 times"),
+        (SamplerDied("killed", "sampler-3"), 1, "error: sampler-3 is gone: killed"),
+        (LearnerDied("no answer"), 1, "error: no answer"),
         (
             OSError(errno.EROFS, "Read-only file system", "a/b"),
             1,

@@ -207,7 +207,7 @@ def test_an_update_that_is_under_way_when_the_samplers_end_the_run_is_counted(tm
     cfg, first = config(max_staleness=1), FakeLearner(during_update)
     with pytest.raises(ValueError, match="reward is NaN"):
         orchestrator(tmp_path, cfg, FakeSamplers(workers=1, fate=fate), first).train()
-    second, samplers = FakeLearner(), FakeSamplers()
+    second, samplers = FakeLearner(), FakeSamplers(workers=1)
     again = orchestrator(tmp_path, cfg, samplers, second)
     second.restore(again.restore(checkpoint.read_latest(tmp_path / "checkpoints")), again.counters.step)
     assert again.counters.step == first.step == 7
@@ -569,6 +569,19 @@ def test_a_resume_with_another_task_starts_with_an_empty_buffer(tmp_path: Path, 
     other.restore(files)
     assert len(other.replay) == 0
     assert "another than that of the checkpoint: the replay buffer starts empty" in caplog.text
+
+
+def test_a_resume_with_another_task_begins_with_an_evaluation(tmp_path: Path) -> None:
+    orchestrator(tmp_path, config(steps=5), FakeSamplers(), FakeLearner()).train()
+    files = checkpoint.read_latest(tmp_path / "checkpoints")
+    for task, expected in ((config().task, [8, 9]), (config().task.model_copy(update={"high": 50}), [5, 8, 9])):
+        at: list[int] = []
+        cfg = config(steps=9, evaluate_every=4).model_copy(update={"task": task})
+        learner = FakeLearner()
+        loop = orchestrator(tmp_path, cfg, FakeSamplers(), learner, evaluate=lambda loop, at=at: at.append(loop.counters.step))
+        learner.restore(loop.restore(files), 5)
+        loop.train()
+        assert at == expected
 
 
 def test_what_is_asked_of_a_sampler_that_is_lost_is_asked_again(tmp_path: Path) -> None:

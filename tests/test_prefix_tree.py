@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from system.prefix_tree import Packed, PrefixTree, rows_by_budget, visible
+from system.prefix_tree import Packed, PrefixTree, rows_by_budget
 from system.trajectory import Trajectory
 
 
@@ -46,7 +46,8 @@ def test_a_packed_node_sees_the_context_and_its_own_path_alone(
 ) -> None:
     tree = PrefixTree.of([trajectory(s) for s in strings])
     packed = Packed.of(tree, list(range(20, 20 + context)), suffix)
-    seen = visible(packed.end_L)
+    at = np.arange(len(packed))
+    seen = (at <= at[:, None]) & (at[:, None] < packed.end_L)
     for nodes_T in tree.nodes_K:
         for node in nodes_T:
             at = packed.start_N[node]

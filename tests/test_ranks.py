@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor
@@ -151,7 +152,7 @@ def _rank(work: Callable[..., Any], rank: int, size: int, lockstep: bool, port: 
             store = reach_store("127.0.0.1", port.get(timeout=SECONDS), size)
         ranks = Ranks.join(rank, size, store, CPU, in_lockstep=lockstep)
         results.put((rank, work(ranks, *arguments)))
-        ranks.leave()
+        dist.destroy_process_group()
     except BaseException:
         results.put((rank, RuntimeError(traceback.format_exc())))
 

@@ -60,7 +60,7 @@ def test_the_on_policy_share_is_exact_and_the_others_explore(
     low, high = temperature
     exploration = Exploration(on_policy=share, epsilon=epsilon, temperature=(low, high))
     behaviours = stream(exploration=exploration, samples=samples).training(3).behaviours_K
-    exploring = [behaviour for behaviour in behaviours if not behaviour.on_policy]
+    exploring = [behaviour for behaviour in behaviours if behaviour != Behaviour()]
     assert len(behaviours) == samples
     assert len(exploring) == samples - round(share * samples)
     assert all(low <= behaviour.temperature <= high and behaviour.epsilon == epsilon for behaviour in exploring)
@@ -70,7 +70,7 @@ def test_with_a_horizon_the_exploring_share_falls_to_none_and_what_is_planted_wi
     prompts = [replace(prompt, hints=((4,),)) for prompt in PROMPTS]
     requests = Requests(prompts, 16, Exploration(on_policy=0.25, epsilon=0.1, planted=0.5, horizon=60), 0, 5)
     asked = {group_id: requests.training(group_id).behaviours_K for group_id in (0, 20, 40, 60, 1000)}
-    exploring = {group_id: sum(not b.on_policy for b in behaviours) for group_id, behaviours in asked.items()}
+    exploring = {group_id: sum(b != Behaviour() for b in behaviours) for group_id, behaviours in asked.items()}
     planted = {group_id: sum(bool(b.planted) for b in behaviours) for group_id, behaviours in asked.items()}
     assert exploring == {0: 12, 20: 8, 40: 4, 60: 0, 1000: 0}
     assert planted == {0: 6, 20: 4, 40: 2, 60: 0, 1000: 0}
@@ -93,7 +93,7 @@ def test_hints_are_planted_whole_in_places_of_their_own_into_the_wanted_share(
     exploration = Exploration(on_policy=0.5, epsilon=0.1, planted=0.5)
     behaviours = Requests(prompts, 16, exploration, seed, max_tokens).of(prompts[:1]).training(0).behaviours_K
     planted = [dict(behaviour.planted) for behaviour in behaviours if behaviour.planted]
-    assert len(planted) == 4 and sum(behaviour.on_policy for behaviour in behaviours) == 8
+    assert len(planted) == 4 and behaviours.count(Behaviour()) == 8
     for tokens in planted:
         assert len(tokens) == 6 and set(tokens) <= set(range(max_tokens))
         for hint in hints:

@@ -64,6 +64,17 @@ def test_a_start_of_another_base_or_scale_and_no_plain_lora_are_refused(tmp_path
         runs.starting_weights(config(start=start))
 
 
+def test_an_adapter_is_loaded_with_its_own_scale_alone(tmp_path: Path) -> None:
+    first = learner(tiny.folder(tmp_path))
+    first.adapter(1).materialise(tmp_path / "run" / "adapter")
+    path = runs.adapter_file(tmp_path / "run")
+    runs.load_adapter(first.policy, path, "base", config().lora)
+    with pytest.raises(ConfigError, match=r"adapter_model.safetensors .*lora_alpha / r = 2, .*= 16 / 4; set lora.alpha=8"):
+        runs.load_adapter(first.policy, path, "base", config(alpha=16).lora)
+    with pytest.raises(ConfigError, match=r"lora.rank=8: .*does not fit the policy"):
+        runs.load_adapter(learner(tmp_path / "llama", 8).policy, path, "base", config(8).lora)
+
+
 def test_a_start_that_is_not_there_or_damaged_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"lora.start='nowhere'"):
         runs.starting_weights(config(start="nowhere"))

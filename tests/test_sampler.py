@@ -14,13 +14,18 @@ import numpy as np
 import pytest
 import torch
 
+from actors.build import build_sampler
 from actors.sampler import EngineDied, Sampler
+from system import tasks
 from system.adapters import Adapter, AdapterError
+from system.config import ConfigError
 from system.config_file import parse
 from system.constraints import Constraints
+from system.language_model import load_tokenizer
+from system.models import locate
 from system.reward_error import RewardError
 from system.trajectory import Behaviour, Prompt, Request, Trajectory
-from tests import lora
+from tests import lora, tiny
 
 CONSTRAINTS = Constraints.of(stop_token=5, min_tokens=1, max_tokens=8, vocab_size=lora.VOCABULARY, allowed=range(3, 40))
 PROMPT = Prompt("p", (1, 7, 9), (1,))
@@ -36,6 +41,18 @@ class Lengths:
 
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
         return [np.array([np.nan, *np.arange(-1.0, -len(t) - 1, -1)]) for t in trajectories_K]
+
+
+def test_settings_that_vllm_refuses_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Sampler:
+        raise ValueError("no kernel for head size 12")
+
+    monkeypatch.setattr(Sampler, "build", refuse)
+    tree = {"model": {"path": str(tiny.folder(tmp_path))}, "task": {"kind": "random_number", "high": 9}}
+    cfg = parse(tree)
+    problem = tasks.build(cfg.task, load_tokenizer(locate(cfg.model)))
+    with pytest.raises(ConfigError, match="cannot be run by vLLM with the settings of sampler: no kernel for head size 12"):
+        build_sampler(cfg, problem)
 
 
 def request_of(group_id: int) -> Request:

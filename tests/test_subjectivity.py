@@ -24,6 +24,7 @@ from system.config_file import load, parse
 from system.language_model import LanguageModel, decode, load_pretrained, load_tokenizer
 from system.models import locate
 from system.requests import Requests
+from system.reward_error import RewardError
 from system.tasks.problem import Problem, sampled
 from system.tasks.subjectivity import PACKAGED_REVIEWS
 from system.trajectory import Group, Prompt, Request, Trajectory
@@ -368,6 +369,25 @@ def test_a_verdict_of_texts_and_a_vote_come_together(tmp_path: Path, folder: Pat
     assert set(both) == {"letters", "accuracy", "sample_accuracy", "votes_agree"}
     assert both["letters"] == 3
     assert evaluation.judge(replace(problem, alternatives={}), text_of, samplers)(group) == {}
+
+
+def test_a_vote_whose_reward_cannot_be_had_is_left_out_and_named(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Faulty(Frozen):
+        def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
+            answer: Future[list[np.ndarray]] = Future()
+            answer.set_exception(RewardError({0: "log of zero"}, []))
+            return answer
+
+    _, _, problem = built(folder, section(tmp_path))
+    model = load_pretrained(folder, torch.float32, torch.device("cpu"))
+    samplers = Faulty(model, problem.reward_stop, SAMPLES[:3])
+    prompt = problem.prompts[0]
+    group = samplers.sample(Request(-1, prompt, (), 0)).result()
+    judge = evaluation.judge(replace(problem, judge=first_letters), text_of, samplers)
+    assert judge(group) == {"letters": 3}
+    assert f"{prompt.id} has no vote, as its samples have no reward: log of zero" in caplog.text
 
 
 def first_letters(prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:

@@ -449,6 +449,7 @@ def test_a_constraint_costs_its_floor_where_it_is_not_satisfied(asked: dict[str,
     [
         ({}, "keywords, pattern and predicate are all empty"),
         ({"pattern": "("}, "is no regular expression"),
+        ({"pattern": "a{99999999999999999999}"}, "is no regular expression that can be used"),
         ({"keywords": ["a.b"]}, "'a.b' has '.', which is in task.illegal"),
         ({"predicate": "tests.faulty:none"}, "task.predicate='tests.faulty:none' cannot be imported"),
     ],

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -394,6 +395,12 @@ def test_system_metrics_are_plain_positive_numbers(monkeypatch):
     values = system_metrics()
     assert set(values) == {"cpu_percent", "process_memory_mib", "memory_available_mib", "disk_free_mib"}
     assert 1 < values["process_memory_mib"] < 1e6 and 0 <= values["cpu_percent"] <= 100
+
+
+def test_system_metrics_are_of_the_disk_that_is_written_to(tmp_path, monkeypatch):
+    sizes = {str(tmp_path): 7 << 20}
+    monkeypatch.setattr(psutil, "disk_usage", lambda folder: types.SimpleNamespace(free=sizes[folder]))
+    assert system_metrics(tmp_path)["disk_free_mib"] == 7.0
 
 
 def test_system_metrics_read_the_gpu_only_where_cuda_is_in_use(monkeypatch):

@@ -70,12 +70,6 @@ def test_keys_tell_token_sequences_apart_and_nothing_else() -> None:
     assert len({trajectory(*tokens).key for tokens in [(), (1,), (1, 2), (2, 1), (256,), (1, 0)]}) == 6
 
 
-def test_only_the_policy_itself_is_on_policy() -> None:
-    assert Behaviour().on_policy
-    assert not Behaviour(temperature=0.9).on_policy
-    assert not Behaviour(epsilon=0.1).on_policy
-
-
 def test_nothing_that_flows_can_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         group("a", (1,)).adapter_version = 3  # type: ignore[misc]

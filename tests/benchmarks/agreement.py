@@ -42,7 +42,7 @@ def main(dtype: str, run: Path | None) -> None:
     def built(config: Config) -> Learner:
         learner = Learner.build(config, problem)
         if run:
-            load_adapter(learner.policy, adapter_file(run), config.model.path, config.lora.rank)
+            load_adapter(learner.policy, adapter_file(run), config.model.path, config.lora)
             return learner
         rng = np.random.default_rng(0)
         tensors = learner.policy.adapter_tensors()

@@ -43,9 +43,10 @@ class Nothing:
 def random_adapter(base: BaseWeights, name: str, rng: np.random.Generator) -> Adapter:
     """Small random updates of all attention and MLP projections."""
     tensors = {}
-    for weight, (out, in_) in base.matrices().items():
+    for weight, shape in base.shapes.items():
         module = f"base_model.model.{weight.removesuffix('.weight')}"
         if module.endswith("_proj"):
+            out, in_ = shape
             tensors[f"{module}.lora_A.weight"] = rng.normal(0, 0.02, (RANK, in_)).astype(np.float32)
             tensors[f"{module}.lora_B.weight"] = rng.normal(0, 0.02, (out, RANK)).astype(np.float32)
     return Adapter.publish(1, 1, tensors, {"r": RANK, "lora_alpha": 2.0 * RANK, "peft_type": "LORA"}, name)

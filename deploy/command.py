@@ -1,0 +1,36 @@
+"""The border of every command: an error whose message says what to do ends it without a traceback."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+from system.config import ConfigError
+from system.run_error import RunError
+
+FAILED, REFUSED = 1, 2
+"""Exit statuses: of what went wrong, and of what the user asked for and cannot be."""
+
+
+def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """`main` takes the command's arguments and returns its exit status."""
+
+    @functools.wraps(main)
+    def run(argv: list[str]) -> int:
+        try:
+            return main(argv)
+        except ConfigError as error:
+            print(f"config error: {plain(error)}", file=sys.stderr)
+            return REFUSED
+        # A FloatingPointError is a loss without a value.
+        except (RunError, FloatingPointError) as error:
+            print(f"error: {plain(error)}", file=sys.stderr)
+            return FAILED
+
+    return run
+
+
+def plain(error: Exception) -> Exception:
+    """Without the actor's traceback, which an error of an actor has in its message."""
+    return getattr(error, "cause", error)
