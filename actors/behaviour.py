@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from system.constraints import Constraints
+from system.required import Required
 from system.tools import Player
 from system.trajectory import Behaviour
 
@@ -24,6 +25,8 @@ class Row:
     """The token that must come next."""
     open_from: int = 0
     """The depth before which the stop is not drawn, whatever the minimum length is."""
+    may_stop: bool = True
+    """Nothing that must be there is missing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,22 +36,25 @@ class Running:
     behaviour: Behaviour
     output: list[int]
     player: Player
+    required: Required | None = None
 
     def row(self) -> Row:
         """After taking in the tokens drawn since the last time."""
         for token in self.output[len(self.player.is_action) :]:
             self.player.push(token)
-        behaviour, depth, forced = self.behaviour, self.player.depth, self.player.forced
+        behaviour, depth, forced, may_stop = self.behaviour, self.player.depth, self.player.forced, True
+        if self.required:
+            may_stop, forced = self.required.after(self.output)
         if forced is None:
             forced = next((token for at, token in behaviour.planted if at == depth), None)
-        return Row(behaviour.temperature, behaviour.epsilon, depth, forced, behaviour.open_from)
+        return Row(behaviour.temperature, behaviour.epsilon, depth, forced, behaviour.open_from, may_stop)
 
 
 class BehaviourLogits:
     """Turns the model's logits into the log of (1 - epsilon) * softmax(logits / temperature) + epsilon * uniform(support).
 
-    The support is that of `constraints`: under the minimum length, and before what is planted, the stop is neither in the
-    softmax nor in the mixture.
+    The support is that of `constraints`: under the minimum length, before what is planted, and where something required is
+    missing, the stop is neither in the softmax nor in the mixture.
     """
 
     def __init__(self, constraints: Constraints, width: int, device: torch.device) -> None:
@@ -63,7 +69,7 @@ class BehaviourLogits:
 
     def rows(self, logits_BV: torch.Tensor, rows_B: Sequence[Row]) -> torch.Tensor:
         """As `__call__`, for the rows of a batch. A forced token has log-probability 0, and so has a forced stop."""
-        values_B = [(row.temperature, row.epsilon, row.depth < max(self._min_tokens, row.open_from)) for row in rows_B]
+        values_B = [(row.temperature, row.epsilon, self._closed(row)) for row in rows_B]
         columns = zip(*values_B, strict=True)
         result_BV = self(logits_BV, *(torch.tensor(column, device=logits_BV.device) for column in columns))
         for number, row in enumerate(rows_B):
@@ -72,6 +78,9 @@ class BehaviourLogits:
                 result_BV[number] = -torch.inf
                 result_BV[number, forced] = 0.0
         return result_BV
+
+    def _closed(self, row: Row) -> bool:
+        return not row.may_stop or row.depth < max(self._min_tokens, row.open_from)
 
     def __call__(
         self, logits_BV: torch.Tensor, temperature_B: torch.Tensor, epsilon_B: torch.Tensor, no_stop_B: torch.Tensor

@@ -310,7 +310,8 @@ def _processor(constraints: Constraints, tool: Tool | None) -> Any:
                 # The canary has no behaviour: it scores the model itself.
                 if not params.extra_args:
                     return None
-                return Running(params.extra_args["behaviour"], output, Player(tool, constraints.tool_tokens))
+                player = Player(tool, constraints.tool_tokens)
+                return Running(params.extra_args["behaviour"], output, player, constraints.required)
 
             process_dict_updates(self.rows, batch_update, state)
 

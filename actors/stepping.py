@@ -31,33 +31,38 @@ class NextTokens:
         return Rows(self, prompt_tokens)
 
     @torch.no_grad()
-    def next_log_probs(self, tokens_BL: Tensor, cache: DynamicCache, depth: int) -> Tensor:
+    def next_log_probs(self, tokens_BL: Tensor, cache: DynamicCache, drawn_B: Sequence[tuple[int, ...]]) -> Tensor:
         """Reads L more tokens of each row into `cache`. Returns log q over the columns of the support, float32 [B, C], nats.
 
-        `depth` is how many tokens have been drawn. At the maximum length nothing is read: the stop is certain.
+        `drawn_B` has the tokens of each row's sample, all equally many. At the maximum length nothing is read: the
+        stop is certain.
         """
         constraints = self.constraints
-        if constraints.must_stop(np.array(depth)):
-            log_q_BC = torch.full((len(tokens_BL), len(constraints.columns)), -torch.inf, device=self.device)
-            log_q_BC[:, constraints.stop_column] = 0.0
-            return log_q_BC
-        self.tokens_forwarded += tokens_BL.numel()
-        output = self.model(input_ids=tokens_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits_BC = output.logits[:, -1, self._columns].float()
-        if not constraints.may_stop(np.array(depth)):
-            logits_BC[:, constraints.stop_column] = -torch.inf
-        return logits_BC.log_softmax(-1)
+        may_stop_B, certain_B = zip(*map(constraints.after, drawn_B), strict=True)
+        if all(token == constraints.stop_token for token in certain_B):
+            logits_BC = torch.zeros(len(tokens_BL), len(constraints.columns), device=self.device)
+        else:
+            self.tokens_forwarded += tokens_BL.numel()
+            output = self.model(input_ids=tokens_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits_BC = output.logits[:, -1, self._columns].float()
+        logits_BC[~torch.tensor(may_stop_B, device=self.device), constraints.stop_column] = -torch.inf
+        log_q_BC = logits_BC.log_softmax(-1)
+        for row, token in enumerate(certain_B):
+            if token is not None:
+                log_q_BC[row] = -torch.inf
+                log_q_BC[row, int(constraints.column_of(np.array(token)))] = 0.0
+        return log_q_BC
 
 
 class Rows:
-    """B unfinished sequences of one prompt, all of `depth` tokens. `log_q_BC`, float32 nats, is for their next one."""
+    """B unfinished sequences of one prompt, all equally long. `log_q_BC`, float32 nats, is for their next token."""
 
     def __init__(self, policy: NextTokens, prompt_tokens: Sequence[int]) -> None:
         self._policy = policy
         self._cache = DynamicCache(config=policy.model.config)
-        self.depth = 0
+        self._drawn_B: list[tuple[int, ...]] = [()]
         prompt_BL = torch.tensor([list(prompt_tokens)], device=policy.device)
-        self.log_q_BC = policy.next_log_probs(prompt_BL, self._cache, 0)
+        self.log_q_BC = policy.next_log_probs(prompt_BL, self._cache, self._drawn_B)
 
     def select(self, parent_B: np.ndarray) -> None:
         """Row b becomes what row parent_B[b] was: rows are dropped, repeated and reordered."""
@@ -66,12 +71,14 @@ class Rows:
         parents = torch.from_numpy(parent_B).to(self._policy.device)
         self._cache.batch_select_indices(parents)
         self.log_q_BC = self.log_q_BC[parents]
+        self._drawn_B = [self._drawn_B[parent] for parent in parent_B]
 
     def advance(self, parent_B: np.ndarray, column_B: np.ndarray) -> None:
         """Row b becomes row parent_B[b] with one token more, of column column_B[b] (int64 both). Without rows, nothing."""
         if len(parent_B) == 0:
             return
         self.select(parent_B)
-        self.depth += 1
-        tokens_BL = torch.from_numpy(self._policy.constraints.columns[column_B])[:, None].to(self._policy.device)
-        self.log_q_BC = self._policy.next_log_probs(tokens_BL, self._cache, self.depth)
+        tokens_B = self._policy.constraints.columns[column_B]
+        self._drawn_B = [(*drawn, int(token)) for drawn, token in zip(self._drawn_B, tokens_B, strict=True)]
+        tokens_BL = torch.from_numpy(tokens_B)[:, None].to(self._policy.device)
+        self.log_q_BC = self._policy.next_log_probs(tokens_BL, self._cache, self._drawn_B)

@@ -207,7 +207,8 @@ class Learner:
         """The tree, its row, and log R float64 [N], NaN where the loss has no use for the state."""
         tree = PrefixTree.of(group.trajectories_K)
         log_reward_N = node_log_reward(tree, group)
-        log_reward_N[~self.constraints.may_stop(tree.depth_N)] = np.nan
+        may_stop_N, _ = self.constraints.of_tree(tree)
+        log_reward_N[~may_stop_N] = np.nan
         if self.baseline:
             inside_N = np.ones(len(tree), bool)
             inside_N[[nodes_T[-1] for nodes_T in tree.nodes_K]] = False

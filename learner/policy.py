@@ -86,7 +86,7 @@ class Policy:
     def log_q(self, pieces: Sequence[Packed], terminable_N: Sequence[np.ndarray]) -> list[tuple[Tensor, Tensor]]:
         """Per tree: float32 [N] log q of the edge into each node, and [N] log q(stop | node), nats, with gradients.
 
-        The first is 0 at the root and where the environment wrote the token. The second is wanted, and given, where
+        The first is 0 at the root and where the policy had no choice. The second is wanted, and given, where
         `terminable_N`; it is 0 elsewhere and where the stop is forced.
         """
         model, constraints = self.language_model, self.constraints
@@ -94,13 +94,13 @@ class Policy:
         positions, tokens, may_stop, wanted, offset = [], [], [], [], 0
         for piece, terminable in zip(pieces, terminable_N, strict=True):
             tree = piece.tree
-            actions = np.flatnonzero(tree.is_action_N)
-            parents = tree.parent_N[actions]
-            stops = np.flatnonzero(terminable & constraints.may_stop(tree.depth_N) & ~constraints.must_stop(tree.depth_N))
-            at = np.concatenate([parents, stops])
+            may_stop_N, chosen_N = constraints.of_tree(tree)
+            actions = np.flatnonzero(chosen_N)
+            stops = np.flatnonzero(terminable & may_stop_N & ~constraints.must_stop(tree.depth_N))
+            at = np.concatenate([tree.parent_N[actions], stops])
             positions.append(piece.start_N[at] + offset)
             tokens.append(np.concatenate([tree.token_N[actions], np.full(len(stops), constraints.stop_token)]))
-            may_stop.append(constraints.may_stop(tree.depth_N[at]))
+            may_stop.append(may_stop_N[at])
             wanted.append((actions, stops))
             offset += len(piece)
         log_q_Q = model.log_probs(

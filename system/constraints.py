@@ -3,6 +3,7 @@
 At a state of depth d (actions taken so far) the support is
   * the allowed tokens and, once d >= min_tokens, the stop token;
   * at d = max_tokens the stop alone: log q(stop) = 0.
+Where words are required (`system.required`) the stop waits for them too, and at the last places they are the support.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from system.prefix_tree import PrefixTree
+from system.required import Required
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +29,8 @@ class Constraints:
     vocab_size: int
     tool_tokens: int = 0
     """Most tokens that a tool may write into a sample, besides the actions."""
+    required: Required | None = None
+    """Not together with a tool."""
 
     @property
     def longest(self) -> int:
@@ -77,8 +83,25 @@ class Constraints:
         """Each of these tokens may be drawn before the stop."""
         return bool(np.isin(tokens, self.columns).all()) and self.stop_token not in tokens
 
+    def after(self, tokens: Sequence[int]) -> tuple[bool, int | None]:
+        """(the stop is in the support, the token that comes next for certain or None) after these actions."""
+        if len(tokens) >= self.max_tokens:
+            return True, self.stop_token
+        may_stop, certain = self.required.after(tokens) if self.required else (True, None)
+        return may_stop and len(tokens) >= self.min_tokens, certain
+
+    def of_tree(self, tree: PrefixTree) -> tuple[np.ndarray, np.ndarray]:
+        """bool [N]: the stop is in the support at a node; and the policy chose the token that leads to it, which was neither
+        a tool's nor certain."""
+        may_stop_N, certain_N = self.may_stop(tree.depth_N), np.zeros(len(tree), bool)
+        if self.required:
+            for node, tokens in enumerate(tree.paths()):
+                may_stop_N[node], certain = self.after(tokens)
+                certain_N[node] = certain is not None
+        return may_stop_N, tree.is_action_N & ~certain_N[tree.parent_N]
+
     def may_stop(self, depth: np.ndarray) -> np.ndarray:
-        """bool: the stop is in the support at this many actions."""
+        """bool: this many actions are enough for the stop."""
         return np.asarray(depth) >= self.min_tokens
 
     def must_stop(self, depth: np.ndarray) -> np.ndarray:

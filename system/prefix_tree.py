@@ -37,6 +37,13 @@ class PrefixTree:
     def __len__(self) -> int:
         return len(self.token_N)
 
+    def paths(self) -> list[tuple[int, ...]]:
+        """The tokens from the root to each node."""
+        paths: list[tuple[int, ...]] = [()]
+        for node in range(1, len(self)):
+            paths.append((*paths[self.parent_N[node]], int(self.token_N[node])))
+        return paths
+
     @classmethod
     def of(cls, trajectories_K: Sequence[Trajectory]) -> PrefixTree:
         """Sorted paths share their longest beginnings with their neighbours, so one pass numbers nodes in preorder."""

@@ -173,6 +173,10 @@ class Constrained(NextSentence):
     kind: Literal["constrained"] = "constrained"
     keywords: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Words that must be there, in any order and case."""
+    guided: bool = True
+    """A sentence stops only once all keywords are there, and at the last places what is missing comes for certain: it is a
+    matter of the policy's support, in training, evaluations and baselines. Of a pattern and a predicate nothing is
+    known before the end, nor of a keyword that cannot be drawn as it is written here."""
     pattern: str | None = None
     """A regular expression that must be found in the sentence."""
     predicate: str | None = Field(default=None, pattern=FUNCTION_PATH)

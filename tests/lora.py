@@ -96,6 +96,11 @@ def next_log_probs(
     support = torch.zeros(logits.shape, dtype=torch.bool)
     support[:, constraints.columns] = True
     support[torch.from_numpy(depth < max(constraints.min_tokens, behaviour.open_from)), constraints.stop_token] = False
+    for t in range(len(tokens_T) + 1) if constraints.required else ():
+        may_stop, certain = constraints.after(tokens_T[:t].tolist())
+        support[t, constraints.stop_token] &= may_stop
+        if certain is not None:
+            support[t] = torch.arange(support.shape[1]) == certain
     probs = (logits / behaviour.temperature).masked_fill(~support, -torch.inf).softmax(-1)
     return ((1 - behaviour.epsilon) * probs + behaviour.epsilon * support / support.sum(-1, keepdim=True)).log()
 
@@ -109,5 +114,7 @@ def drawn_log_probs(model: torch.nn.Module, constraints: Constraints, prompt: Pr
     if trajectory.stop == "forced":
         result[-1] = 0.0
     result[:-1][~is_action_T] = 0.0
-    result[[depth for depth, _ in trajectory.behaviour.planted]] = 0.0
+    certain = [constraints.after(trajectory.tokens_T[:depth].tolist())[1] is not None for depth in range(len(trajectory))]
+    planted = [depth for depth, _ in trajectory.behaviour.planted if depth < len(trajectory) and not certain[depth]]
+    result[planted] = 0.0
     return result

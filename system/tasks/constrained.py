@@ -5,7 +5,6 @@ c is 1 where every keyword is there, the pattern is found and the predicate is t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError
 from system.function_process import function_process
+from system.required import Required, has_word
 from system.task_config import Constrained
 from system.tasks import continuation
 from system.tasks.problem import Problem
@@ -46,7 +46,14 @@ def build(section: Constrained, tokenizer: PreTrainedTokenizerBase) -> Problem:
         "seconds": section.seconds,
     }
     prompts = tuple(replace(p, hints=hints, meta=p.meta | {"constraint": constraint}) for p in problem.prompts)
-    return replace(problem, prompts=prompts, judge=validity)
+    constraints = problem.constraints
+    if section.guided and hints:
+        try:
+            required = Required(tokenizer, section.keywords, hints, section.max_tokens)
+        except ValueError as error:
+            raise ConfigError(f"task.keywords: {error}; raise task.max_tokens") from error
+        constraints = replace(constraints, required=required)
+    return replace(problem, prompts=prompts, constraints=constraints, judge=validity)
 
 
 def validity(prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
@@ -74,7 +81,7 @@ def satisfied(prompt: Prompt, text: str, tokens: list[int]) -> bool:
         FunctionFault: the predicate gave no value.
     """
     constraint = prompt.meta["constraint"]
-    if not all(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in constraint["keywords"]):
+    if not all(has_word(text, word) for word in constraint["keywords"]):
         return False
     # A pattern can take exponential time on a text that it nearly matches: re could not be ended, regex can.
     if constraint["pattern"] and not regex.search(constraint["pattern"], text, timeout=constraint["seconds"]):
