@@ -69,7 +69,10 @@ class BehaviourLogits:
 
     def rows(self, logits_BV: torch.Tensor, rows_B: Sequence[Row]) -> torch.Tensor:
         """As `__call__`, for the rows of a batch. A forced token has log-probability 0, and so has a forced stop."""
-        values_B = [(row.temperature, row.epsilon, self._closed(row)) for row in rows_B]
+        values_B = [
+            (row.temperature, row.epsilon, not row.may_stop or row.depth < max(self._min_tokens, row.open_from))
+            for row in rows_B
+        ]
         columns = zip(*values_B, strict=True)
         result_BV = self(logits_BV, *(torch.tensor(column, device=logits_BV.device) for column in columns))
         for number, row in enumerate(rows_B):
@@ -78,9 +81,6 @@ class BehaviourLogits:
                 result_BV[number] = -torch.inf
                 result_BV[number, forced] = 0.0
         return result_BV
-
-    def _closed(self, row: Row) -> bool:
-        return not row.may_stop or row.depth < max(self._min_tokens, row.open_from)
 
     def __call__(
         self, logits_BV: torch.Tensor, temperature_B: torch.Tensor, epsilon_B: torch.Tensor, no_stop_B: torch.Tensor

@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from actors import rewards
 from actors.sampler import Sampler
 from system.config import Config, ConfigError
-from system.language_model import LanguageModel, decode, load_pretrained, load_tokenizer, resolve_device
+from system.language_model import LanguageModel, load_pretrained, load_tokenizer, resolve_device
 from system.models import locate
 from system.tasks.problem import Problem
+from system.text import decode
 
 
 def build_reward(

@@ -124,8 +124,8 @@ class Baselines:
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         from dataclasses import replace
 
-        from system.language_model import decode
         from system.tasks.problem import sampled
+        from system.text import decode
 
         started = time.perf_counter()
         draws = decoder.draw(method, prompt, samples)

@@ -58,8 +58,8 @@ def evaluate(config: Config, run_dir: Path, samples: int, only: str | None = Non
     from deploy.local import opened
     from system import evaluation
     from system.diversity import diversity_measure
-    from system.language_model import decode
     from system.requests import Requests
+    from system.text import decode
 
     path = adapter_file(run_dir)
     results: dict[str, Evaluation] = {}

@@ -195,7 +195,7 @@ class Job:
 
     def _describe_run(self) -> None:
         from deploy import environment
-        from system.language_model import decode
+        from system.text import decode
 
         rows = [{"id": prompt.id, "text": decode(self.tokenizer, prompt.policy_tokens)} for prompt in self.problem.prompts]
         self.tracker.dataset(self.config.task.kind, rows)
@@ -219,7 +219,7 @@ class Job:
         self.samplers.fit(metrics["idle/learner"])
 
     def _sample_rows(self, groups: list[Group]) -> list[dict[str, Any]]:
-        from system.language_model import decode
+        from system.text import decode
 
         return [
             {
@@ -238,7 +238,7 @@ class Job:
 
     def _evaluate(self, loop: Orchestrator) -> None:
         from system import evaluation
-        from system.language_model import decode
+        from system.text import decode
 
         step = loop.counters.step
         # It takes long, and nothing is lost with it.
@@ -257,7 +257,7 @@ class Job:
 
     def _evaluation(self, step: int) -> Evaluation:
         from system import evaluation
-        from system.language_model import decode
+        from system.text import decode
 
         if (listed := evaluation.without_samples(self.problem, self.learner)) is not None:
             return listed

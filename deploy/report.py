@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from system.adapters import Adapter
 from system.config import Config
 from system.evaluation import Evaluation
-from system.language_model import decode
 from system.orchestrator import Counters
 from system.tasks.problem import Problem
+from system.text import decode
 from system.timeline import Span, busy_fraction, chrome_trace
 
 BASE, TUNED, TARGET = "#9aa5b1", "#1f6f8b", "#d1495b"

@@ -93,8 +93,8 @@ def draw(local: Local, samples: int, seed: int = 0) -> Iterator[dict[str, Any]]:
 
 
 def _record(local: Local, group: Group) -> dict[str, Any]:
-    from system.language_model import decode
     from system.posterior import effective_share, log_mean_exp, self_normalised
+    from system.text import decode
 
     record: dict[str, Any] = {"prompt": group.prompt.id, "context": decode(local.tokenizer, group.prompt.policy_tokens)}
     if group.faults:

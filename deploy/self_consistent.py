@@ -45,8 +45,9 @@ def draw(config: Config, per_story: int, ending: int, seed: int) -> list[dict[st
     from actors.stepping import NextTokens
     from system import tasks
     from system.constraints import Constraints
-    from system.language_model import decode, load_pretrained, load_tokenizer, resolve_device
+    from system.language_model import load_pretrained, load_tokenizer, resolve_device
     from system.models import locate
+    from system.text import decode
 
     folder = locate(config.model)
     tokenizer = load_tokenizer(folder)

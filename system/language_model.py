@@ -67,11 +67,6 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """The text of one sequence, as it is: nothing cleaned up or left out."""
-    return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
-
-
 def load_pretrained(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A frozen causal language model without dropout: log q of a sequence must not depend on chance.
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from system.text import decode
+
 
 def has_word(text: str, word: str) -> bool:
     """Whole, whatever its case."""
@@ -47,6 +49,6 @@ class Required:
 
     def _missing(self, tokens: Sequence[int]) -> list[int]:
         """The tokens of the words that are not there yet."""
-        text = str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+        text = decode(self.tokenizer, tokens)
         absent = [tokens_W for word, tokens_W in zip(self.words, self.written, strict=True) if not has_word(text, word)]
         return [token for tokens_W in absent for token in tokens_W]

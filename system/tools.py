@@ -11,6 +11,8 @@ from typing import Protocol
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from system.text import decode
+
 
 class Tool(Protocol):
     def output(self, tokens: Sequence[int]) -> Sequence[int]:
@@ -29,17 +31,14 @@ class Calculator:
 
     def output(self, tokens: Sequence[int]) -> Sequence[int]:
         # At every token of every sample: the text is put together only where the last one may end an expression.
-        if not self._text(tokens[-1:]).endswith("="):
+        if not decode(self.tokenizer, tokens[-1:]).endswith("="):
             return ()
-        text = self._text(tokens)
+        text = decode(self.tokenizer, tokens)
         match = EXPRESSION.fullmatch(text[:-1].rpartition(",")[2].rpartition("=")[2])
         if match is None:
             return ()
         left, sign, right = match.groups()
         return self.tokenizer.encode(f" {OPERATORS[sign](int(left), int(right))}", add_special_tokens=False)
-
-    def _text(self, tokens: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
 
 EXPRESSION = re.compile(r"\s*(-?\d{1,6})\s*([+-])\s*(-?\d{1,6})\s*", re.ASCII)

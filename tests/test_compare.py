@@ -162,7 +162,7 @@ def test_runs_at_a_server_are_read_by_id_by_name_and_as_a_sweep(tmp_path: Path, 
 def test_a_run_that_did_not_end_is_named(tmp_path: Path) -> None:
     folder = run(tmp_path, "one", 0, -10.0)
     (folder / "summary.json").unlink()
-    with pytest.raises(ConfigError, match="--resume it first"):
+    with pytest.raises(ConfigError, match=r"no summary\.json of a run that came to its end: --resume it first"):
         compare.read(folder)
     stopped = json.loads((run(tmp_path, "two", 0, -9.0) / "summary.json").read_text()) | {"finished": False}
     (folder / "summary.json").write_text(json.dumps(stopped))

@@ -17,10 +17,10 @@ from actors.settings import EngineSettings
 from learner.learner import Learner
 from system.config_file import parse
 from system.constraints import Constraints
-from system.language_model import decode
 from system.prefix_tree import PrefixTree
 from system.required import Required, has_word
 from system.tasks.problem import sampled
+from system.text import decode
 from system.trajectory import Behaviour, Group, Prompt, Request
 from tests import lora, tiny
 

@@ -21,12 +21,13 @@ from learner.learner import Learner
 from system import demonstrations, evaluation, tasks
 from system.config import Config, ConfigError
 from system.config_file import load, parse
-from system.language_model import LanguageModel, decode, load_pretrained, load_tokenizer
+from system.language_model import LanguageModel, load_pretrained, load_tokenizer
 from system.models import locate
 from system.requests import Requests
 from system.reward_error import RewardError
 from system.tasks.problem import Problem, sampled
 from system.tasks.subjectivity import PACKAGED_REVIEWS
+from system.text import decode
 from system.trajectory import Group, Prompt, Request, Trajectory
 from system.voting import preferred, tally
 from tests import tiny

@@ -19,7 +19,7 @@ from system.config_file import parse
 from system.constraints import Constraints
 from system.evaluation import means
 from system.function_process import FunctionFault
-from system.language_model import decode, load_tokenizer
+from system.language_model import load_tokenizer
 from system.models import locate
 from system.task_config import Continuation
 from system.tasks.constrained import log_constraint, validity
@@ -28,6 +28,7 @@ from system.tasks.infilling import overlap
 from system.tasks.problem import Problem, context_tokens, sampled, single_token
 from system.tasks.random_number import log_reward, paper_log_reward
 from system.tasks.verifiable import correctness, last_number
+from system.text import decode
 from system.trajectory import Prompt
 from tests import tiny
 

@@ -15,11 +15,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError
-from system.language_model import decode
 from system.task_config import Infilling
 from system.tasks.continuation import legal_tokens
 from system.tasks.files import choose, read_records
 from system.tasks.problem import Problem, context_tokens, sampled, single_token, support
+from system.text import decode
 from system.trajectory import Prompt
 
 PACKAGED_STORIES = Path(__file__).with_name("stories.jsonl")

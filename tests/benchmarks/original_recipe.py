@@ -34,10 +34,11 @@ from learner.losses import States, subtrajectory_balance
 from system import config_file, tasks
 from system.config import Config
 from system.functions import import_function
-from system.language_model import decode, load_tokenizer
+from system.language_model import load_tokenizer
 from system.models import locate
 from system.posterior import Exact
 from system.task_config import FunctionReward
+from system.text import decode
 from system.trajectory import Group, Prompt
 from tests.benchmarks.figures import ratio, report
 from tests.benchmarks.runs import job
