@@ -41,8 +41,9 @@ def build_sampler(config: Config, problem: Problem, on_death: Callable[[], None]
     tokenizer = load_tokenizer(folder)
     model = None
     if rewards.needs_language_model(config.task.reward):
-        # As the engine, it computes on the GPU that this process sees: Ray shows an actor those that are reserved for it.
-        base = load_pretrained(folder, getattr(torch, config.sampler.reward_dtype), resolve_device("auto"))
+        # Where none is reserved for it, an actor sees them all: those of the learner and of others.
+        device = resolve_device("auto" if config.actors.gpus else "cpu")
+        base = load_pretrained(folder, getattr(torch, config.sampler.reward_dtype), device)
         model = LanguageModel(base, attention=config.learner.attention)
     reward = build_reward(config, problem, tokenizer, model)
     try:

@@ -129,7 +129,7 @@ def main(argv: list[str]) -> int:
     config = alone(config_file.load(run_dir / "config.yaml", arguments.overrides))
     os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
     how = {"overrides": arguments.overrides, "samples": arguments.samples}
-    earlier = _earlier(run_dir / HELDOUT, how)
+    _earlier(run_dir / HELDOUT, how)  # refused now, and not when the work is done
     results = evaluate(config, run_dir, arguments.samples, arguments.only)
     if "adapter" in results and (rows := results["adapter"].samples):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -138,7 +138,9 @@ def main(argv: list[str]) -> int:
 
     prefixes = {"base": "heldout/base/", "adapter": "heldout/"}
     metrics = {prefixes[which] + name: value for which, result in results.items() for name, value in result.metrics.items()}
-    replace_text(run_dir / HELDOUT, json.dumps(how | {"metrics": earlier | metrics}, indent=2))
+    # The other model's may have come in meanwhile, from another process.
+    kept = _earlier(run_dir / HELDOUT, how) | metrics
+    replace_text(run_dir / HELDOUT, json.dumps(how | {"metrics": kept}, indent=2))
     print(table({which: result.metrics for which, result in results.items()}))
     print(json.dumps(metrics), flush=True)
     files = [run_dir / HELDOUT]
@@ -162,8 +164,8 @@ def _earlier(path: Path, how: dict[str, Any]) -> dict[str, float]:
         return {}
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
-        return known["metrics"] if {name: known[name] for name in how} == how else {}
-    except (ValueError, KeyError, TypeError) as error:
+        return known["metrics"] if {name: known.get(name) for name in how} == how else {}
+    except (ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged: {type(error).__name__}: {error}; remove it") from error
 
 

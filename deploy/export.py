@@ -2,7 +2,8 @@
 
 W + (alpha / rank) B A in float32 from the pristine base, for each weight that the run adapted, beside the base's own config
 and tokenizer: a folder that transformers, vLLM and others load as a model, without PEFT and without this project. It is
-written in float32, because bfloat16 would round small updates away. RUN/adapter needs no export where PEFT can be used.
+written in float32, because bfloat16 would round small updates away. RUN/adapter needs no export where PEFT can be used. The
+run's support (legal tokens, lengths, required words) is no part of weights: deploy/sample.py keeps to it.
 """
 
 from __future__ import annotations

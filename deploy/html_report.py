@@ -184,7 +184,7 @@ def number(value: Any) -> str:
 def context(run_dir: Path, config: Config) -> dict[str, Any]:
     """All that the template shows."""
     metrics = Metrics.read(run_dir / "journal.jsonl")
-    evaluations = [(at, result) for at, result in evaluation.read(run_dir / "evaluations") if at <= metrics.step]
+    evaluations = evaluation.read(run_dir / "evaluations", config.task, metrics.step)
     contexts = {str(row["id"]): row["text"] for row in _table(run_dir / "datasets" / f"{config.task.kind}.json")}
     tables = [path for path in sorted((run_dir / "tables" / "samples").glob("*.json")) if int(path.stem) <= metrics.step]
     drawn = _table(tables[-1]) if tables else []

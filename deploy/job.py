@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from learner.replay import Replay
     from system.evaluation import Evaluation
+    from system.loop_state import LoopState
     from system.orchestrator import Orchestrator, Pool
     from system.requests import Requests
     from system.trajectory import Group
@@ -91,16 +92,16 @@ class Job:
         from deploy.progress import Standing, show
         from deploy.ray_metrics import RayMetrics
         from deploy.remote import RayLearner, wait_until_ready
-        from system import checkpoint
-        from system.orchestrator import Orchestrator, is_of_task
+        from system import evaluation
+        from system.orchestrator import Orchestrator
         from system.requests import Requests
         from system.tracking import Tracker
 
         config, started = self.config, time.perf_counter()
-        files = checkpoint.read_latest(self.run_dir / "checkpoints", self.from_step) if self.resume else {}
+        saved = self._saved() if self.resume else None
         prepared = prepare(config)
         self.tokenizer, self.problem = prepared.tokenizer, prepared.problem
-        start = starting_weights(config) if config.lora.start and not files else None
+        start = starting_weights(config) if config.lora.start and saved is None else None
         make_folder(config, self.run_dir)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         # Each of its steps is taken, also where one more signal cuts the one before short.
@@ -128,15 +129,16 @@ class Job:
             )
             self._describe_run()
             wait_until_ready(self.learner, self.samplers)
-            same_task = bool(files) and is_of_task(files, config)
+            same_task = saved is not None and saved.is_of(config.task)
             requests, samplers, replay = self._sources(lambda: loop.counters.version, buffered=same_task)
             loop = Orchestrator(
                 config, requests, samplers, self.learner, replay, self.tracker,
                 self.run_dir / "checkpoints", on_step=self._on_step, evaluate=self._evaluate, should_stop=self.stop,
             )  # fmt: skip
-            if files:
-                self.learner.restore(loop.restore(files), loop.counters.step)
-                self._restore_evaluations(loop.counters.step, same_task)
+            if saved is not None:
+                loop.restore(saved)
+                self.learner.restore(saved.learner, loop.counters.step)
+                self.evaluations = evaluation.read(self.run_dir / "evaluations", config.task, loop.counters.step)
                 # Not before: with settings that are refused here, the run could not be resumed again.
                 self._keep_config()
             elif start is not None:
@@ -156,6 +158,20 @@ class Job:
             raise
         finally:
             ending.close()
+
+    def _saved(self) -> LoopState:
+        """The checkpoint to go on from. Raises ConfigError where the config leaves nothing to do from there."""
+        from system import checkpoint
+        from system.loop_state import LoopState
+
+        saved = LoopState.of(checkpoint.read_latest(self.run_dir / "checkpoints", self.from_step))
+        steps, done = self.config.learner.steps, saved.counters.step
+        if done >= steps and not saved.is_of(self.config.task):
+            raise ConfigError(
+                f"learner.steps={steps}: the run has {done} updates, on another task, and so none left for this one; "
+                "raise learner.steps"
+            )
+        return saved
 
     def _keep_config(self) -> None:
         path = self.run_dir / "config.yaml"
@@ -252,7 +268,7 @@ class Job:
         self.tracker.table("posterior_by_prompt", result.per_prompt, step)
         if result.samples:
             self.tracker.table("posterior_samples", result.samples, step)
-        evaluation.write(self.run_dir / "evaluations", step, result)
+        evaluation.write(self.run_dir / "evaluations", step, self.config.task, result)
         self.progress.say(f"evaluation at step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items()))
 
     def _evaluation(self, step: int) -> Evaluation:
@@ -268,15 +284,6 @@ class Job:
             temperature=self.config.learner.reward_temperature.end, round_=step,
             judge=evaluation.judge(self.problem, lambda tokens: decode(self.tokenizer, tokens), self.samplers),
         )  # fmt: skip
-
-    def _restore_evaluations(self, step: int, same_task: bool) -> None:
-        from system import evaluation
-
-        folder = self.run_dir / "evaluations"
-        if not same_task and folder.is_dir():
-            # They stay, where no later resume takes them for this task's.
-            folder.rename(f"{folder}-of-another-task-to-step-{step}")
-        self.evaluations = [(at, result) for at, result in evaluation.read(self.run_dir / "evaluations") if at <= step]
 
     # ---------------------------------------------------------------------------------------------- at the end
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from system.adapters import Adapter
 from system.config import Config
 from system.evaluation import Evaluation
-from system.orchestrator import Counters
+from system.loop_state import Counters
 from system.tasks.problem import Problem
 from system.text import decode
 from system.timeline import Span, busy_fraction, chrome_trace

@@ -7,7 +7,8 @@ the name of the run's folder; the same command on CPU and on GPU. Ctrl-C ends it
         -d '{"model": "RUN", "prompt": "The sky is", "max_tokens": 20, "stop": ".", "n": 4}'
 
 The server draws from the model's whole vocabulary, at temperature 1 by default. A run's own support (its legal tokens, lengths
-and stop) is up to the request: `allowed_token_ids`, `min_tokens`, `max_tokens`, `stop_token_ids`. deploy/sample.py keeps to it.
+and stop) is up to the request: `allowed_token_ids`, `min_tokens`, `max_tokens`, `stop_token_ids`. deploy/sample.py keeps to it,
+and to words that a sample must have (`task.guided`), which no request can ask for.
 """
 
 from __future__ import annotations

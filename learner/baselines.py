@@ -22,7 +22,7 @@ class Actions:
     """The actions of one group, the stop last, along its K trajectories; T is the longest."""
 
     log_q_KT: Tensor
-    """float [K, T + 1], nats, with gradients; 0 where there is no action (padding, a tool's token, a forced stop)."""
+    """float [K, T + 1], nats, with gradients; 0 where there is no action (padding, a tool's token, what was certain)."""
     log_drawn_KT: Tensor
     """The same under the policy that drew them."""
     log_base_KT: Tensor | None
@@ -38,13 +38,15 @@ Objective = Callable[[Actions], Tensor]
 
 def actions_of(
     tree: PrefixTree,
+    chosen_N: np.ndarray,
     group: Group,
     edge_log_q_N: Tensor,
     stop_log_q_N: Tensor,
     base_N: tuple[Tensor, Tensor] | None,
     temperature: float,
 ) -> Actions:
-    """From log-probs at the nodes of the group's tree; arguments as in `learner.states.states_of`."""
+    """From log-probs at the nodes of the group's tree; arguments as in `learner.states.states_of`, and `chosen_N` as
+    `Constraints.of_tree` has it."""
     device = edge_log_q_N.device
     lengths_K = np.array([len(trajectory) for trajectory in group.trajectories_K])
     shape = (len(group), int(lengths_K.max()) + 1)
@@ -54,7 +56,7 @@ def actions_of(
         length = len(trajectory)
         # The action at t leads to the path's node t + 1; the last one is the stop at the end.
         node_KT[k, :length], node_KT[k, length] = nodes_T[1:], nodes_T[-1]
-        action_KT[k, :length], action_KT[k, length] = trajectory.is_action_T, trajectory.stop == "sampled"
+        action_KT[k, :length], action_KT[k, length] = chosen_N[nodes_T[1:]], trajectory.stop == "sampled"
         stops_KT[k, length] = True
         drawn_KT[k, : length + 1] = trajectory.logp_T
     nodes, stops, actions = (torch.from_numpy(array).to(device) for array in (node_KT, stops_KT, action_KT))

@@ -78,6 +78,17 @@ class Facts(NamedTuple):
     log_q_stop: float
 
 
+class Piece(NamedTuple):
+    """A group as it goes into a row."""
+
+    tree: PrefixTree
+    packed: Packed
+    log_reward_N: np.ndarray
+    """float64: untempered log R, nats; NaN where the loss has no use for the state."""
+    chosen_N: np.ndarray
+    """bool: the policy chose the token that leads to a node."""
+
+
 class Learner:
     def __init__(
         self,
@@ -191,11 +202,11 @@ class Learner:
         """log q of the trajectories under the current policy."""
         scores = []
         for group in groups:
-            tree, piece, _ = self._pack(group)
+            tree, packed, *_ = self._pack(group)
             ends_N = np.zeros(len(tree), bool)
             ends_N[[nodes_T[-1] for nodes_T in tree.nodes_K]] = True
             with torch.no_grad():
-                [(edge, stop)] = self.policy.log_q([piece], [ends_N])
+                [(edge, stop)] = self.policy.log_q([packed], [ends_N])
             edge_N, stop_N = edge.double().cpu().numpy(), stop.double().cpu().numpy()
             stop_K = np.array([stop_N[nodes_T[-1]] for nodes_T in tree.nodes_K])
             path_K = np.array([edge_N[nodes_T].sum() for nodes_T in tree.nodes_K])
@@ -203,40 +214,41 @@ class Learner:
             scores.append(Score(path_K + stop_K, stop_K, reward_K))
         return scores
 
-    def _pack(self, group: Group) -> tuple[PrefixTree, Packed, np.ndarray]:
-        """The tree, its row, and log R float64 [N], NaN where the loss has no use for the state."""
+    def _pack(self, group: Group) -> Piece:
         tree = PrefixTree.of(group.trajectories_K)
         log_reward_N = node_log_reward(tree, group)
-        may_stop_N, _ = self.constraints.of_tree(tree)
+        may_stop_N, chosen_N = self.constraints.of_tree(tree)
         log_reward_N[~may_stop_N] = np.nan
         if self.baseline:
             inside_N = np.ones(len(tree), bool)
             inside_N[[nodes_T[-1] for nodes_T in tree.nodes_K]] = False
             log_reward_N[inside_N] = np.nan
-        return tree, Packed.of(tree, group.prompt.policy_tokens), log_reward_N
+        return Piece(tree, Packed.of(tree, group.prompt.policy_tokens), log_reward_N, chosen_N)
 
     def _rows(self, groups: Sequence[Group], temperature: float) -> Iterator[tuple[Tensor, dict[int, Facts]]]:
         """A row of packed trees of this rank at a time: its part of the loss, and the facts of each group in it, by index."""
-        packed = [self._pack(group) for group in groups]
-        lengths = [len(piece) for _, piece, _ in packed]
+        pieces = [self._pack(group) for group in groups]
+        lengths = [len(piece.packed) for piece in pieces]
         for row in self.ranks.rows(lengths, self.config.token_budget):
             # A row that only keeps step with the other ranks forwards the shortest group, for nothing.
             forwarded = row or [int(np.argmin(lengths))]
-            trees, pieces, rewards = zip(*(packed[index] for index in forwarded), strict=True)
-            terminable = [np.isfinite(reward_N) for reward_N in rewards]
-            log_q = self.policy.log_q(pieces, terminable)
+            packed = [pieces[index].packed for index in forwarded]
+            terminable = [np.isfinite(pieces[index].log_reward_N) for index in forwarded]
+            log_q = self.policy.log_q(packed, terminable)
             base: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(forwarded)
             if self._kl:
                 with torch.no_grad(), self.policy.base():
-                    base = self.policy.log_q(pieces, terminable)
+                    base = self.policy.log_q(packed, terminable)
             if not row:
                 yield 0.0 * log_q[0][0].sum(), {}
                 continue
             loss_G, facts = [], {}
-            for index, tree, reward_N, (edge_N, stop_N), base_N in zip(row, trees, rewards, log_q, base, strict=True):
-                states = states_of(tree, reward_N, edge_N, stop_N, temperature)
+            for index, (edge_N, stop_N), base_N in zip(row, log_q, base, strict=True):
+                tree, _, log_reward_N, chosen_N = pieces[index]
+                states = states_of(tree, log_reward_N, edge_N, stop_N, temperature)
                 if self.baseline:
-                    loss = self.baseline(baselines.actions_of(tree, groups[index], edge_N, stop_N, base_N, temperature))
+                    actions = baselines.actions_of(tree, chosen_N, groups[index], edge_N, stop_N, base_N, temperature)
+                    loss = self.baseline(actions)
                 else:
                     assert self.loss is not None
                     loss = self.loss(states)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ from system.posterior import Bounds, Exact, mean_metrics
 from system.requests import Requests
 from system.reward_error import RewardError
 from system.run_error import RunError
+from system.task_config import Task, is_same
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt, Trajectory
 from system.voting import preferred, tally
@@ -120,7 +122,8 @@ def judge(
                 log_rewards = log_reward_EK(group, others, rewards)
             # As in training, where the samples are left out: here it is the prompt's vote.
             except RewardError as error:
-                logger.warning("evaluation: %s has no vote, as its samples have no reward: %s", group.prompt.id, error)
+                fault = next(iter(error.faults.values()))
+                logger.warning("evaluation: %s has no vote, as its samples have no reward: %s", group.prompt.id, fault)
             else:
                 # Its own evidence comes last: `preferred` gives a tie to what comes first, and a tie is not right.
                 result |= tally(preferred(log_rewards), truth=len(others))
@@ -202,20 +205,24 @@ def _bounded(group: Group) -> bool:
     return len(group) >= 2
 
 
-def write(folder: Path, step: int, evaluation: Evaluation) -> None:
-    """`folder/step-NNNNNNNN.json`, from which `read` rebuilds the evaluation."""
+def write(folder: Path, step: int, task: Task, evaluation: Evaluation) -> None:
+    """A file in `folder`, from which `read` rebuilds the evaluation. A run that is resumed with another task may have one of
+    each at the same step."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = asdict(evaluation) | {"step": step}
+    section = task.model_dump(mode="json")
+    content = asdict(evaluation) | {"step": step, "task": section}
     if evaluation.log_q_O is not None:
         content["log_q_O"] = evaluation.log_q_O.tolist()
-    replace_text(folder / f"step-{step:08d}.json", json.dumps(content))
+    digest = hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()[:8]
+    replace_text(folder / f"step-{step:08d}-{digest}.json", json.dumps(content))
 
 
-def read(folder: Path) -> list[tuple[int, Evaluation]]:
-    """All evaluations of a run with their steps, in order."""
+def read(folder: Path, task: Task, last: int) -> list[tuple[int, Evaluation]]:
+    """A run's evaluations of the task up to step `last`, with their steps, in order."""
     result = []
     for path in sorted(folder.glob("step-*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        step, log_q_O = content.pop("step"), content.pop("log_q_O")
-        result.append((step, Evaluation(**content, log_q_O=None if log_q_O is None else np.array(log_q_O))))
+        step, of_task, log_q_O = (content.pop(name) for name in ("step", "task", "log_q_O"))
+        if step <= last and is_same(task, of_task):
+            result.append((step, Evaluation(**content, log_q_O=None if log_q_O is None else np.array(log_q_O))))
     return result

@@ -7,7 +7,6 @@ how old it may be, and 0 makes the loop synchronous.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import deque
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-import safetensors.numpy
 
 from system import checkpoint
 from system.checkpoint import CheckpointError
 from system.config import Config
+from system.loop_state import Counters, LoopState
 from system.requests import Requests
 from system.run_error import RunError
 from system.timeline import Timeline
@@ -114,39 +113,6 @@ class Buffer(Protocol):
 
 class Tracker(Protocol):
     def metrics(self, values: dict[str, float], step: int) -> None: ...
-
-
-@dataclass
-class Counters:
-    """Where the run stands. A checkpoint has these, so that no group is skipped or counted twice."""
-
-    step: int = 0
-    """Updates done."""
-    version: int = -1
-    """Last adapter version that was published."""
-    published_step: int = 0
-    """Updates that it contains."""
-    next_group: int = 0
-    """Number of the next group that was never issued."""
-    groups: int = 0
-    """Groups used fresh."""
-    too_stale: int = 0
-    """Groups that came back too old to be used fresh; they are in the buffer."""
-    trajectories: int = 0
-    sampled_tokens: int = 0
-    deaths: int = 0
-    """Samplers that died while the loop ran, with work or without."""
-    learner_deaths: int = 0
-    reissued: int = 0
-    """Groups that were issued again because their sampler was gone."""
-    reward_faults: int = 0
-    """Samples that were left out because their reward could not be had."""
-    given_up: int = 0
-    """Groups of which too few samples were left."""
-    seconds: float = 0.0
-    """Time in the loop, over all sessions of the run."""
-    learner_busy_seconds: float = 0.0
-    """Of those, all but the wait for groups."""
 
 
 class Issued(NamedTuple):
@@ -276,7 +242,12 @@ class Orchestrator:
             # The learner goes on: raised before it is counted, the checkpoint would have its weights under the step before.
             except Exception as error:
                 self._failure = error
-        return update.result()
+        try:
+            return update.result()
+        except Exception:
+            if self._failure is not None:
+                logger.error("before the update's error the samplers had one, which ends the run too: %s", self._failure)
+            raise
 
     def _evaluate(self) -> None:
         with self.timeline.span("evaluate", "loop", step=self.counters.step):
@@ -331,7 +302,7 @@ class Orchestrator:
             self.learner.restart()
             if self._saved_step is not None:
                 files = checkpoint.read_latest(self.checkpoints, self._saved_step)
-                self.learner.restore(_learner_state(files), self._saved_step)
+                self.learner.restore(LoopState.of(files).learner, self._saved_step)
             for batch in self._since_saved:
                 self.learner.update(batch).result()
             self._learner_is_lost = False
@@ -488,39 +459,23 @@ class Orchestrator:
             return self._write(self.with_learner(lambda: self.learner.save().result()))
 
     def _write(self, saved: np.ndarray) -> Path:
-        arrays, records = self.replay.save()
         waiting = [group.group_id for group in (*self._arrived, *self._taken)]
         unused = sorted([*(issued.group_id for issued in self._in_flight.values()), *waiting, *self._reissue])
         task = self.config.task.model_dump(mode="json")
-        state = {"counters": vars(self.counters), "unused_groups": unused, "replay": records, "task": task}
-        files = {
-            "learner.safetensors": saved.tobytes(),
-            "replay.safetensors": safetensors.numpy.save(arrays),
-            "state.json": json.dumps(state).encode(),
-        }
-        path = checkpoint.write(self.checkpoints, self.counters.step, files)
+        state = LoopState(self.counters, unused, self.replay.save(), task, saved)
+        path = checkpoint.write(self.checkpoints, self.counters.step, state.files())
         self._saved_step, self._since_saved, self._learner_deaths_in_a_row = self.counters.step, [], 0
         return path
 
-    def restore(self, files: dict[str, bytes]) -> np.ndarray:
-        """Takes the loop's part of a checkpoint, and returns the learner's."""
-        state = json.loads(files["state.json"])
-        self.counters = Counters(**state["counters"])
-        self._reissue = deque(state["unused_groups"])
-        self._new_task = not is_of_task(files, self.config)
+    def restore(self, state: LoopState) -> None:
+        """Takes the loop's part of a checkpoint; the learner's is the caller's to give it."""
+        self.counters = state.counters
+        self._reissue = deque(state.unused_groups)
+        self._new_task = not state.is_of(self.config.task)
+        arrays, records = state.replay
         if not self._new_task:
-            self.replay.restore(safetensors.numpy.load(files["replay.safetensors"]), state["replay"])
-        elif state["replay"]:
+            self.replay.restore(arrays, records)
+        elif records:
             # Of other prompts, lengths or rewards: nothing in it is true of this task.
-            logger.warning("the task is another than that of the checkpoint: the replay buffer starts empty")
+            logger.warning("the task is another than that of the checkpoint, whose replay buffer is left out")
         self._saved_step, self._since_saved = self.counters.step, []
-        return _learner_state(files)
-
-
-def is_of_task(files: dict[str, bytes], config: Config) -> bool:
-    """A checkpoint's samples and evaluations are of the task of `config`."""
-    return json.loads(files["state.json"])["task"] == config.task.model_dump(mode="json")
-
-
-def _learner_state(files: dict[str, bytes]) -> np.ndarray:
-    return np.frombuffer(files["learner.safetensors"], np.uint8)

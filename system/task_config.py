@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from system.section import Section
 
@@ -173,10 +174,10 @@ class Constrained(NextSentence):
     kind: Literal["constrained"] = "constrained"
     keywords: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Words that must be there, in any order and case."""
-    guided: bool = True
+    guided: bool = False
     """A sentence stops only once all keywords are there, and at the last places what is missing comes for certain: it is a
-    matter of the policy's support, in training, evaluations and baselines. Of a pattern and a predicate nothing is
-    known before the end, nor of a keyword that cannot be drawn as it is written here."""
+    matter of the policy's support, in training, evaluations and baselines, and every sample is valid. Of a pattern and a
+    predicate nothing is known before the end, nor of a keyword that cannot be drawn as it is written here."""
     pattern: str | None = None
     """A regular expression that must be found in the sentence."""
     predicate: str | None = Field(default=None, pattern=FUNCTION_PATH)
@@ -354,3 +355,11 @@ PROMPT_FILES = {
 Task = Annotated[
     RandomNumber | Continuation | Infilling | Constrained | Verifiable | Arithmetic | Subjectivity, Field(discriminator="kind")
 ]
+
+
+def is_same(task: Task, kept: Mapping[str, Any]) -> bool:
+    """Whether a run kept this of the same task. A field that there was not then has its default."""
+    try:
+        return type(task).model_validate(kept) == task
+    except ValidationError:
+        return False

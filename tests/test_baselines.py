@@ -32,7 +32,7 @@ def test_actions_leave_out_padding_tool_tokens_and_forced_stops() -> None:
     group = Group(PROMPT, (tool, forced, short), rewards, 0, 0)
     tree = PrefixTree.of(group.trajectories_K)
     edge_N, stop_N = -torch.arange(len(tree)).float(), -100.0 - torch.arange(len(tree)).float()
-    result = actions_of(tree, group, edge_N, stop_N, (edge_N * 2, stop_N * 2), temperature=2.0)
+    result = actions_of(tree, tree.is_action_N, group, edge_N, stop_N, (edge_N * 2, stop_N * 2), temperature=2.0)
     at = [nodes_T.tolist() for nodes_T in tree.nodes_K]
     expected = [
         [-at[0][1], 0, -at[0][3], -100 - at[0][3]],
@@ -125,7 +125,7 @@ class OnPolicy:
         group = replace(group, trajectories_K=trajectories)
         tree = PrefixTree.of(trajectories)
         log_q, log_base = (self.nodes(tree, table) for table in tables)
-        return actions_of(tree, group, *log_q, log_base, temperature=1.0)
+        return actions_of(tree, tree.is_action_N, group, *log_q, log_base, temperature=1.0)
 
     @staticmethod
     def steps(table: torch.Tensor, string: tuple[int, ...]) -> torch.Tensor:

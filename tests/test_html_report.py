@@ -18,7 +18,7 @@ from system import config_file, evaluation
 from system.config import ConfigError
 from system.evaluation import Evaluation
 from system.journal import Journal
-from system.orchestrator import Counters
+from system.loop_state import Counters
 
 EVIL = '<script>alert("x")</script><img src="https://example.com/x.png" onerror=alert(1)>{{ 7 * 7 }}'
 
@@ -50,8 +50,8 @@ def run_dir(tmp_path: Path) -> Path:
     journal.append("status", status="RUNNING")
     table(folder / "datasets" / "continuation.json", [{"id": "line-1", "text": f"context {EVIL}"}])
     table(folder / "tables" / "samples" / "000090.json", [sample(EVIL)])
-    evaluation.write(folder / "evaluations", 0, evaluated(100.0, "before " + EVIL))
-    evaluation.write(folder / "evaluations", 90, evaluated(4.0, "after " + EVIL))
+    evaluation.write(folder / "evaluations", 0, config.task, evaluated(100.0, "before " + EVIL))
+    evaluation.write(folder / "evaluations", 90, config.task, evaluated(4.0, "after " + EVIL))
     (folder / "plots").mkdir()
     (folder / "plots" / "posterior.png").write_bytes(b"\x89PNG plot")
     (folder / "environment.json").write_text(json.dumps({"torch": "9.9.9", "commit": "abc123"}))
@@ -143,8 +143,9 @@ def test_a_figure_that_only_some_prompts_or_evaluations_have_is_a_dash_elsewhere
     last.metrics["task/bleu_4"] = 0.125
     first.per_prompt[0]["task/bleu_4"] = 0.25
     last.per_prompt[1]["task/bleu_4"] = 0.375
-    evaluation.write(run_dir / "evaluations", 0, first)
-    evaluation.write(run_dir / "evaluations", 90, last)
+    task = config_file.load(run_dir / "config.yaml").task
+    evaluation.write(run_dir / "evaluations", 0, task, first)
+    evaluation.write(run_dir / "evaluations", 90, task, last)
     words = re.sub(r"\s+", " ", page(run_dir).text)
     assert "task/distinct_answers 2 – " in words
     assert "task/bleu_4 – 0.125 " in words

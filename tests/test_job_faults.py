@@ -19,14 +19,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from ray.exceptions import RayTaskError
 
 from deploy import job, stop
-from system import checkpoint, config_file, evaluation
+from system import checkpoint, config_file
 from system.adapters import AdapterError
+from system.config import ConfigError
 from system.journal import read
+from system.loop_state import Counters, LoopState
 from system.orchestrator import LearnerDied, SamplerDied
 from system.reward_error import RewardError
 from system.run_error import RunError
@@ -398,17 +401,16 @@ def test_a_config_that_cannot_be_written_again_stays_as_it_was(tmp_path: Path) -
     assert (tmp_path / "config.yaml").read_text() == "as it was"
 
 
-def test_evaluations_of_another_task_are_put_aside_for_good(tmp_path: Path) -> None:
-    resumed = job.Job(config_file.load(ROOT / "deploy/configs/random_number.yaml"), tmp_path, resume=True)
-    for step in (0, 4):
-        evaluation.write(tmp_path / "evaluations", step, evaluation.Evaluation({"posterior/ess": 0.5}))
-    resumed._restore_evaluations(4, same_task=True)
-    assert [step for step, _ in resumed.evaluations] == [0, 4]
-    resumed._restore_evaluations(4, same_task=False)
-    assert resumed.evaluations == []
-    resumed._restore_evaluations(4, same_task=True)
-    assert resumed.evaluations == []
-    assert len(evaluation.read(tmp_path / "evaluations-of-another-task-to-step-4")) == 2
+def test_a_finished_run_with_another_task_needs_more_updates(tmp_path: Path) -> None:
+    config = config_file.load(ROOT / "deploy/configs/random_number.yaml", ["learner.steps=8"])
+    state = LoopState(Counters(step=8), [], ({}, []), config.task.model_dump(mode="json"), np.zeros(1, np.uint8))
+    checkpoint.write(tmp_path / "checkpoints", 8, state.files())
+    assert job.Job(config, tmp_path, resume=True)._saved().counters.step == 8
+    other = config.model_copy(update={"task": config.task.model_copy(update={"high": 50})})
+    (tmp_path / "summary.json").write_text("as it was")
+    with pytest.raises(ConfigError, match=r"learner\.steps=8: the run has 8 updates, on another task"):
+        job.Job(other, tmp_path, resume=True).run()
+    assert (tmp_path / "summary.json").read_text() == "as it was"
 
 
 def test_a_password_in_the_tracking_uri_is_refused_before_anything_is_written(runner: Runner) -> None:

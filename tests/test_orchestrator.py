@@ -16,6 +16,7 @@ from system import checkpoint
 from system.checkpoint import CheckpointError
 from system.config import Config
 from system.config_file import parse
+from system.loop_state import LoopState
 from system.orchestrator import ATTEMPTS, LearnerDied, Orchestrator, SamplerDied, SamplerLeft, asked
 from system.requests import Requests
 from system.run_error import RunError
@@ -33,6 +34,12 @@ def orchestrator(tmp_path: Path, cfg: Config, samplers: FakeSamplers, learner: F
     return Orchestrator(
         cfg, requests, samplers, learner, Replay(cfg.replay), FakeTracker(), tmp_path / "checkpoints", **options
     )
+
+
+def resume(loop: Orchestrator, learner: FakeLearner, checkpoints: Path, step: int | None = None) -> None:
+    state = LoopState.of(checkpoint.read_latest(checkpoints, step))
+    loop.restore(state)
+    learner.restore(state.learner, loop.counters.step)
 
 
 def used(learner: FakeLearner) -> int:
@@ -185,7 +192,7 @@ def test_a_run_that_its_samplers_end_leaves_what_it_learned(tmp_path: Path, end:
         orchestrator(tmp_path, config(), FakeSamplers(fate=fate), FakeLearner()).train()
     learner, samplers = FakeLearner(), FakeSamplers()
     again = orchestrator(tmp_path, config(), samplers, learner)
-    learner.restore(again.restore(checkpoint.read_latest(tmp_path / "checkpoints")), again.counters.step)
+    resume(again, learner, tmp_path / "checkpoints")
     assert again.counters.step == 7
     again.train()
     assert sorted(samplers.issued) == list(range(14, 24))
@@ -209,7 +216,7 @@ def test_an_update_that_is_under_way_when_the_samplers_end_the_run_is_counted(tm
         orchestrator(tmp_path, cfg, FakeSamplers(workers=1, fate=fate), first).train()
     second, samplers = FakeLearner(), FakeSamplers(workers=1)
     again = orchestrator(tmp_path, cfg, samplers, second)
-    second.restore(again.restore(checkpoint.read_latest(tmp_path / "checkpoints")), again.counters.step)
+    resume(again, second, tmp_path / "checkpoints")
     assert again.counters.step == first.step == 7
     assert second.weights == first.weights
     again.train()
@@ -274,7 +281,7 @@ def test_too_many_samples_without_a_reward_stop_the_run_also_over_a_resume(tmp_p
     for lost, ends in (({15: 3}, False), ({}, True)):
         learner, samplers = FakeLearner(), Lossy(lost)
         again = orchestrator(tmp_path, cfg, samplers, learner)
-        learner.restore(again.restore(checkpoint.read_latest(tmp_path / "checkpoints")), again.counters.step)
+        resume(again, learner, tmp_path / "checkpoints")
         assert (again.counters.step, again.counters.reward_faults) == (7, 1)
         if not ends:
             with pytest.raises(RuntimeError, match=r"4 samples had no reward"):
@@ -304,7 +311,7 @@ def test_a_learner_that_fails_leaves_what_it_had_learned(tmp_path: Path) -> None
         orchestrator(tmp_path, config(), FakeSamplers(), FakeLearner(during_update)).train()
     learner, samplers = FakeLearner(), FakeSamplers()
     again = orchestrator(tmp_path, config(), samplers, learner)
-    learner.restore(again.restore(checkpoint.read_latest(tmp_path / "checkpoints")), again.counters.step)
+    resume(again, learner, tmp_path / "checkpoints")
     again.train()
     assert samplers.issued == list(range(14, 24))
 
@@ -412,7 +419,7 @@ def test_a_resumed_run_restarts_its_learner_from_the_checkpoint_it_came_from(tmp
     loop.train()
     learner = FakeLearner(deadly(2))
     again = orchestrator(tmp_path / "cut", config(), FakeSamplers(), learner)
-    learner.restore(again.restore(checkpoint.read_latest(tmp_path / "cut" / "checkpoints")), again.counters.step)
+    resume(again, learner, tmp_path / "cut" / "checkpoints")
     again.train()
     assert learner.restarts == 1
     assert learner.weights == whole.weights
@@ -443,7 +450,7 @@ def test_a_stop_leaves_a_checkpoint_and_resuming_ends_like_an_uninterrupted_run(
 
     second, samplers = FakeLearner(), FakeSamplers()
     again = orchestrator(tmp_path / "cut", cfg, samplers, second)
-    second.restore(again.restore(checkpoint.read_latest(tmp_path / "cut" / "checkpoints")), again.counters.step)
+    resume(again, second, tmp_path / "cut" / "checkpoints")
     again.train()
     assert second.step == 9
     assert second.weights == whole.weights
@@ -459,7 +466,7 @@ def test_groups_that_were_issued_and_not_used_are_issued_again_after_a_resume(tm
     loop.train()
     learner, rest = FakeLearner(), FakeSamplers()
     again = orchestrator(tmp_path, cfg, rest, learner)
-    learner.restore(again.restore(checkpoint.read_latest(tmp_path / "checkpoints")), again.counters.step)
+    resume(again, learner, tmp_path / "checkpoints")
     again.train()
     assert Counter(rest.issued).most_common(1)[0][1] == 1
     assert again.counters.groups == 60
@@ -500,8 +507,7 @@ def test_a_run_that_was_cut_off_before_an_evaluation_has_it_after_a_resume(tmp_p
         at: list[int] = []
         learner = FakeLearner()
         again = orchestrator(tmp_path, cfg, FakeSamplers(), learner, evaluate=lambda loop: at.append(loop.counters.step))
-        files = checkpoint.read_latest(tmp_path / "checkpoints", step)
-        learner.restore(again.restore(files), again.counters.step)
+        resume(again, learner, tmp_path / "checkpoints", step)
         again.train()
         return at
 
@@ -557,29 +563,35 @@ def test_an_evaluation_is_no_part_of_the_step_after_it(tmp_path: Path) -> None:
     assert loop.counters.seconds < 0.5
 
 
-def test_a_resume_with_another_task_starts_with_an_empty_buffer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_resume_with_another_task_leaves_the_old_buffer_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cfg = config(steps=6)
     orchestrator(tmp_path, cfg, FakeSamplers(), FakeLearner()).train()
-    files = checkpoint.read_latest(tmp_path / "checkpoints")
     same = orchestrator(tmp_path, cfg, FakeSamplers(), FakeLearner())
-    same.restore(files)
+    resume(same, FakeLearner(), tmp_path / "checkpoints")
     assert len(same.replay) > 0 and not caplog.text
     changed = cfg.model_copy(update={"task": cfg.task.model_copy(update={"high": 50})})
     other = orchestrator(tmp_path, changed, FakeSamplers(), FakeLearner())
-    other.restore(files)
+    resume(other, FakeLearner(), tmp_path / "checkpoints")
     assert len(other.replay) == 0
-    assert "another than that of the checkpoint: the replay buffer starts empty" in caplog.text
+    assert "another than that of the checkpoint, whose replay buffer is left out" in caplog.text
 
 
 def test_a_resume_with_another_task_begins_with_an_evaluation(tmp_path: Path) -> None:
     orchestrator(tmp_path, config(steps=5), FakeSamplers(), FakeLearner()).train()
-    files = checkpoint.read_latest(tmp_path / "checkpoints")
+    kept = LoopState.of(checkpoint.read_latest(tmp_path / "checkpoints"))
     for task, expected in ((config().task, [8, 9]), (config().task.model_copy(update={"high": 50}), [5, 8, 9])):
         at: list[int] = []
         cfg = config(steps=9, evaluate_every=4).model_copy(update={"task": task})
         learner = FakeLearner()
-        loop = orchestrator(tmp_path, cfg, FakeSamplers(), learner, evaluate=lambda loop, at=at: at.append(loop.counters.step))
-        learner.restore(loop.restore(files), 5)
+        loop = orchestrator(
+            tmp_path / str(len(expected)),
+            cfg,
+            FakeSamplers(),
+            learner,
+            evaluate=lambda loop, at=at: at.append(loop.counters.step),
+        )
+        loop.restore(replace(kept, counters=replace(kept.counters)))
+        learner.restore(kept.learner, 5)
         loop.train()
         assert at == expected
 

@@ -9,7 +9,8 @@ from deploy import report
 from system import evaluation, tasks
 from system.config_file import parse
 from system.evaluation import Evaluation
-from system.orchestrator import Counters
+from system.loop_state import Counters
+from system.task_config import Task, is_same
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer()
@@ -93,10 +94,35 @@ def test_an_evaluation_without_samples_has_no_plot(tmp_path: Path) -> None:
 
 
 def test_evaluations_are_read_back_as_written(tmp_path: Path) -> None:
-    evaluation.write(tmp_path, 0, exact(np.array([-1.0, -2.0])))
-    evaluation.write(tmp_path, 12, sampled(4.0, -5.0))
-    [(first, a), (second, b)] = evaluation.read(tmp_path)
+    task = parse({"task": {"kind": "random_number"}}).task
+    evaluation.write(tmp_path, 0, task, exact(np.array([-1.0, -2.0])))
+    evaluation.write(tmp_path, 12, task, sampled(4.0, -5.0))
+    evaluation.write(tmp_path, 20, task, sampled(5.0, -5.0))
+    [(first, a), (second, b)] = evaluation.read(tmp_path, task, 19)
     assert (first, second) == (0, 12)
     assert a.log_q_O is not None and a.log_q_O.tolist() == [-1.0, -2.0]
     assert b.metrics == sampled(4.0, -5.0).metrics
     assert b.per_prompt == sampled(4.0, -5.0).per_prompt
+
+
+def test_evaluations_of_a_task_that_a_run_was_resumed_with_hide_none_of_the_one_before(tmp_path: Path) -> None:
+    first, second = (parse({"task": {"kind": "random_number", "high": high}}).task for high in (100, 50))
+    for step, task, spread in ((0, first, 9.0), (4, first, 4.0), (4, second, 7.0), (8, second, 5.0)):
+        evaluation.write(tmp_path, step, task, sampled(spread, -5.0))
+
+    def found(task: Task) -> list[tuple[int, float]]:
+        return [(step, result.metrics["posterior/spread"]) for step, result in evaluation.read(tmp_path, task, 99)]
+
+    assert found(first) == [(0, 9.0), (4, 4.0)]
+    assert found(second) == [(4, 7.0), (8, 5.0)]
+
+
+def test_a_task_that_was_kept_before_it_had_a_field_is_the_same_with_the_fields_default(tmp_path: Path) -> None:
+    task = parse({"task": {"kind": "constrained", "keywords": ["sea"]}}).task
+    kept = task.model_dump(mode="json")
+    assert is_same(task, kept)
+    del kept["guided"]
+    assert is_same(task, kept)
+    assert not is_same(task, kept | {"keywords": ["lake"]})
+    assert not is_same(task, kept | {"unknown": 1})
+    assert not is_same(task, parse({"task": {"kind": "continuation"}}).task.model_dump(mode="json"))

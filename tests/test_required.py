@@ -97,6 +97,19 @@ def test_a_certain_token_is_no_choice_of_the_policy() -> None:
     }
 
 
+def test_a_certain_token_is_no_action_of_a_baseline(folder: Path) -> None:
+    """Else GRPO and PPO would divide by tokens at which there is nothing to learn."""
+    support = constraints(5)
+    config = parse({"task": {"kind": "random_number"}, "lora": {"rank": 4}, "loss": {"kind": "mle"}})
+    learner = Learner(config, folder, support, "base", list(range(10, 40)))
+    samples = [(A, A, SPACE, A, B), (A, B)]
+    trajectories = tuple(sampled(tokens, constraints=support) for tokens in samples)
+    group = Group(PROMPT, trajectories, tuple(np.zeros(len(tokens) + 1) for tokens in samples), 0, 0)
+    log_q_K = learner.score([group])[0].log_q_K
+    # Two choices before ` ab` comes for certain, then the forced stop; and two with a stop that was drawn.
+    assert learner.update([group])["loss"] == pytest.approx(-log_q_K.sum() / 5, rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.folder(tmp_path_factory.mktemp("model"))

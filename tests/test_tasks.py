@@ -461,16 +461,16 @@ def test_a_constraint_that_cannot_be_met_or_read_is_refused(fields: dict[str, An
 
 
 def test_keywords_are_in_the_support_unless_they_cannot_be_drawn_or_are_not_to_be() -> None:
-    required = problem("constrained", limit=1, keywords=["sea", "at"]).constraints.required
+    required = problem("constrained", limit=1, keywords=["sea", "at"], guided=True).constraints.required
     assert required is not None and required.words == ("sea", "at")
     assert [decode(TOKENIZER, tokens) for tokens in required.written] == [" sea", " at"]
-    for fields in ({"keywords": ["sea"], "guided": False}, {"keywords": ["sEa"]}, {"pattern": "sea"}):
+    for fields in ({"keywords": ["sea"]}, {"keywords": ["sEa"], "guided": True}, {"pattern": "sea", "guided": True}):
         asked: dict[str, Any] = fields
         assert problem("constrained", limit=1, **asked).constraints.required is None, fields
     with pytest.raises(
         ConfigError, match=r"task.keywords: \['seaside'\] are 8 tokens, more than max_tokens=7; raise task.max_tok"
     ):
-        problem("constrained", limit=1, keywords=["seaside"], max_tokens=7)
+        problem("constrained", limit=1, keywords=["seaside"], max_tokens=7, guided=True)
 
 
 def test_hints_are_keywords_as_a_sentence_has_them() -> None:

@@ -17,6 +17,7 @@ from system.required import Required, has_word
 from system.task_config import Constrained
 from system.tasks import continuation
 from system.tasks.problem import Problem
+from system.text import decode
 from system.trajectory import Prompt
 
 
@@ -36,8 +37,13 @@ def build(section: Constrained, tokenizer: PreTrainedTokenizerBase) -> Problem:
             raise ConfigError(f"task.keywords: {keyword!r} has {piece!r}, which is in task.illegal; take it out of one of them")
     problem = continuation.build(section, tokenizer)
     written = [tuple(tokenizer.encode(" " + keyword, add_special_tokens=False)) for keyword in section.keywords]
-    # A keyword that cannot be drawn in this form may still be there in another one, of other case or in other pieces.
-    hints = tuple(written) if all(map(problem.constraints.allows, written)) else ()
+    # A keyword that cannot be drawn in this form, or that a tokenizer reads back as another text, may still be there in
+    # another form, of other case or in other pieces.
+    known = all(
+        problem.constraints.allows(tokens) and has_word(decode(tokenizer, tokens), keyword)
+        for keyword, tokens in zip(section.keywords, written, strict=True)
+    )
+    hints = tuple(written) if known else ()
     constraint = {
         "keywords": list(section.keywords),
         "pattern": section.pattern,
