@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
@@ -28,15 +29,6 @@ ENVIRONMENT = {
 }
 
 
-def entry(folder: Path) -> list[str]:
-    """Of a job with a tiny model. A head of two CPUs has room for the learner and one of its samplers."""
-    return [
-        "python", "deploy/job.py", "deploy/configs/random_number.yaml", f"model.path={tiny.folder(folder)}",
-        "learner.warmup_steps=0", "sampler.samples_per_prompt=8", "sampler.kv_cache_mb=16", "lora.rank=4",
-        "actors.count=2", "cluster.wait_seconds=60", f"tracking.uri=sqlite:///{folder}/mlflow.db",
-    ]  # fmt: skip
-
-
 @contextmanager
 def cluster(head_cpus: int) -> Iterator[Cluster]:
     """A head; `add_node` and `remove_node` of what this gives do the rest. A node dies with the thread that added it, and Ray
@@ -50,12 +42,41 @@ def cluster(head_cpus: int) -> Iterator[Cluster]:
             started.shutdown()
 
 
+def without(hidden: Sequence[Path], kept: Sequence[Path]) -> list[str]:
+    """What to put in front of a command so that it sees `kept` alone of these folders, as on a machine with disks of its own.
+    Nothing where this user may not (root may)."""
+    apart = ["unshare", "--mount", "--propagation=private"]
+    if subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
+        return []
+    steps = ["set -e", "mount -t tmpfs tmpfs /mnt"]
+    for number, path in enumerate(kept):
+        make = "mkdir" if path.is_dir() else "touch"
+        steps += [f"{make} /mnt/{number}", f"mount --bind {shlex.quote(str(path))} /mnt/{number}"]
+    steps += [f"mount -t tmpfs tmpfs {shlex.quote(str(folder))}" for folder in hidden]
+    for number, path in enumerate(kept):
+        name = shlex.quote(str(path))
+        make = f"mkdir -p {name}" if path.is_dir() else f"mkdir -p {shlex.quote(str(path.parent))}; touch {name}"
+        steps += [make, f"mount --bind /mnt/{number} {name}"]
+    return [*apart, "sh", "-c", "; ".join([*steps, 'exec "$@"']), "sh"]
+
+
 class TwoNodes:
-    """A Ray cluster of two nodes on this machine, with a token, and the command line of its jobs. `programs` is the folder of
-    the Python and the Ray that it runs with."""
+    """A Ray cluster of two nodes on this machine, with a token. `programs` is the folder of the Python and the Ray that it runs
+    with.
+
+    No filesystem is shared, where this user may hide one: the second node sees neither the repository nor `folder`, but for the
+    programs, the token and the model, which every node of a cluster has.
+    """
 
     def __init__(self, folder: Path, programs: Path = Path(sys.executable).parent) -> None:
         self.folder, self.programs = folder, programs
+        model = tiny.folder(folder)
+        self.entry = [
+            "python", "deploy/job.py", "deploy/configs/random_number.yaml", f"model.path={model}",
+            "learner.warmup_steps=0", "sampler.samples_per_prompt=8", "sampler.kv_cache_mb=16", "lora.rank=4",
+            "actors.count=2", "cluster.wait_seconds=60", f"tracking.uri=sqlite:///{folder}/mlflow.db",
+        ]  # fmt: skip
+        """Of a job with a tiny model. The head has room for the learner and one of its samplers."""
         self.environment = os.environ | {
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -72,13 +93,18 @@ class TwoNodes:
             time.sleep(1)
         # As on a machine of its own: nodes that share a folder delete each other's copy of the job's working directory.
         self._temporary = tempfile.TemporaryDirectory(prefix="node-", dir="/tmp")  # a short path: there are sockets in it
-        self.nodes.append(self._node("--address=127.0.0.1:26379", "--num-cpus=1", f"--temp-dir={self._temporary.name}"))
+        apart = without((ROOT, folder), (programs.parent, folder / "token", model))
+        flags = ["--address=127.0.0.1:26379", "--num-cpus=1", f"--temp-dir={self._temporary.name}"]
+        self.nodes.append(self._node(*flags, apart=apart))
 
-    def _node(self, *flags: str) -> subprocess.Popen[bytes]:
+    def _node(self, *flags: str, apart: Sequence[str] = ()) -> subprocess.Popen[bytes]:
         log = (self.folder / f"node-{int('--head' not in flags)}.txt").open("w")
         # A free port for the agent: its default is taken where another test's Ray runs, and it takes no jobs then.
-        command = ["ray", "start", "--block", "--dashboard-agent-listen-port=0", *flags]
-        return subprocess.Popen(command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        command = [*apart, "ray", "start", "--block", "--dashboard-agent-listen-port=0", *flags]
+        # Not in a folder that is hidden from it.
+        return subprocess.Popen(
+            command, cwd="/", env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
     def job(self, verb: str, *arguments: str, seconds: float = 280) -> subprocess.CompletedProcess[str]:
         """`ray job VERB …`, with all that it prints in stdout."""

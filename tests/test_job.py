@@ -22,7 +22,7 @@ from system.config import Model
 from system.mlflow_views import VIEWS
 from system.models import locate
 from tests import tiny
-from tests.nodes import TwoNodes, entry
+from tests.nodes import TwoNodes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -136,7 +136,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_as_the_same_mlflow_r
 def test_a_submitted_job_runs_on_the_nodes_of_a_cluster_and_can_be_followed_and_stopped(tmp_path: Path) -> None:
     cluster = TwoNodes(tmp_path)
     try:
-        job = entry(tmp_path)
+        job = cluster.entry
         submit = ["--working-dir", ".", "--runtime-env-json", json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})]
         result = cluster.submit(*submit, "--", *job, "learner.steps=4", f"output_dir={tmp_path}/runs")
         assert result.returncode == 0, result.stdout[-3000:]

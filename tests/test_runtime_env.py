@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.nodes import ROOT, TwoNodes, entry
+from tests.nodes import ROOT, TwoNodes
 
 PACKAGES = "--extra-index-url=https://download.pytorch.org/whl/cpu"
 """Where the page has PyTorch's builds from."""
@@ -45,7 +45,7 @@ def test_a_job_installs_its_packages_on_nodes_that_have_none_but_ray(tmp_path: P
     cluster = TwoNodes(tmp_path, programs)
     try:
         result = cluster.submit(
-            "--working-dir", ".", "--runtime-env-json", json.dumps(environment_of_the_page()), "--", *entry(tmp_path),
+            "--working-dir", ".", "--runtime-env-json", json.dumps(environment_of_the_page()), "--", *cluster.entry,
             "learner.steps=4", "actors.start_seconds=1500", f"output_dir={tmp_path}/runs", seconds=1500,
         )  # fmt: skip
         assert result.returncode == 0, result.stdout[-3000:]
