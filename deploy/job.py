@@ -27,18 +27,19 @@ from deploy.runs import find_run, make_folder, starting_weights  # noqa: E402
 from deploy.stop import Stop  # noqa: E402
 from system import config_file  # noqa: E402
 from system.checkpoint import CheckpointError  # noqa: E402
-from system.config import Config, ConfigError  # noqa: E402
+from system.config import Config, ConfigError, Lora  # noqa: E402
 from system.run_error import RunError  # noqa: E402
 from system.whole_file import replace_text  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from deploy.pool import RaySamplers
     from learner.replay import Replay
-    from system.evaluation import Evaluation
     from system.loop_state import LoopState
-    from system.orchestrator import Orchestrator, Pool
+    from system.orchestrator import LearnerHandle, Orchestrator, Pool
     from system.requests import Requests
+    from system.tasks.problem import Problem
     from system.trajectory import Group
 
 logger = logging.getLogger("headwater")
@@ -82,75 +83,79 @@ class Job:
         self.config = config.model_copy(update={"tracking": tracking})
         self.run_dir, self.resume, self.from_step = run_dir, resume, from_step
         self.stop = Stop()
-        self.evaluations: list[tuple[int, Evaluation]] = []
 
     def run(self) -> dict[str, Any]:
         from deploy import ray_cluster
-        from deploy.observer import Observer
         from deploy.pool import RaySamplers
         from deploy.prepare import prepare
-        from deploy.progress import Standing, show
+        from deploy.progress import show
         from deploy.ray_metrics import RayMetrics
+        from deploy.recorder import Recorder
         from deploy.remote import RayLearner, wait_until_ready
-        from system import evaluation
         from system.orchestrator import Orchestrator
         from system.requests import Requests
         from system.tracking import Tracker
 
-        config, started = self.config, time.perf_counter()
+        config, run_dir, started = self.config, self.run_dir, time.perf_counter()
         saved = self._saved() if self.resume else None
         prepared = prepare(config)
-        self.tokenizer, self.problem = prepared.tokenizer, prepared.problem
+        problem = prepared.problem
         start = starting_weights(config) if config.lora.start and saved is None else None
-        make_folder(config, self.run_dir)
+        make_folder(config, run_dir)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         # Each of its steps is taken, also where one more signal cuts the one before short.
         ending = contextlib.ExitStack()
         try:
             ending.callback(ray_cluster.disconnect)
-            self.tracker = Tracker(self.run_dir, config, resume=self.resume)
-            ending.callback(lambda: self.tracker.close(status))
+            tracker = Tracker(run_dir, config, resume=self.resume)
+            ending.callback(lambda: tracker.close(status))
             if not self.resume:
-                self._keep_config()
-            self.progress, self.standing = show(), Standing(self.run_dir.name, config.learner.steps)
-            ending.callback(self.progress.close)
+                tracker.artifact(keep_config(config, run_dir))
+            progress = show()
+            ending.callback(progress.close)
             ray_cluster.connect(config)
-            self.ray_metrics = RayMetrics(self.run_dir.name)
-            sampler, longest = config.sampler, self.problem.constraints.max_tokens
-            self.requests = Requests(
-                self.problem.prompts, sampler.samples_per_prompt, sampler.exploration, config.seed, longest
+            sampler, longest = config.sampler, problem.constraints.max_tokens
+            requests = Requests(problem.prompts, sampler.samples_per_prompt, sampler.exploration, config.seed, longest)
+            learner = RayLearner(config, problem)
+            samplers = RaySamplers(config, problem, lambda: learner.node)
+            ending.callback(samplers.close)
+            learner.room = samplers.room
+            ray_metrics = RayMetrics(run_dir.name)
+            recorder = Recorder(
+                config, run_dir, problem, prepared.tokenizer, requests, learner, samplers,
+                tracker, progress, ray_metrics, self.stop,
+            )  # fmt: skip
+            recorder.describe()
+            wait_until_ready(learner, samplers)
+
+            def on_step(loop: Orchestrator, metrics: dict[str, float], fresh: list[Group]) -> None:
+                recorder.on_step(loop, metrics, fresh)
+                samplers.fit(metrics["idle/learner"])
+
+            buffered = saved is not None and saved.is_of(config.task)
+            training, pool, replay = sources(
+                config, problem, requests, samplers, lambda: loop.counters.version, buffered=buffered
             )
-            self.learner = RayLearner(config, self.problem)
-            self.samplers = RaySamplers(config, self.problem, lambda: self.learner.node)
-            ending.callback(self.samplers.close)
-            self.learner.room = self.samplers.room
-            self.observer = Observer(
-                (self.learner, self.samplers), self.tracker, config.tracking.system_metrics_seconds, self.run_dir
-            )
-            self._describe_run()
-            wait_until_ready(self.learner, self.samplers)
-            same_task = saved is not None and saved.is_of(config.task)
-            requests, samplers, replay = self._sources(lambda: loop.counters.version, buffered=same_task)
             loop = Orchestrator(
-                config, requests, samplers, self.learner, replay, self.tracker,
-                self.run_dir / "checkpoints", on_step=self._on_step, evaluate=self._evaluate, should_stop=self.stop,
+                config, training, pool, learner, replay, tracker, run_dir / "checkpoints",
+                on_step=on_step, evaluate=recorder.evaluate, should_stop=self.stop,
             )  # fmt: skip
             if saved is not None:
                 loop.restore(saved)
-                self.learner.restore(saved.learner, loop.counters.step)
-                self.evaluations = evaluation.read(self.run_dir / "evaluations", config.task, loop.counters.step)
+                learner.restore(saved.learner, loop.counters.step)
+                recorder.restore(loop.counters.step)
                 # Not before: with settings that are refused here, the run could not be resumed again.
-                self._keep_config()
+                tracker.artifact(keep_config(config, run_dir))
             elif start is not None:
-                self._start_from(start)
+                start_from(start, learner, config.lora)
                 # A learner that dies begins again from here, not from the base.
                 loop.checkpoint()
-            logger.info("ready after %.0f s; run folder %s", time.perf_counter() - started, self.run_dir)
-            self.ray_metrics.resume(loop.counters.trajectories, loop.counters.deaths)
+            logger.info("ready after %.0f s; run folder %s", time.perf_counter() - started, run_dir)
+            ray_metrics.resume(loop.counters.trajectories, loop.counters.deaths)
             with self.stop.patient():
                 loop.train()
-                self.progress.close()
-                summary = self._finish(loop, time.perf_counter() - started)
+                progress.close()
+                summary = recorder.finish(loop, time.perf_counter() - started)
             status = "FINISHED" if summary["finished"] else "KILLED"
             return summary
         except KeyboardInterrupt:
@@ -173,156 +178,45 @@ class Job:
             )
         return saved
 
-    def _keep_config(self) -> None:
-        path = self.run_dir / "config.yaml"
-        # Without it the run could not be resumed.
-        replace_text(path, config_file.dump(self.config))
-        self.tracker.artifact(path)
 
-    def _start_from(self, weights: np.ndarray) -> None:
-        try:
-            self.learner.restore(weights, 0)
-        except CheckpointError as error:
-            raise ConfigError(
-                f"lora.start={self.config.lora.start!r} is not of this model with lora.rank={self.config.lora.rank} and "
-                f"lora.targets={self.config.lora.targets}: {plain(error)}"
-            ) from error
+def keep_config(config: Config, run_dir: Path) -> Path:
+    """Whole or not at all: without it the run could not be resumed."""
+    path = run_dir / "config.yaml"
+    replace_text(path, config_file.dump(config))
+    return path
 
-    def _sources(self, version: Callable[[], int], *, buffered: bool) -> tuple[Requests, Pool, Replay]:
-        """Where training groups come from: samplers and replay, and the task's demonstrations where the config wants them.
 
-        With `buffered` a checkpoint is to fill the replay buffer, so nothing is scored for it.
-        """
-        from learner.replay import Replay
-        from system.demonstrations import Demonstrations, scored
+def start_from(weights: np.ndarray, learner: LearnerHandle, lora: Lora) -> None:
+    """Raises ConfigError for weights of another model or rank than the learner's."""
+    try:
+        learner.restore(weights, 0)
+    except CheckpointError as error:
+        raise ConfigError(
+            f"lora.start={lora.start!r} is not of this model with lora.rank={lora.rank} and lora.targets={lora.targets}: "
+            f"{plain(error)}"
+        ) from error
 
-        config, replay = self.config, Replay(self.config.replay)
-        imitates = config.loss.kind == "mle"
-        wanted = imitates or (config.replay.demonstrations and not buffered)
-        groups = scored(self.problem, self.samplers) if wanted else []
-        if not imitates:
-            for group in groups:
-                replay.add(group)
-            return self.requests, self.samplers, replay
-        prompts = [group.prompt for group in groups]
-        return self.requests.of(prompts), Demonstrations(groups, self.samplers, version), replay
 
-    # ------------------------------------------------------------------------------------------ while it runs
+def sources(
+    config: Config, problem: Problem, requests: Requests, samplers: RaySamplers, version: Callable[[], int], *, buffered: bool
+) -> tuple[Requests, Pool, Replay]:
+    """Where training groups come from: samplers and replay, and the task's demonstrations where the config wants them.
 
-    def _describe_run(self) -> None:
-        from deploy import environment
-        from system.text import decode
+    With `buffered` a checkpoint is to fill the replay buffer, so nothing is scored for it.
+    """
+    from learner.replay import Replay
+    from system.demonstrations import Demonstrations, scored
 
-        rows = [{"id": prompt.id, "text": decode(self.tokenizer, prompt.policy_tokens)} for prompt in self.problem.prompts]
-        self.tracker.dataset(self.config.task.kind, rows)
-        made_with = environment.describe()
-        (self.run_dir / "environment.json").write_text(json.dumps(made_with, indent=2), encoding="utf-8")
-        self.tracker.tags({f"environment.{name}": value for name, value in made_with.items()})
-        self.tracker.artifact(self.run_dir / "environment.json")
-
-    def _on_step(self, loop: Orchestrator, metrics: dict[str, float], fresh: list[Group]) -> None:
-        step = loop.counters.step
-        if step % self.config.tracking.sample_table_every == 0:
-            self.tracker.table("samples", self._sample_rows(fresh), step)
-        counters = loop.counters
-        self.observer.look(step)
-        self.standing.step, self.standing.metrics, self.standing.sampler_idle = step, metrics, self.observer.sampler_idle
-        self.standing.seconds_left = (self.config.learner.steps - step) * counters.seconds / max(1, step)
-        self.progress.update(self.standing)
-        self.ray_metrics.update(step, metrics, trajectories=counters.trajectories, deaths=counters.deaths)
-        for name, idle in self.observer.sampler_idle.items():
-            self.ray_metrics.sampler_idle(name, idle)
-        self.samplers.fit(metrics["idle/learner"])
-
-    def _sample_rows(self, groups: list[Group]) -> list[dict[str, Any]]:
-        from system.text import decode
-
-        return [
-            {
-                "prompt": group.prompt.id,
-                "text": decode(self.tokenizer, trajectory.tokens_T.tolist()),
-                "log_reward": float(log_reward_T[-1]),
-                "length": len(trajectory),
-                "temperature": trajectory.behaviour.temperature,
-                "epsilon": trajectory.behaviour.epsilon,
-                "planted": bool(trajectory.behaviour.planted),
-                "version": group.adapter_version,
-            }
-            for group in groups
-            for trajectory, log_reward_T in zip(group.trajectories_K, group.log_reward_K, strict=True)
-        ]
-
-    def _evaluate(self, loop: Orchestrator) -> None:
-        from system import evaluation
-        from system.text import decode
-
-        step = loop.counters.step
-        # It takes long, and nothing is lost with it.
-        with self.stop.patient(False):
-            result = self._evaluation(step)
-        result.metrics["seconds_training"] = loop.counters.seconds
-        for row in result.samples:
-            row["text"] = decode(self.tokenizer, row.pop("tokens"))
-        self.evaluations = [(at, earlier) for at, earlier in self.evaluations if at != step] + [(step, result)]
-        self.tracker.metrics(result.metrics, step)
-        self.tracker.table("posterior_by_prompt", result.per_prompt, step)
-        if result.samples:
-            self.tracker.table("posterior_samples", result.samples, step)
-        evaluation.write(self.run_dir / "evaluations", step, self.config.task, result)
-        self.progress.say(f"evaluation at step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items()))
-
-    def _evaluation(self, step: int) -> Evaluation:
-        from system import evaluation
-        from system.text import decode
-
-        if (listed := evaluation.without_samples(self.problem, self.learner)) is not None:
-            return listed
-        prompts = evaluation.spread(self.problem.prompts, self.config.learner.evaluation_prompts)
-        return evaluation.sampled(
-            self.requests.of(prompts), self.samplers, self.learner,
-            samples=self.config.learner.evaluation_samples,
-            temperature=self.config.learner.reward_temperature.end, round_=step,
-            judge=evaluation.judge(self.problem, lambda tokens: decode(self.tokenizer, tokens), self.samplers),
-        )  # fmt: skip
-
-    # ---------------------------------------------------------------------------------------------- at the end
-
-    def _finish(self, loop: Orchestrator, seconds: float) -> dict[str, Any]:
-        import ray
-
-        from deploy import html_report, report
-
-        folder = self.run_dir / "adapter"
-        # Asked to stop after its last update, a run has ended all the same.
-        finished = loop.counters.step >= self.config.learner.steps
-        if finished:
-            adapter: Any = ray.get(loop.with_learner(lambda: self.learner.adapter(loop.counters.version)))
-            report.replace_folder(folder, adapter)
-            self.tracker.artifact(folder)
-            if name := self.config.tracking.model:
-                self.tracker.model_version(name, folder.name)
-        idle = self._finish_timeline(loop)
-        summary = report.summary(self.config, loop.counters, self.evaluations, seconds, finished=finished, sampler_idle=idle)
-        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
-        self.tracker.artifact(self.run_dir / "summary.json")
-        if len(self.evaluations) > 1:
-            shown = report.shown(self.evaluations)
-            print(report.table({f"step {step}": result.metrics for step, result in shown}), flush=True)
-            for plot in report.plots(self.run_dir / "plots", self.problem, self.tokenizer, self.evaluations):
-                self.tracker.artifact(plot, "plots")
-        self.tracker.artifact(html_report.write(self.run_dir))
-        return summary
-
-    def _finish_timeline(self, loop: Orchestrator) -> float:
-        """Writes timeline.json. Returns the idle fraction of the samplers."""
-        from deploy import report
-
-        self.observer.keep("driver", loop.timeline.drain())
-        path = self.run_dir / "timeline.json"
-        idle = report.timeline(path, self.observer.all_spans(), self.samplers.named())
-        self.tracker.artifact(path)
-        self.tracker.metrics({"idle/samplers": idle}, loop.counters.step)
-        return idle
+    replay = Replay(config.replay)
+    imitates = config.loss.kind == "mle"
+    wanted = imitates or (config.replay.demonstrations and not buffered)
+    groups = scored(problem, samplers) if wanted else []
+    if not imitates:
+        for group in groups:
+            replay.add(group)
+        return requests, samplers, replay
+    prompts = [group.prompt for group in groups]
+    return requests.of(prompts), Demonstrations(groups, samplers, version), replay
 
 
 @contextlib.contextmanager

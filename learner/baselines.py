@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from system.config import GRPO, MLE, PPO, RLOO, Loss
 from system.prefix_tree import PrefixTree
 from system.trajectory import Group
 
@@ -33,7 +35,25 @@ class Actions:
     """float [K]: log R / T of the whole trajectory, nats."""
 
 
-Objective = Callable[[Actions], Tensor]
+class Baseline(NamedTuple):
+    loss: Callable[[Actions], Tensor]
+    needs_base: bool = False
+    """Log-probs of the base model too, for a KL penalty."""
+
+
+def build(section: Loss) -> Baseline | None:
+    """The baseline of a config section `loss`; None for a GFlowNet loss."""
+    match section:
+        case GRPO(clip=clip, kl=kl):
+            return Baseline(lambda actions: grpo(actions, clip, kl), kl > 0)
+        case PPO(clip=clip, kl=kl):
+            return Baseline(lambda actions: ppo(actions, clip, kl), kl > 0)
+        case RLOO(kl=kl):
+            return Baseline(lambda actions: rloo(actions, kl), kl > 0)
+        case MLE():
+            return Baseline(mle)
+        case _:
+            return None
 
 
 def actions_of(

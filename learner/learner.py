@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from learner import baselines, losses
+from learner.baselines import Baseline
 from learner.policy import Policy
 from learner.ranks import Ranks
 from learner.states import node_log_reward, states_of
 from system.adapters import Adapter, Canary
 from system.checkpoint import CheckpointError
-from system.config import GRPO, MLE, PPO, RLOO, Config
+from system.config import Config
 from system.config import Learner as LearnerConfig
 from system.constraints import Constraints
 from system.language_model import resolve_device
@@ -127,20 +128,7 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             self._parameters, lr=self.config.lr, betas=self.config.betas, weight_decay=self.config.weight_decay, fused=True
         )
-        self.loss: losses.Loss | None = None
-        self.baseline: baselines.Objective | None = None
-        self._kl = 0.0
-        match config.loss:
-            case GRPO(clip=clip, kl=kl):
-                self._kl, self.baseline = kl, lambda actions: baselines.grpo(actions, clip, kl)
-            case PPO(clip=clip, kl=kl):
-                self._kl, self.baseline = kl, lambda actions: baselines.ppo(actions, clip, kl)
-            case RLOO(kl=kl):
-                self._kl, self.baseline = kl, lambda actions: baselines.rloo(actions, kl)
-            case MLE():
-                self.baseline = baselines.mle
-            case section:
-                self.loss = losses.build(section.kind, getattr(section, "decay", 1.0))
+        self.objective = baselines.build(config.loss) or losses.build(config.loss.kind, getattr(config.loss, "decay", 1.0))
         self.step = 0
         self.timeline = Timeline()
         self.base_model = base_model
@@ -219,7 +207,7 @@ class Learner:
         log_reward_N = node_log_reward(tree, group)
         may_stop_N, chosen_N = self.constraints.of_tree(tree)
         log_reward_N[~may_stop_N] = np.nan
-        if self.baseline:
+        if isinstance(self.objective, Baseline):
             inside_N = np.ones(len(tree), bool)
             inside_N[[nodes_T[-1] for nodes_T in tree.nodes_K]] = False
             log_reward_N[inside_N] = np.nan
@@ -229,6 +217,7 @@ class Learner:
         """A row of packed trees of this rank at a time: its part of the loss, and the facts of each group in it, by index."""
         pieces = [self._pack(group) for group in groups]
         lengths = [len(piece.packed) for piece in pieces]
+        needs_base = isinstance(self.objective, Baseline) and self.objective.needs_base
         for row in self.ranks.rows(lengths, self.config.token_budget):
             # A row that only keeps step with the other ranks forwards the shortest group, for nothing.
             forwarded = row or [int(np.argmin(lengths))]
@@ -236,7 +225,7 @@ class Learner:
             terminable = [np.isfinite(pieces[index].log_reward_N) for index in forwarded]
             log_q = self.policy.log_q(packed, terminable)
             base: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(forwarded)
-            if self._kl:
+            if needs_base:
                 with torch.no_grad(), self.policy.base():
                     base = self.policy.log_q(packed, terminable)
             if not row:
@@ -246,14 +235,13 @@ class Learner:
             for index, (edge_N, stop_N), base_N in zip(row, log_q, base, strict=True):
                 tree, _, log_reward_N, chosen_N = pieces[index]
                 states = states_of(tree, log_reward_N, edge_N, stop_N, temperature)
-                if self.baseline:
+                if isinstance(self.objective, Baseline):
                     actions = baselines.actions_of(tree, chosen_N, groups[index], edge_N, stop_N, base_N, temperature)
-                    loss = self.baseline(actions)
+                    loss = self.objective.loss(actions)
                 else:
-                    assert self.loss is not None
-                    loss = self.loss(states)
+                    loss = self.objective(states)
                 ends_K = [int(nodes_T[-1]) for nodes_T in tree.nodes_K]
-                tokens = lengths[index] * (2 if self._kl else 1)
+                tokens = lengths[index] * (2 if needs_base else 1)
                 facts[index] = _facts(float(loss.detach()), tokens, states, stop_N.detach()[ends_K])
                 loss_G.append(loss)
             yield torch.stack(loss_G).sum() / len(groups), facts

@@ -394,10 +394,10 @@ def test_a_full_disk_ends_a_job_with_one_line_and_with_more_room_it_goes_on(
 
 
 def test_a_config_that_cannot_be_written_again_stays_as_it_was(tmp_path: Path) -> None:
-    resumed = job.Job(config_file.load(ROOT / "deploy/configs/random_number.yaml"), tmp_path, resume=True)
+    config = config_file.load(ROOT / "deploy/configs/random_number.yaml")
     (tmp_path / "config.yaml").write_text("as it was")
     with full_disk(10), pytest.raises(OSError, match="File too large"):
-        resumed._keep_config()
+        job.keep_config(config, tmp_path)
     assert (tmp_path / "config.yaml").read_text() == "as it was"
 
 

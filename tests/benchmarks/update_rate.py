@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from learner.baselines import Baseline
 from learner.learner import Learner
 from learner.losses import States
 from system import config_file, tasks
@@ -73,8 +74,8 @@ class Padded:
         terminable = torch.from_numpy(np.isfinite(reward))
         path_KT = torch.nn.functional.pad(token_KT.cumsum(1), (1, 0))
         u_KT = torch.from_numpy(np.nan_to_num(reward)) - stop_KT - path_KT
-        assert learner.loss is not None
-        learner.loss(States(u_KT, terminable, terminable, torch.tensor(lengths))).backward()
+        assert not isinstance(learner.objective, Baseline)
+        learner.objective(States(u_KT, terminable, terminable, torch.tensor(lengths))).backward()
         torch.nn.utils.clip_grad_norm_(learner._parameters, 1.0)
         learner.optimizer.step()
 
