@@ -26,7 +26,7 @@ from actors.settings import engine_environment
 from deploy import ray_cluster
 from deploy.placement import Resources
 from deploy.ray_actors import BuiltActor, SamplerActor
-from deploy.remote import first_line, is_loss, plain
+from deploy.remote import first_line, is_loss, raised
 from system.config import Config
 from system.orchestrator import SamplerDied, SamplerLeft
 from system.run_error import RunError
@@ -265,7 +265,7 @@ class RaySamplers:
         if member.name not in self._members:
             return
         if (error := source.exception()) is not None:
-            self._failed(member, plain(error))
+            self._failed(member, raised(error))
         else:
             member.is_built, member.heard, self._failed_starts = True, time.monotonic(), 0
 
@@ -328,7 +328,7 @@ class RaySamplers:
         if call not in member.calls:
             return
         error = source.exception()
-        error = error and plain(error)
+        error = error and raised(error)
         if isinstance(error, EngineDied) or (error and is_loss(error)):
             self._lose(member, first_line(error))
             return

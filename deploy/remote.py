@@ -152,7 +152,7 @@ class RayLearner:
             if error is None:
                 _settle(future, source.result())
             else:
-                _settle(future, error=LearnerDied(first_line(error)) if is_loss(error) else plain(error))
+                _settle(future, error=LearnerDied(first_line(error)) if is_loss(error) else raised(error))
 
         deadline = threading.Timer(seconds, give_up)
         deadline.daemon = True
@@ -233,7 +233,7 @@ def _loss(built: Any) -> RayError | None:
     try:
         ray.get(built)
     except RayTaskError as error:
-        raise plain(error) from None
+        raise raised(error) from None
     except RayError as error:
         return error
     return None
@@ -243,7 +243,7 @@ def _shown(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{resources.get(name, 0.0):g} {name}" for name in ("CPU", "GPU"))
 
 
-def plain(error: BaseException) -> BaseException:
+def raised(error: BaseException) -> BaseException:
     """What a call raised in an actor, as its caller would have seen it there; any other error as it is."""
     if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         return error.as_instanceof_cause()
