@@ -81,7 +81,7 @@ class Baselines:
                 f"task.kind={config.task.kind}: its samples need a tool while they are drawn, which decoding without training "
                 "does not run; compare with loss.kind=mle or grpo, or with the base column of deploy/evaluate.py"
             )
-        self.device = resolve_device("auto" if config.actors.gpus else "cpu")
+        self.device = resolve_device(config.learner.device)
         self.base = load_pretrained(self.folder, getattr(torch, config.sampler.reward_dtype), self.device)
         frozen = LanguageModel(self.base)
         self.reward = build_reward(config, self.problem, self.tokenizer, frozen)

@@ -213,6 +213,9 @@ def write(folder: Path, step: int, task: Task, evaluation: Evaluation) -> None:
     content = asdict(evaluation) | {"step": step, "task": section}
     if evaluation.log_q_O is not None:
         content["log_q_O"] = evaluation.log_q_O.tolist()
+    for earlier in folder.glob(f"step-{step:08d}*.json"):
+        if _is_of(task, json.loads(earlier.read_text(encoding="utf-8"))):
+            earlier.unlink()
     digest = hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()[:8]
     replace_text(folder / f"step-{step:08d}-{digest}.json", json.dumps(content))
 
@@ -222,7 +225,13 @@ def read(folder: Path, task: Task, last: int) -> list[tuple[int, Evaluation]]:
     result = []
     for path in sorted(folder.glob("step-*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        step, of_task, log_q_O = (content.pop(name) for name in ("step", "task", "log_q_O"))
-        if step <= last and is_same(task, of_task):
+        step, log_q_O, mine = content.pop("step"), content.pop("log_q_O"), _is_of(task, content)
+        content.pop("task", None)
+        if mine and step <= last:
             result.append((step, Evaluation(**content, log_q_O=None if log_q_O is None else np.array(log_q_O))))
     return result
+
+
+def _is_of(task: Task, content: Mapping[str, Any]) -> bool:
+    """A file without a task is from when a run's folder had those of one task alone."""
+    return "task" not in content or is_same(task, content["task"])

@@ -74,7 +74,7 @@ class LoopState:
 
     @classmethod
     def of(cls, files: dict[str, bytes]) -> LoopState:
-        """Raises CheckpointError where another version of the project wrote them, with other content."""
+        """Raises CheckpointError where another version of the project wrote them, and the loop counted something else."""
         try:
             state = json.loads(files[STATE])
             replay = safetensors.numpy.load(files[REPLAY]), state["replay"]
@@ -82,7 +82,8 @@ class LoopState:
             return cls(Counters(**state["counters"]), state["unused_groups"], replay, state["task"], learner)
         except (KeyError, TypeError) as error:
             raise CheckpointError(
-                f"the checkpoint is of another version of Headwater, which is what can go on from it: {error}"
+                "the checkpoint is of another version of Headwater, and only that version can go on from it: its "
+                f"{STATE} is not what is read here: {error}"
             ) from error
 
     def is_of(self, task: Task) -> bool:

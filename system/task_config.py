@@ -176,8 +176,8 @@ class Constrained(NextSentence):
     """Words that must be there, in any order and case."""
     guided: bool = False
     """A sentence stops only once all keywords are there, and at the last places what is missing comes for certain: it is a
-    matter of the policy's support, in training, evaluations and baselines, and every sample is valid. Of a pattern and a
-    predicate nothing is known before the end, nor of a keyword that cannot be drawn as it is written here."""
+    matter of the policy's support, in training, evaluations and baselines, and hardly a sample is without them. Of a pattern
+    and a predicate nothing is known before the end, nor of a keyword that cannot be drawn as it is written here."""
     pattern: str | None = None
     """A regular expression that must be found in the sentence."""
     predicate: str | None = Field(default=None, pattern=FUNCTION_PATH)

@@ -44,20 +44,25 @@ def cluster(head_cpus: int) -> Iterator[Cluster]:
 
 def without(hidden: Sequence[Path], kept: Sequence[Path]) -> list[str]:
     """What to put in front of a command so that it sees `kept` alone of these folders, as on a machine with disks of its own.
-    Nothing where this user may not (root may)."""
-    apart = ["unshare", "--mount", "--propagation=private"]
-    if subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
-        return []
-    steps = ["set -e", "mount -t tmpfs tmpfs /mnt"]
+    Nothing, and a line that says so, where this user may not (root may)."""
+    aside = tempfile.mkdtemp(prefix="aside-", dir="/dev/shm")  # in none of them
+    steps = ["set -e", f"mount -t tmpfs tmpfs {aside}"]
     for number, path in enumerate(kept):
         make = "mkdir" if path.is_dir() else "touch"
-        steps += [f"{make} /mnt/{number}", f"mount --bind {shlex.quote(str(path))} /mnt/{number}"]
-    steps += [f"mount -t tmpfs tmpfs {shlex.quote(str(folder))}" for folder in hidden]
+        steps += [f"{make} {aside}/{number}", f"mount --bind {shlex.quote(str(path))} {aside}/{number}"]
+    for name in (shlex.quote(str(folder)) for folder in hidden):
+        steps += [f"mkdir -p {name}", f"mount -t tmpfs tmpfs {name}"]
     for number, path in enumerate(kept):
         name = shlex.quote(str(path))
         make = f"mkdir -p {name}" if path.is_dir() else f"mkdir -p {shlex.quote(str(path.parent))}; touch {name}"
-        steps += [make, f"mount --bind /mnt/{number} {name}"]
-    return [*apart, "sh", "-c", "; ".join([*steps, 'exec "$@"']), "sh"]
+        steps += [make, f"mount --bind {aside}/{number} {name}"]
+    command = ["unshare", "--mount", "--propagation=private", "sh", "-c", "; ".join([*steps, 'exec "$@"']), "sh"]
+    try:
+        subprocess.run([*command, "true"], cwd="/", capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        print(f"no folder can be hidden from the second node: {getattr(error, 'stderr', error)}")
+        return []
+    return command
 
 
 class TwoNodes:
@@ -96,6 +101,8 @@ class TwoNodes:
         apart = without((ROOT, folder), (programs.parent, folder / "token", model))
         flags = ["--address=127.0.0.1:26379", "--num-cpus=1", f"--temp-dir={self._temporary.name}"]
         self.nodes.append(self._node(*flags, apart=apart))
+        time.sleep(1)
+        assert self.nodes[1].poll() is None, (folder / "node-1.txt").read_text()[-3000:]
 
     def _node(self, *flags: str, apart: Sequence[str] = ()) -> subprocess.Popen[bytes]:
         log = (self.folder / f"node-{int('--head' not in flags)}.txt").open("w")

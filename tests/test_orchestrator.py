@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import Counter
@@ -221,6 +222,36 @@ def test_an_update_that_is_under_way_when_the_samplers_end_the_run_is_counted(tm
     assert second.weights == first.weights
     again.train()
     assert sorted(samplers.issued) == list(range(14, 24))
+
+
+def test_of_two_errors_at_once_the_samplers_is_logged_and_the_updates_raised(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    updating = threading.Event()
+
+    def fate(request: Request) -> None:
+        if request.group_id >= 2:
+            updating.wait(10)
+            refusing(request)
+
+    def during_update() -> None:
+        updating.set()
+        time.sleep(0.3)  # the loop hears of it
+        raise FloatingPointError("the loss is NaN")
+
+    with pytest.raises(FloatingPointError, match="the loss is NaN"):
+        orchestrator(tmp_path, config(max_staleness=1), FakeSamplers(fate=fate), FakeLearner(during_update)).train()
+    assert "the samplers had one, which ends the run too: reward is NaN" in caplog.text
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
+    orchestrator(tmp_path, config(steps=5), FakeSamplers(), FakeLearner()).train()
+    files = checkpoint.read_latest(tmp_path / "checkpoints")
+    state = json.loads(files["state.json"])
+    state["counters"]["of_tomorrow"] = 1
+    for changed in ({"state.json": json.dumps(state).encode()}, {"state.json": b"{}"}):
+        with pytest.raises(CheckpointError, match="of another version of Headwater"):
+            LoopState.of(files | changed)
 
 
 def test_a_sampler_that_refuses_ends_the_run_with_its_own_error(tmp_path: Path) -> None:

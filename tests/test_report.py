@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,21 @@ def test_evaluations_of_a_task_that_a_run_was_resumed_with_hide_none_of_the_one_
 
     assert found(first) == [(0, 9.0), (4, 4.0)]
     assert found(second) == [(4, 7.0), (8, 5.0)]
+
+
+def test_an_evaluation_takes_the_place_of_the_one_that_the_same_task_had_at_its_step(tmp_path: Path) -> None:
+    task = parse({"task": {"kind": "constrained", "keywords": ["sea"]}}).task
+    evaluation.write(tmp_path, 4, task, sampled(9.0, -5.0))
+    (path,) = tmp_path.iterdir()
+    content = json.loads(path.read_text())
+    # As an earlier version wrote it: before the task had a field, or before evaluations had a task.
+    del content["task"]["guided"]
+    path.rename(tmp_path / "step-00000004-00000000.json").write_text(json.dumps(content))
+    del content["task"]
+    (tmp_path / "step-00000002.json").write_text(json.dumps(content | {"step": 2}))
+    assert [step for step, _ in evaluation.read(tmp_path, task, 9)] == [2, 4]
+    evaluation.write(tmp_path, 4, task, sampled(7.0, -5.0))
+    assert [result.metrics["posterior/spread"] for _, result in evaluation.read(tmp_path, task, 9)] == [9.0, 7.0]
 
 
 def test_a_task_that_was_kept_before_it_had_a_field_is_the_same_with_the_fields_default(tmp_path: Path) -> None:
