@@ -223,7 +223,7 @@ def main(argv: list[str]) -> int:
         prog="python deploy/baselines.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", help="a YAML file, such as deploy/configs/continuation.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as task.offset=950")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as task.prompts=OTHERS")
     parser.add_argument("--methods", default="ancestral,tempered,nucleus,beam,diverse_beam,best_of_n,sir,smc")
     parser.add_argument("--samples", type=int, default=16, help="K, kept of each prompt")
     parser.add_argument("--run", help="folder of a finished run, or its name under runs/: its adapter is a method too")

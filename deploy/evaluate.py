@@ -1,10 +1,10 @@
 """How good a finished run's samples are, on other data than it was trained on: `python deploy/evaluate.py RUN [key=value …]`.
 
 Draws on-policy samples of each prompt from the base model and from the run's adapter, in this process and without Ray, and
-bounds the distance of both to the posterior. `key=value` changes the run's config: held-out prompts (task.offset=950) or
-another file. Writes RUN/heldout.json, which says too what was changed and how many samples there were, and logs the metrics
-to the run in MLflow as heldout/… and heldout/base/… (one of the two with `--only`: runs on the same data need the base model
-once).
+bounds the distance of both to the posterior. `key=value` changes the run's config: another file (task.prompts=OTHERS), or the
+lines of the same one that were not trained on (task.offset=950). Writes RUN/heldout.json, which says too what was changed and
+how many samples there were, and logs the metrics to the run in MLflow as heldout/… and heldout/base/… (one of the two with
+`--only`: runs on the same data need the base model once).
 The adapter's samples go to RUN/heldout_samples.jsonl, or to the file of --samples-file: one line a sample, with its prompt's
 id and text, its length in tokens, log q and log R in nats. RUN/heldout.png has both models' bounds by prompt, and the spread of
 their samples' log R, log q and lengths.
@@ -115,7 +115,7 @@ def _upper_bound(problem: Problem, local: Local, result: Evaluation) -> dict[str
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python deploy/evaluate.py", description=__doc__)
     parser.add_argument("run", help="folder of a run, or its name under runs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as task.offset=950")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as task.prompts=OTHERS")
     parser.add_argument("--samples", type=int, default=32, help="draws of each prompt")
     parser.add_argument("--samples-file", metavar="FILE", type=Path, help="instead of RUN/heldout_samples.jsonl")
     parser.add_argument("--only", choices=WHICH, help="instead of both")

@@ -35,18 +35,18 @@ def merge(config: Config, adapter: Path, folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from system.adapters import Adapter, AdapterError
+    from system.adapters import PEFT_CONFIG, Adapter, AdapterError
     from system.language_model import load_tokenizer
     from system.models import locate
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--merge {str(folder)!r} is there already; name a new folder, or an empty one")
     base = locate(config.model)
-    tensors = adapter_tensors(adapter, config.model.path)
+    tensors = adapter_tensors(adapter, config.model.path, config.lora)
     tokenizer = load_tokenizer(base)
     # As it is on disk: what training changes of a model's config, such as its dropout, is no part of the result.
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
-    peft_config = json.loads((adapter.parent / "adapter_config.json").read_text(encoding="utf-8"))
+    peft_config = json.loads((adapter.parent / PEFT_CONFIG).read_text(encoding="utf-8"))
     try:
         updates = Adapter.publish(0, 0, tensors, peft_config, config.model.path).updates()
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What the actors say of themselves: memory, load, and what they did when. Asked now and then; the loop waits for no answer."""
+"""What the actors say of themselves: where they are, memory, load, and what they did when. The loop waits for no answer."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ class Observer:
         self._actors, self._tracker, self._seconds = actors, tracker, seconds
         self._pending: dict[tuple[str, str], Any] = {}
         self._asked = 0.0
+        self._placed: set[str] = set()
+        """Actors whose node is known."""
         self._spans: deque[tuple[str, Span]] = deque(maxlen=SPANS)
         """With the process that each is of."""
         self.sampler_idle: dict[str, float] = {}
@@ -60,6 +62,10 @@ class Observer:
             if kind == "spans":
                 self.keep(name, values)
                 continue
+            if kind == "node":
+                self._placed.add(name)
+                self._tracker.tags({f"node.{name}": values})
+                continue
             self._tracker.system(name, values, step)
             if "busy" in values:
                 self.sampler_idle[name] = 1.0 - values["busy"]
@@ -74,6 +80,8 @@ class Observer:
                 self._pending["stats", name] = actor.stats.remote()
             if ("spans", name) not in self._pending:
                 self._pending["spans", name] = actor.spans.remote()
+            if name not in self._placed and ("node", name) not in self._pending:
+                self._pending["node", name] = actor.node.remote()
 
     def _named(self) -> dict[str, Any]:
         return {name: actor for actors in self._actors for name, actor in actors.named().items()}

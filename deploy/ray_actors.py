@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,11 @@ class BuiltActor:
         from system.tracking import system_metrics
 
         return system_metrics()
+
+    def node(self) -> str:
+        """Where this process is: host, address, and Ray's id of the node."""
+        node_id = ray.get_runtime_context().get_node_id()
+        return f"{socket.gethostname()} {ray.util.get_node_ip_address()} {node_id}"
 
     def spans(self) -> list[Span]:
         """What this process did since the last time."""

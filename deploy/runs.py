@@ -49,24 +49,35 @@ def adapter_file(run_dir: Path) -> Path:
     return path
 
 
-def adapter_tensors(path: Path, model: str) -> dict[str, np.ndarray]:
-    """What an adapter's file holds, by PEFT's names. Raises ConfigError if it is damaged, or of another base than `model`."""
+def adapter_tensors(path: Path, model: str, lora: Lora) -> dict[str, np.ndarray]:
+    """What a run's adapter file holds, by PEFT's names.
+
+    Raises:
+        ConfigError: it is damaged, of another base than `model`, or its updates count for more or less than `lora` says.
+    """
     from system.adapters import AdapterError, read_folder
 
     try:
-        return read_folder(path.parent, model)
+        tensors = read_folder(path.parent, model)
+        _check_scale(path.parent, lora)
     except AdapterError as error:
         raise ConfigError(str(error)) from error
+    except (OSError, ValueError) as error:
+        raise _misfit(path, lora, error) from error
+    return tensors
 
 
 def load_adapter(policy: Policy, path: Path, model: str, lora: Lora) -> None:
     """`model` and `lora` are those of the policy. Raises ConfigError if the adapter is damaged, or of others."""
-    tensors = adapter_tensors(path, model)
+    tensors = adapter_tensors(path, model, lora)
     try:
         policy.load_adapter(tensors)
-        _check_scale(path.parent, lora)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} does not fit lora.rank={lora.rank}: {error}") from error
+    except ValueError as error:
+        raise _misfit(path, lora, error) from error
+
+
+def _misfit(path: Path, lora: Lora, error: Exception) -> ConfigError:
+    return ConfigError(f"{path} does not fit lora.rank={lora.rank}: {error}")
 
 
 def _check_scale(folder: Path, lora: Lora) -> None:
@@ -75,12 +86,12 @@ def _check_scale(folder: Path, lora: Lora) -> None:
     Raises:
         ValueError, OSError: its adapter_config.json cannot be read, is of no plain LoRA, or has another scale.
     """
-    from system.adapters import AdapterError, scale_of
+    from system.adapters import PEFT_CONFIG, AdapterError, scale_of
 
     try:
-        scale = scale_of(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
+        scale = scale_of(json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8")))
     except (AdapterError, KeyError, TypeError) as error:
-        raise ValueError(f"adapter_config.json: {error}") from error
+        raise ValueError(f"{PEFT_CONFIG}: {error}") from error
     if not math.isclose(scale, lora.alpha / lora.rank):
         raise ValueError(
             f"its updates are scaled by lora_alpha / r = {scale:g}, the policy's by lora.alpha / lora.rank = {lora.alpha:g} / "

@@ -31,7 +31,7 @@ if str(ROOT) not in sys.path:
 
 from actors.settings import BLOCK, LORA_RANKS, engine_environment  # noqa: E402
 from deploy.command import command  # noqa: E402
-from deploy.runs import adapter_file, find_run  # noqa: E402
+from deploy.runs import adapter_file, adapter_tensors, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
@@ -41,17 +41,22 @@ POLL_SECONDS = 0.5
 
 
 def command_line(config: Config, run_dir: Path, host: str, port: int, *, gpu: bool) -> list[str]:
-    """vLLM's server for a run. Raises ConfigError if the run has no adapter or its model cannot be had."""
+    """vLLM's server for a run.
+
+    Raises:
+        ConfigError: the run has no adapter, it is damaged or of another model, or the model cannot be had.
+    """
     from system.models import context_length, locate
 
-    adapter = adapter_file(run_dir).parent
+    adapter = adapter_file(run_dir)
+    adapter_tensors(adapter, config.model.path, config.lora)  # vLLM would take it as it is
     folder = locate(config.model)
     section = config.sampler
     rank = next((rank for rank in LORA_RANKS if rank >= config.lora.rank), LORA_RANKS[-1])
     options = {
         "model": folder,
         "served-model-name": config.model.path,
-        "lora-modules": f"{run_dir.name}={adapter}",
+        "lora-modules": f"{run_dir.name}={adapter.parent}",
         "max-lora-rank": rank,
         "host": host,
         "port": port,

@@ -24,7 +24,7 @@ from system.run_error import RunError
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS, MANIFEST = "adapter_model.safetensors", "headwater.json"
+WEIGHTS, PEFT_CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "headwater.json"
 PEFT_PREFIX = "base_model.model."
 PLAIN_LORA = {
     "use_dora": False, "use_rslora": False, "lora_bias": False, "bias": "none",
@@ -135,11 +135,13 @@ class Adapter:
     def materialise(self, folder: Path) -> Path:
         """Writes a standard PEFT folder, and what `read_folder` checks it by; it appears whole or not at all."""
         part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
+        peft_config = json.dumps(self.peft_config, indent=2, sort_keys=True).encode()
         manifest = {"version": self.version, "step": self.step, "sha256": self.sha256, "base_model": self.base_model}
+        manifest["config_sha256"] = hashlib.sha256(peft_config).hexdigest()
         try:
             part.mkdir(parents=True)
             (part / WEIGHTS).write_bytes(self.weights.tobytes())
-            (part / "adapter_config.json").write_text(json.dumps(self.peft_config, indent=2, sort_keys=True), encoding="utf-8")
+            (part / PEFT_CONFIG).write_bytes(peft_config)
             (part / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
             part.replace(folder)
         finally:
@@ -155,12 +157,16 @@ def read_folder(folder: Path, base_model: str) -> dict[str, np.ndarray]:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        data = (folder / WEIGHTS).read_bytes()
+        data, peft_config = (folder / WEIGHTS).read_bytes(), (folder / PEFT_CONFIG).read_bytes()
         sha256, base = manifest["sha256"], manifest["base_model"]
+        # Adapters of earlier versions have none of it.
+        config_sha256 = manifest.get("config_sha256", found := hashlib.sha256(peft_config).hexdigest())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"adapter {folder} cannot be read: {error}; it is written when its run ends: --resume it") from error
     if hashlib.sha256(data).hexdigest() != sha256:
         raise AdapterError(f"adapter {folder}: {WEIGHTS} is damaged; write it again: --resume its run")
+    if found != config_sha256:
+        raise AdapterError(f"adapter {folder}: {PEFT_CONFIG} is damaged or was changed; write it again: --resume its run")
     if base != base_model:
         raise AdapterError(f"adapter {folder} belongs to {base!r}, not to model.path={base_model!r}")
     return safetensors.numpy.load(data)

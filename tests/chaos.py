@@ -1,8 +1,8 @@
 """Faults at random times in real runs of a tiny model: `python -m tests.chaos [FAULT …] [--injections 20] [--seed 0]`.
 
 Each fault is one run with as many injections, over real Ray actors and real engines. A line of JSON says how long it
-took until all samplers and the learner were at work again, how many groups were lost or counted twice, and how many
-published versions had a number that was not above the one before: none, or the command fails.
+took until all samplers and the learner were at work again, how many updates were done again, how many groups were lost or
+counted twice, and how many published versions had a number that was not above the one before: none, or the command fails.
 """
 
 from __future__ import annotations
@@ -51,8 +51,33 @@ CALM_SECONDS = 2.0
 """Longest time of a whole crew before the next injection."""
 NODE_CPUS = 2
 """Of each node: two of them hold the crew, one alone does not."""
-LOST_SECONDS = 240.0
-"""A crew that is not whole again by then is lost."""
+LOST_SECONDS = 120.0
+"""A crew that is not whole again by then is lost: twice of what was seen on two busy cores."""
+CHECKPOINT_EVERY = 5
+
+
+class Learner(RayLearner):
+    """Counts the updates that it is asked for, those that are done again among them."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.updates = 0
+        super().__init__(*arguments)
+
+    def update(self, groups: Sequence[Group]) -> Future[dict[str, float]]:
+        self.updates += 1
+        return super().update(groups)
+
+
+class Buffer(Replay):
+    """Knows how often each group was counted: those that are used fresh come here, and those that came back too old."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.counted: Counter[int] = Counter()
+        super().__init__(*arguments)
+
+    def add(self, group: Group) -> None:
+        self.counted[group.group_id] += 1
+        super().add(group)
 
 
 class Pool(RaySamplers):
@@ -73,7 +98,7 @@ class Crew:
     ids of those that must not come back."""
 
     def __init__(self, config: Config, problem: Any, cluster: Cluster | None) -> None:
-        self.learner = RayLearner(config, problem)
+        self.learner = Learner(config, problem)
         self.samplers = Pool(config, problem, lambda: self.learner.node)
         self.learner.room = self.samplers.room
         self.cluster = cluster
@@ -190,7 +215,13 @@ def _run(fault: Fault, injections: int, folder: Path, cluster: Cluster | None) -
             "task": {"kind": "random_number", "high": 20},
             "sampler": {"samples_per_prompt": 8, "kv_cache_mb": 16},
             "actors": {"count": 2, "answer_seconds": 10},
-            "learner": {"steps": steps, "warmup_steps": 0, "max_staleness": 3, "checkpoint_every": 5, "answer_seconds": 10},
+            "learner": {
+                "steps": steps,
+                "warmup_steps": 0,
+                "max_staleness": 3,
+                "checkpoint_every": CHECKPOINT_EVERY,
+                "answer_seconds": 10,
+            },
             "cluster": {"address": cluster and cluster.address},
             "output_dir": str(folder),
         }
@@ -199,10 +230,9 @@ def _run(fault: Fault, injections: int, folder: Path, cluster: Cluster | None) -
     ray_cluster.connect(config)
     crew = Crew(config, problem, cluster)
     injector = Injector(crew, fault, injections)
-    used: Counter[int] = Counter()
+    buffer = Buffer(config.replay)
 
     def on_step(loop: Orchestrator, metrics: dict[str, float], fresh: list[Group]) -> None:
-        used.update(group.group_id for group in fresh)
         time.sleep(STEP_SECONDS)
         # The loop does not run ahead of its injections. A learner that is gone is found by the loop alone, which has to go on.
         while loop.counters.step >= STEPS_EACH * (len(injector.recoveries) + 1) - 5 and not injector.ended:
@@ -212,7 +242,7 @@ def _run(fault: Fault, injections: int, folder: Path, cluster: Cluster | None) -
 
     requests = Requests(problem.prompts, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed)
     loop = Orchestrator(
-        config, requests, crew.samplers, crew.learner, Replay(config.replay), FakeTracker(), folder / "checkpoints",
+        config, requests, crew.samplers, crew.learner, buffer, FakeTracker(), folder / "checkpoints",
         on_step=on_step,
     )  # fmt: skip
     began = time.monotonic()
@@ -229,12 +259,13 @@ def _run(fault: Fault, injections: int, folder: Path, cluster: Cluster | None) -
         "injections": len(recoveries),
         "recovery_seconds": round(statistics.median(recoveries), 1) if recoveries else None,
         "recovery_seconds_worst": round(max(recoveries), 1) if recoveries else None,
-        # Groups are numbered without gaps; those that came back too old to be used fresh went to the replay buffer.
-        "groups_lost": len(set(range(loop.counters.next_group)) - used.keys() - _unused(loop)) - loop.counters.too_stale,
-        "groups_doubled": sum(count - 1 for count in used.values()),
+        # Groups are numbered without gaps.
+        "groups_lost": len(set(range(loop.counters.next_group)) - buffer.counted.keys() - _unused(loop)),
+        "groups_doubled": sum(count - 1 for count in buffer.counted.values()),
         "versions_not_new": sum(later <= earlier for earlier, later in pairwise(versions)),
         "deaths_seen": loop.counters.deaths + loop.counters.learner_deaths,
         "requests_reissued": loop.counters.reissued,
+        "updates_repeated": crew.learner.updates - loop.counters.step,
         "steps": loop.counters.step,
         "seconds": round(time.monotonic() - began, 1),
     }
@@ -260,7 +291,9 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(row), flush=True)
         right = {"injections": arguments.injections, "groups_lost": 0, "groups_doubled": 0, "versions_not_new": 0}
         right["steps"] = STEPS_EACH * arguments.injections
-        good &= right.items() <= row.items()
+        # Of a learner's death at most those since the checkpoint, and the one that it died over.
+        most = (CHECKPOINT_EVERY + 1) * arguments.injections
+        good &= right.items() <= row.items() and row["deaths_seen"] >= arguments.injections and row["updates_repeated"] <= most
     return 0 if good else 1
 
 

@@ -108,12 +108,16 @@ class FakeLearner:
 class FakeTracker:
     def __init__(self) -> None:
         self.logged: list[tuple[int, dict[str, float]]] = []
+        self.tagged: dict[str, str] = {}
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         self.logged.append((step, dict(values)))
 
     def system(self, node: str, values: dict[str, float], step: int) -> None:
         self.metrics({f"system/{node}/{name}": value for name, value in values.items()}, step)
+
+    def tags(self, values: dict[str, str]) -> None:
+        self.tagged |= values
 
     def series(self, name: str) -> list[float]:
         return [values[name] for _, values in self.logged if name in values]

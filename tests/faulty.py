@@ -29,12 +29,14 @@ def score(prompt: Any, text: str, tokens: list[int]) -> Any:
     return -float(len(text))
 
 
-def digits(prompt: Any, text: str, tokens: list[int]) -> float:
-    """Of the tiny models' texts: 0, but texts that begin with 1 raise, with 2 hang, with 3 have NaN."""
+def digits(prompt: Any, text: str, tokens: list[int]) -> Any:
+    """Of the tiny models' texts: 0, but texts that begin with 1 raise, with 2 hang, with 3 have NaN, with 4 two numbers."""
     if text[:1] == "1":
         raise ArithmeticError("log of zero")
     if text[:1] == "2":
         time.sleep(600)
+    if text[:1] == "4":
+        return [0.0, 0.0]
     return math.nan if text[:1] == "3" else 0.0
 
 

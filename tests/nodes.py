@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,7 +45,7 @@ def cluster(head_cpus: int) -> Iterator[Cluster]:
 
 def without(hidden: Sequence[Path], kept: Sequence[Path]) -> list[str]:
     """What to put in front of a command so that it sees `kept` alone of these folders, as on a machine with disks of its own.
-    Nothing, and a line that says so, where this user may not (root may)."""
+    Nothing, and a warning, where this user may not; root may."""
     aside = tempfile.mkdtemp(prefix="aside-", dir="/dev/shm")  # in none of them
     steps = ["set -e", f"mount -t tmpfs tmpfs {aside}"]
     for number, path in enumerate(kept):
@@ -60,7 +61,8 @@ def without(hidden: Sequence[Path], kept: Sequence[Path]) -> list[str]:
     try:
         subprocess.run([*command, "true"], cwd="/", capture_output=True, text=True, check=True)
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
-        print(f"no folder can be hidden from the second node: {getattr(error, 'stderr', error)}")
+        assert os.geteuid(), getattr(error, "stderr", error)
+        warnings.warn(UserWarning(f"no folder can be hidden from the second node: {error}"), stacklevel=2)
         return []
     return command
 

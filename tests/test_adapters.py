@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from system.adapters import MANIFEST, WEIGHTS, Adapter, AdapterError, read_folder
+from system.adapters import MANIFEST, PEFT_CONFIG, WEIGHTS, Adapter, AdapterError, read_folder
 
 TENSORS = {"a.lora_A.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.lora_B.weight": np.ones((4, 2), np.float32)}
 
@@ -23,13 +23,14 @@ def test_what_was_written_is_read(folder: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
 
-def test_any_flipped_bit_and_any_cut_is_refused(folder: Path) -> None:
-    data = (folder / WEIGHTS).read_bytes()
+@pytest.mark.parametrize("name", [WEIGHTS, PEFT_CONFIG])
+def test_any_flipped_bit_and_any_cut_is_refused(folder: Path, name: str) -> None:
+    data = (folder / name).read_bytes()
     cuts = [data[:length] for length in range(len(data))]
     flips = [data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :] for at in range(len(data)) for bit in range(8)]
     for damaged in cuts + flips:
-        (folder / WEIGHTS).write_bytes(damaged)
-        with pytest.raises(AdapterError, match=f"adapter {folder}: {WEIGHTS} is damaged; .*--resume"):
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(AdapterError, match=f"adapter {folder}: {name} is damaged.*; .*--resume"):
             read_folder(folder, "base")
 
 
@@ -38,7 +39,7 @@ def test_an_adapter_of_another_model_is_refused_with_both_names(folder: Path) ->
         read_folder(folder, "other")
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, MANIFEST])
+@pytest.mark.parametrize("name", [WEIGHTS, PEFT_CONFIG, MANIFEST])
 def test_a_missing_file_is_refused(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(AdapterError, match=f"adapter {folder} cannot be read: .*{name}"):

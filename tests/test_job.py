@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from system import journal
 from system.config import Model
 from system.mlflow_views import VIEWS
 from system.models import locate
@@ -154,5 +155,65 @@ def test_a_submitted_job_runs_on_the_nodes_of_a_cluster_and_can_be_followed_and_
         (run_dir,) = (tmp_path / "long").iterdir()
         assert list((run_dir / "checkpoints").glob("step-*"))
         assert json.loads((run_dir / "summary.json").read_text())["finished"] is False
+    finally:
+        cluster.close()
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)  # three jobs
+def test_a_submitted_job_grows_over_the_nodes_and_goes_on_after_its_driver_was_killed(tmp_path: Path) -> None:
+    def actors() -> list[psutil.Process]:
+        below = [child for node in cluster.nodes for child in psutil.Process(node.pid).children(recursive=True)]
+        return [process for process in below if process.name().startswith(("ray::Sampler", "ray::Learner"))]
+
+    def drivers() -> list[psutil.Process]:
+        # Ray has the command in a shell, whose command line holds that of Python.
+        found = [
+            process for process in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(process.info["cmdline"] or ())
+        ]
+        return [process for process in found if "deploy/job.py" in (process.info["cmdline"] or ())]
+
+    def system_metrics_of(run_dir: Path) -> set[str]:
+        entries = [entry for entry, _ in journal.read(run_dir / "journal.jsonl") if entry["kind"] == "metrics"]
+        return {name.split("/")[1] for entry in entries for name in entry["values"] if name.startswith("system/")}
+
+    cluster = TwoNodes(tmp_path)
+    try:
+        began = time.monotonic()
+        many = ["actors.count=9", "cluster.wait_seconds=0", f"output_dir={tmp_path}/many"]
+        refused = cluster.submit("--working-dir", ".", "--", *cluster.entry, *many)
+        assert refused.returncode and "actors.count=9" in refused.stdout, refused.stdout[-3000:]
+        assert time.monotonic() - began < 60  # of which most is the start of the job's first process
+
+        growing = ["actors.min=1", "actors.max=2", "learner.steps=1000000", "learner.checkpoint_every=20"]
+        identity = ["--no-wait", "--submission-id", "killed", "--working-dir", "."]
+        cluster.job("submit", *identity, "--", *cluster.entry, *growing, f"output_dir={tmp_path}/runs")
+        while not (found := list((tmp_path / "runs").glob("*/checkpoints/step-*"))) or not {
+            "driver", "learner", "sampler-0", "sampler-1"
+        } <= system_metrics_of(found[0].parents[1]):  # fmt: skip
+            status = cluster.job("status", "killed").stdout
+            assert "PENDING" in status or "RUNNING" in status, cluster.job("logs", "killed").stdout[-3000:]
+        run_dir = found[0].parents[1]
+        [driver] = drivers()
+        driver.kill()
+        while "FAILED" not in cluster.job("status", "killed").stdout:
+            time.sleep(1)
+        step = max(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
+        psutil.wait_procs(actors(), timeout=60)
+        assert actors() == []
+
+        # Those settings of the run stay; the command line has only what is changed.
+        again = ["python", "deploy/job.py", "--resume", str(run_dir), f"learner.steps={step + 20}"]
+        result = cluster.submit("--working-dir", ".", "--", *again)
+        assert result.returncode == 0, result.stdout[-3000:]
+        summary = json.loads((run_dir / "summary.json").read_text())
+        assert summary["finished"] is True and summary["steps"] == step + 20
+        client, run = mlflow_run(tmp_path)
+        steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss")]
+        assert set(steps) == set(range(1, step + 21))
+        nodes = {name: node.split()[-1] for name, node in run.data.tags.items() if name.startswith("node.")}
+        assert {"node.learner", "node.sampler-0", "node.sampler-1"} <= nodes.keys()
+        assert len(set(nodes.values())) == 2
+        assert actors() == []
     finally:
         cluster.close()

@@ -33,6 +33,9 @@ class Slow:
     def stats(self) -> dict[str, float]:
         return {"busy": 0.25}
 
+    def node(self) -> str:
+        return "host 192.0.2.1 abc"
+
     def spans(self) -> list[Span]:
         time.sleep(0.3)
         self.asked += 1
@@ -56,6 +59,7 @@ def test_no_span_is_lost_between_two_looks_or_before_the_end() -> None:
         observer.look(1)
         time.sleep(0.1)
     assert observer.sampler_idle == {"sampler-0": 0.75}
+    assert tracker.tagged == {"node.sampler-0": "host 192.0.2.1 abc"}
     observer.look(2)
     starts = [span.start for span in observer.all_spans()["sampler-0"]]
     assert len(starts) > 2

@@ -9,6 +9,7 @@ import pytest
 
 from deploy import runs
 from learner.learner import Learner
+from system.adapters import MANIFEST
 from system.checkpoint import CheckpointError
 from system.config import Config, ConfigError
 from system.config_file import parse
@@ -43,7 +44,7 @@ def test_training_starts_from_the_adapter_of_a_run_or_a_peft_folder(tmp_path: Pa
     with pytest.raises(CheckpointError, match="does not fit the policy"):
         learner(folder, rank=8).restore(runs.starting_weights(config(rank=8, start=start)), 0)
     # What another program wrote has no manifest.
-    (tmp_path / "run/adapter/headwater.json").unlink()
+    (tmp_path / "run/adapter" / MANIFEST).unlink()
     assert len(runs.starting_weights(config(start=start)))
 
 
@@ -55,6 +56,8 @@ def test_a_start_of_another_base_or_scale_and_no_plain_lora_are_refused(tmp_path
         runs.starting_weights(config(start=start, model="other"))
     with pytest.raises(ConfigError, match=r"lora_alpha / r = 2, .*= 16 / 4; set lora.alpha=8"):
         runs.starting_weights(config(start=start, alpha=16))
+    # As another program writes a folder.
+    (tmp_path / "run" / MANIFEST).unlink()
     described = tmp_path / "run" / "adapter_config.json"
     described.write_text(json.dumps(json.loads(described.read_text()) | {"use_rslora": True}))
     with pytest.raises(ConfigError, match="use_rslora=True is no plain LoRA"):

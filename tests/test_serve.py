@@ -77,6 +77,23 @@ def test_the_server_offers_the_base_and_the_adapter_with_the_learners_log_probs(
         process.wait(60)
 
 
+def test_a_damaged_adapter_and_one_of_another_policy_are_never_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, _ = finished.run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(serve, "Server", None)
+    port = str(free_port())
+    for name, message in (("adapter_model.safetensors", "is damaged"), ("adapter_config.json", "is damaged or was changed")):
+        whole = (run_dir / "adapter" / name).read_bytes()
+        (run_dir / "adapter" / name).write_bytes(whole.replace(b"8", b"9", 1))
+        assert serve.main(["one", "--port", port]) == 2
+        assert f"{name} {message}" in capsys.readouterr().err
+        (run_dir / "adapter" / name).write_bytes(whole)
+    assert serve.main(["one", "--port", port, "lora.alpha=4"]) == 2
+    assert "set lora.alpha=8" in capsys.readouterr().err
+
+
 def test_the_end_of_the_server_is_the_end_of_the_command_with_its_status() -> None:
     with closing(serve.Server([sys.executable, "-c", "raise SystemExit(3)"], {}, f"http://127.0.0.1:{free_port()}")) as server:
         assert not server.wait_until_healthy()
