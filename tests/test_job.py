@@ -180,7 +180,8 @@ def test_a_submitted_job_grows_over_the_nodes_and_goes_on_after_its_driver_was_k
     cluster = TwoNodes(tmp_path)
     try:
         began = time.monotonic()
-        many = ["actors.count=9", "cluster.wait_seconds=0", f"output_dir={tmp_path}/many"]
+        apart = [f"output_dir={tmp_path}/many", f"tracking.uri=sqlite:///{tmp_path}/many.db"]
+        many = ["actors.count=9", "cluster.wait_seconds=0", *apart]
         refused = cluster.submit("--working-dir", ".", "--", *cluster.entry, *many)
         assert refused.returncode and "actors.count=9" in refused.stdout, refused.stdout[-3000:]
         assert time.monotonic() - began < 60  # of which most is the start of the job's first process
@@ -196,13 +197,12 @@ def test_a_submitted_job_grows_over_the_nodes_and_goes_on_after_its_driver_was_k
         run_dir = found[0].parents[1]
         [driver] = drivers()
         driver.kill()
-        while "FAILED" not in cluster.job("status", "killed").stdout:
+        while "'killed' failed" not in cluster.job("status", "killed").stdout:
             time.sleep(1)
         step = max(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
         psutil.wait_procs(actors(), timeout=60)
         assert actors() == []
 
-        # Those settings of the run stay; the command line has only what is changed.
         again = ["python", "deploy/job.py", "--resume", str(run_dir), f"learner.steps={step + 20}"]
         result = cluster.submit("--working-dir", ".", "--", *again)
         assert result.returncode == 0, result.stdout[-3000:]
