@@ -122,6 +122,21 @@ class OutOfMemoryOnce(OutOfMemory):
         return step == 2 and once(config, "memory")
 
 
+class LostAdapterOnce(SamplerActor):
+    """A real sampler whose engine says of its second version that it is installed, and keeps the first, once."""
+
+    def __init__(self, config: Config, problem: Any) -> None:
+        super().__init__(config, problem)
+        engine: Any = self.part._engine
+        install, asked = engine.install, iter(range(10**9))
+
+        def losing(adapter: Any) -> dict[str, float]:
+            lost = next(asked) == 1 and once(config, "adapter")
+            return {"seconds": 0.0} if lost else install(adapter)
+
+        engine.install = losing
+
+
 def once(config: Config, name: str) -> bool:
     """True the first time that anyone asks, in any process."""
     try:

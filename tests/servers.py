@@ -7,8 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,45 @@ class Server:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
+
+
+class Slow:
+    """In front of a server: what it is asked arrives so many seconds late. Use as a context; `uri` is its own."""
+
+    def __init__(self, uri: str, seconds: float) -> None:
+        host, port = uri.removeprefix("http://").split(":")
+        self._behind, self._seconds = (host, int(port)), seconds
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.uri = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.asked = 0
+
+    def __enter__(self) -> Slow:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                client, _ = self._listener.accept()
+                self.asked += 1
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        # A server that is down is one that ends the connection at once.
+        with client, suppress(OSError), socket.create_connection(self._behind) as server:
+            threading.Thread(target=self._pass, args=(server, client, 0.0), daemon=True).start()
+            self._pass(client, server, self._seconds)
+
+    @staticmethod
+    def _pass(source: socket.socket, target: socket.socket, seconds: float) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                time.sleep(seconds)
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
 
 
 class MLflow(Server):

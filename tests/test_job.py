@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
+from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +43,24 @@ def last_line(process: subprocess.Popen[str], seconds: float = 280) -> dict[str,
     return json.loads(output.strip().splitlines()[-1])
 
 
-def listening(job: subprocess.Popen[str]) -> set[str]:
-    """The addresses at which a job's processes, those of its Ray and its actors among them, take connections."""
+def listening(job: subprocess.Popen[str]) -> set[tuple[str, int]]:
+    """Where a job's processes, those of its Ray and its actors among them, take connections: addresses and ports."""
     driver = psutil.Process(job.pid)
     processes = [driver, *driver.children(recursive=True)]
     names = {process.name() for process in processes}
     assert {"gcs_server", "raylet"} <= names and any("Sampler" in name for name in names), names
-    found = {c.laddr.ip for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
-    return {address.removeprefix("::ffff:") for address in found}
+    found = {c.laddr for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    return {(address.ip.removeprefix("::ffff:"), address.port) for address in found}
+
+
+def prometheus(job: subprocess.Popen[str]) -> set[str]:
+    """Names of a job's figures on the port of its Ray that has them."""
+    names: set[str] = set()
+    for address, port in listening(job):
+        # Most of them speak something else.
+        with suppress(OSError, HTTPException), urllib.request.urlopen(f"http://{address}:{port}/metrics", timeout=1) as page:
+            names |= set(re.findall(r"^ray_headwater_(\w+)\{", page.read().decode(errors="replace"), re.MULTILINE))
+    return names
 
 
 def mlflow_run(folder: Path) -> Any:
@@ -98,7 +112,9 @@ def test_the_main_job_runs_on_the_packaged_model_and_leaves_everything_in_mlflow
     assert not np.allclose(plain.numpy(), tuned.numpy(), atol=1e-3)
 
 
-def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_as_the_same_mlflow_run(tmp_path: Path) -> None:
+def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_as_the_same_mlflow_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tmp_path / "tiny.yaml"
     config.write_text(
         json.dumps(
@@ -112,11 +128,15 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_as_the_same_mlflow_r
             }
         )
     )
-    job = start(tmp_path, str(config))
+    monkeypatch.setenv("RAY_metrics_report_interval_ms", "500")
+    job = start(tmp_path, str(config), "cluster.dashboard=true")
     assert job.stdout is not None
     while not job.stdout.readline().startswith("step "):
         assert job.poll() is None
-    assert listening(job) == {"127.0.0.1"}
+    assert {address for address, _ in listening(job)} == {"127.0.0.1"}
+    wanted = {"loss", "step", "trajectories_total", "sampler_idle_ratio", "learner_idle_ratio"}
+    while not wanted <= prometheus(job):
+        assert job.poll() is None
     job.send_signal(signal.SIGINT)
     assert last_line(job)["finished"] is False
     assert job.returncode == 130
@@ -124,7 +144,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_as_the_same_mlflow_r
     step = int(sorted((run_dir / "checkpoints").glob("step-*"))[-1].name.removeprefix("step-"))
     assert step > 0
 
-    again = start(tmp_path, "--resume", run_dir.name, f"learner.steps={step + 20}")
+    again = start(tmp_path, "--resume", run_dir.name, f"learner.steps={step + 20}", "cluster.dashboard=false")
     summary = last_line(again)
     assert again.returncode == 0
     assert summary["steps"] == step + 20

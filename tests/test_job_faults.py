@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from mlflow import MlflowClient
 from ray.exceptions import RayTaskError
 
 from deploy import job, stop
@@ -34,7 +36,7 @@ from system.orchestrator import LearnerDied, SamplerDied
 from system.reward_error import RewardError
 from system.run_error import RunError
 from tests import tiny
-from tests.servers import MLflow
+from tests.servers import MLflow, Slow
 from tests.test_checkpoint import full_disk
 from tests.test_tracking import history, recorded
 
@@ -312,28 +314,43 @@ def server(tmp_path: Path) -> Iterator[MLflow]:
 
 @pytest.mark.chaos
 @pytest.mark.timeout(1200)  # two jobs
-def test_a_tracking_server_that_is_killed_and_comes_back_has_every_step_and_the_run_its_weights(
+def test_a_slow_tracking_server_that_is_killed_and_comes_back_has_everything_and_the_run_its_weights(
     runner: Runner, undisturbed: Runner, server: MLflow
 ) -> None:
     server.start()
-    settings = (f"tracking.uri={server.uri}", "tracking.flush_seconds=0.2", f"tracking.close_seconds={SECONDS}")
+    with Slow(server.uri, seconds=0.5) as slow:
+        _killed_tracking(runner, server, slow)
+    run_dir = run_of(runner, "down")
+    assert weights(run_dir) == weights(run_of(undisturbed, "whole"))
+
+    run, written = recorded(server.uri, "headwater"), defaultdict[str, list[tuple[int, float]]](list)
+    for entry, _ in read(run_dir / "journal.jsonl"):
+        for name, value in entry["values"].items() if entry["kind"] == "metrics" else ():
+            written[name].append((entry["step"], value))
+    assert [step for step, _ in written["loss"]] == list(range(1, STEPS + 1))
+    assert set(run.data.metrics) == set(written)
+    for name, points in written.items():
+        assert history(server.uri, run, name) == sorted(points), name
+    client = MlflowClient(server.uri)
+    sent = {
+        file.path for folder in ("", "adapter", "plots", "tables") for file in client.list_artifacts(run.info.run_id, folder)
+    }
+    assert {"config.yaml", "summary.json", "report.html", "timeline.json", "adapter/adapter_model.safetensors"} <= sent
+    assert run.info.status == "FINISHED"
+
+
+def _killed_tracking(runner: Runner, server: MLflow, slow: Slow) -> None:
+    settings = (f"tracking.uri={slow.uri}", "tracking.flush_seconds=0.2", f"tracking.close_seconds={SECONDS}")
     job = runner.start("config.json", "output_dir=down", *settings)
     wait_until(lambda: list(runner.folder.glob("down/*/checkpoints/step-00000005")), job)
     run_dir = run_of(runner, "down")
     wait_until(lambda: json.loads((run_dir / "tracking.json").read_text())["cursors"]["records"], job)
     server.kill()
     wait_until(lambda: list(run_dir.glob("checkpoints/step-00000015")), job)
-    assert f"{server.uri} does not take what is logged" in runner.logs()
+    assert f"{slow.uri} does not take what is logged" in runner.logs()
     server.start()
     assert runner.ended(job) == 0, runner.logs()[-3000:]
-
-    assert weights(run_dir) == weights(run_of(undisturbed, "whole"))
-    entries = [entry for entry, _ in read(run_dir / "journal.jsonl") if "loss" in entry.get("values", ())]
-    run = recorded(server.uri, "headwater")
-    losses = history(server.uri, run, "loss")
-    assert losses == [(entry["step"], entry["values"]["loss"]) for entry in entries]
-    assert [step for step, _ in losses] == list(range(1, STEPS + 1))
-    assert run.info.status == "FINISHED"
+    assert slow.asked
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError
 
 from deploy import ray_cluster
 from deploy.pool import RaySamplers
+from deploy.ray_actors import SamplerActor
 from deploy.remote import RayLearner, wait_until_ready
 from learner.replay import Replay
 from system import evaluation, tasks
@@ -144,12 +145,13 @@ def test_a_learner_that_hangs_is_found_by_its_deadline_and_killed(folder: Path, 
 
 
 @pytest.mark.chaos
-def test_an_engine_that_runs_out_of_memory_dies_and_is_replaced(
-    folder: Path, problem: Problem, handles: tuple[RayLearner, RaySamplers], tmp_path: Path
+@pytest.mark.parametrize("actor", [faults.OutOfMemoryOnce, faults.LostAdapterOnce])
+def test_an_engine_without_memory_or_without_its_adapter_dies_and_is_replaced(
+    folder: Path, problem: Problem, handles: tuple[RayLearner, RaySamplers], tmp_path: Path, actor: type[SamplerActor]
 ) -> None:
     learner, _ = handles
     cfg = config(folder, actors={"count": 1}, learner={"steps": 6, "warmup_steps": 0})
-    samplers = RaySamplers(cfg, problem, actor=faults.OutOfMemoryOnce)
+    samplers = RaySamplers(cfg, problem, actor=actor)
     requests = Requests(problem.prompts, 8, cfg.sampler.exploration, cfg.seed)
     loop = Orchestrator(cfg, requests, samplers, learner, Replay(cfg.replay), FakeTracker(), tmp_path)
     loop.train()

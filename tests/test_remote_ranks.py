@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 from ray.exceptions import RayActorError
@@ -94,6 +95,9 @@ def test_two_ranks_behind_one_handle_learn_publish_score_and_resume_like_one(
     for score, expected in zip(scores, alone.score(groups(problem, 3)), strict=True):
         assert score.log_q_K == pytest.approx(expected.log_q_K, abs=1e-4)
     assert set(ranks.named()) == {"learner", "learner-1"}
+    processes = [psutil.Process(pid) for pid in ray.get([actor.ready.remote() for actor in ranks.named().values()])]
+    found = {c.laddr.ip for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert {address.removeprefix("::ffff:") for address in found} == {"127.0.0.1"}  # of gloo's and Ray's
 
     broken = [Group(g.prompt, g.trajectories_K, tuple(r * 1e30 for r in g.log_reward_K), 0, 0) for g in groups(problem, 0)]
     with pytest.raises(FloatingPointError):
