@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,10 +42,10 @@ def cluster(head_cpus: int) -> Iterator[Cluster]:
             started.shutdown()
 
 
-def without(hidden: Sequence[Path], kept: Sequence[Path]) -> list[str]:
+def without(hidden: Sequence[Path], kept: Sequence[Path], aside: Path) -> list[str]:
     """What to put in front of a command so that it sees `kept` alone of these folders, as on a machine with disks of its own.
-    Nothing, and a warning, where this user may not; root may."""
-    aside = tempfile.mkdtemp(prefix="aside-", dir="/dev/shm")  # in none of them
+    Nothing, and a line that says so, where this user may not; root may, outside of containers. `aside` is an empty folder in none
+    of them."""
     steps = ["set -e", f"mount -t tmpfs tmpfs {aside}"]
     for number, path in enumerate(kept):
         make = "mkdir" if path.is_dir() else "touch"
@@ -61,8 +60,8 @@ def without(hidden: Sequence[Path], kept: Sequence[Path]) -> list[str]:
     try:
         subprocess.run([*command, "true"], cwd="/", capture_output=True, text=True, check=True)
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
-        assert os.geteuid(), getattr(error, "stderr", error)
-        warnings.warn(UserWarning(f"no folder can be hidden from the second node: {error}"), stacklevel=2)
+        # A container's root may not either. The tests hold all the same, on a filesystem that is shared.
+        print(f"no folder can be hidden from the second node: {error} {getattr(error, 'stderr', '')}", file=sys.stderr)
         return []
     return command
 
@@ -100,7 +99,8 @@ class TwoNodes:
             time.sleep(1)
         # As on a machine of its own: nodes that share a folder delete each other's copy of the job's working directory.
         self._temporary = tempfile.TemporaryDirectory(prefix="node-", dir="/tmp")  # a short path: there are sockets in it
-        apart = without((ROOT, folder), (programs.parent, folder / "token", model))
+        (aside := Path(self._temporary.name) / "aside").mkdir()
+        apart = without((ROOT, folder), (programs.parent, folder / "token", model), aside)
         flags = ["--address=127.0.0.1:26379", "--num-cpus=1", f"--temp-dir={self._temporary.name}"]
         self.nodes.append(self._node(*flags, apart=apart))
         time.sleep(1)
