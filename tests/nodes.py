@@ -44,8 +44,8 @@ def cluster(head_cpus: int) -> Iterator[Cluster]:
 
 def without(hidden: Sequence[Path], kept: Sequence[Path], aside: Path) -> list[str]:
     """What to put in front of a command so that it sees `kept` alone of these folders, as on a machine with disks of its own.
-    Nothing, and a line that says so, where this user may not; root may, outside of containers. `aside` is an empty folder in none
-    of them."""
+    Nothing, and a line that says so, where this user may not; root may, outside of containers. `aside` is an empty folder in
+    none of them."""
     steps = ["set -e", f"mount -t tmpfs tmpfs {aside}"]
     for number, path in enumerate(kept):
         make = "mkdir" if path.is_dir() else "touch"
