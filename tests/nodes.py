@@ -47,15 +47,13 @@ def without(hidden: Sequence[Path], kept: Sequence[Path], aside: Path) -> list[s
     Nothing, and a line that says so, where this user may not; root may, outside of containers. `aside` is an empty folder in
     none of them."""
     steps = ["set -e", f"mount -t tmpfs tmpfs {aside}"]
-    for number, path in enumerate(kept):
-        make = "mkdir" if path.is_dir() else "touch"
-        steps += [f"{make} {aside}/{number}", f"mount --bind {shlex.quote(str(path))} {aside}/{number}"]
+    places = [(path, aside / str(number)) for number, path in enumerate(kept)]
+    for path, place in places:
+        steps += _bound(path, place, folder=path.is_dir())
     for name in (shlex.quote(str(folder)) for folder in hidden):
         steps += [f"mkdir -p {name}", f"mount -t tmpfs tmpfs {name}"]
-    for number, path in enumerate(kept):
-        name = shlex.quote(str(path))
-        make = f"mkdir -p {name}" if path.is_dir() else f"mkdir -p {shlex.quote(str(path.parent))}; touch {name}"
-        steps += [make, f"mount --bind {aside}/{number} {name}"]
+    for path, place in places:
+        steps += _bound(place, path, folder=path.is_dir())
     command = ["unshare", "--mount", "--propagation=private", "sh", "-c", "; ".join([*steps, 'exec "$@"']), "sh"]
     try:
         subprocess.run([*command, "true"], cwd="/", capture_output=True, text=True, check=True)
@@ -64,6 +62,13 @@ def without(hidden: Sequence[Path], kept: Sequence[Path], aside: Path) -> list[s
         print(f"no folder can be hidden from the second node: {error} {getattr(error, 'stderr', '')}", file=sys.stderr)
         return []
     return command
+
+
+def _bound(source: Path, target: Path, *, folder: bool) -> list[str]:
+    """Shell commands after which `target`, made if need be, is `source`."""
+    name, parent = (shlex.quote(str(path)) for path in (target, target.parent))
+    make = f"mkdir -p {name}" if folder else f"mkdir -p {parent}; touch {name}"
+    return [make, f"mount --bind {shlex.quote(str(source))} {name}"]
 
 
 class TwoNodes:

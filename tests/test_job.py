@@ -28,6 +28,7 @@ from system.mlflow_views import VIEWS
 from system.models import locate
 from tests import tiny
 from tests.nodes import TwoNodes
+from tests.servers import listening
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,20 +44,19 @@ def last_line(process: subprocess.Popen[str], seconds: float = 280) -> dict[str,
     return json.loads(output.strip().splitlines()[-1])
 
 
-def listening(job: subprocess.Popen[str]) -> set[tuple[str, int]]:
+def doors(job: subprocess.Popen[str]) -> set[tuple[str, int]]:
     """Where a job's processes, those of its Ray and its actors among them, take connections: addresses and ports."""
     driver = psutil.Process(job.pid)
     processes = [driver, *driver.children(recursive=True)]
     names = {process.name() for process in processes}
     assert {"gcs_server", "raylet"} <= names and any("Sampler" in name for name in names), names
-    found = {c.laddr for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
-    return {(address.ip.removeprefix("::ffff:"), address.port) for address in found}
+    return listening(processes)
 
 
 def prometheus(job: subprocess.Popen[str]) -> set[str]:
     """Names of a job's figures on the port of its Ray that has them."""
     names: set[str] = set()
-    for address, port in listening(job):
+    for address, port in doors(job):
         # Most of them speak something else.
         with suppress(OSError, HTTPException), urllib.request.urlopen(f"http://{address}:{port}/metrics", timeout=1) as page:
             names |= set(re.findall(r"^ray_headwater_(\w+)\{", page.read().decode(errors="replace"), re.MULTILINE))
@@ -133,7 +133,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_as_the_same_mlflow_r
     assert job.stdout is not None
     while not job.stdout.readline().startswith("step "):
         assert job.poll() is None
-    assert {address for address, _ in listening(job)} == {"127.0.0.1"}
+    assert {address for address, _ in doors(job)} == {"127.0.0.1"}
     wanted = {"loss", "step", "trajectories_total", "sampler_idle_ratio", "learner_idle_ratio"}
     while not wanted <= prometheus(job):
         assert job.poll() is None

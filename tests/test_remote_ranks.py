@@ -28,6 +28,7 @@ from system.orchestrator import LearnerDied
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt
 from tests import tiny
+from tests.servers import listening
 from tests.test_prefix_tree import trajectory
 
 
@@ -96,8 +97,7 @@ def test_two_ranks_behind_one_handle_learn_publish_score_and_resume_like_one(
         assert score.log_q_K == pytest.approx(expected.log_q_K, abs=1e-4)
     assert set(ranks.named()) == {"learner", "learner-1"}
     processes = [psutil.Process(pid) for pid in ray.get([actor.ready.remote() for actor in ranks.named().values()])]
-    found = {c.laddr.ip for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
-    assert {address.removeprefix("::ffff:") for address in found} == {"127.0.0.1"}  # of gloo's and Ray's
+    assert {address for address, _ in listening(processes)} == {"127.0.0.1"}  # of gloo's and Ray's
 
     broken = [Group(g.prompt, g.trajectories_K, tuple(r * 1e30 for r in g.log_reward_K), 0, 0) for g in groups(problem, 0)]
     with pytest.raises(FloatingPointError):
