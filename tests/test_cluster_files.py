@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,36 @@ def test_every_image_is_the_one_that_is_built_or_has_a_version() -> None:
     ]
     assert {image for image in images if image.startswith("REGISTRY/")} == set(built)
     assert all(re.search(r":\w*\d", image) for image in images)
+
+
+@pytest.mark.parametrize(
+    ("line", "spoilt", "complaint"),
+    [
+        ("", "", ""),
+        ("WORKDIR /headwater", "WORKDIR headwater", "DL3000"),
+        ("USER 1000", "USER root", "DL3002"),
+        ("COPY . .", "COPIED . .", "unexpected 'C'"),
+        ("requirements/cpu.txt requirements/cpu.txt", "requirements/cpu.txt pyproject.toml requirements", "DL3021"),
+    ],
+)
+def test_hadolint_takes_the_dockerfile_as_it_is_alone(line: str, spoilt: str, complaint: str) -> None:
+    text = (FOLDER / "Dockerfile").read_text()
+    assert line in text
+    hadolint = Path(sys.executable).with_name("hadolint")
+    read = subprocess.run([hadolint, "--no-color", "-"], input=text.replace(line, spoilt), capture_output=True, text=True)
+    assert (read.returncode == 0) == (not complaint)
+    assert complaint in read.stdout + read.stderr
+
+
+def test_the_user_of_the_image_may_write_to_the_volumes() -> None:
+    (user,) = re.findall(r"^USER (\d+)$", (FOLDER / "Dockerfile").read_text(), re.MULTILINE)
+    groups = {
+        pod["spec"]["securityContext"]["fsGroup"]
+        for name in ("rayjob.yaml", "mlflow.yaml")
+        for pod in pods({"all": documents(name)})
+        if any("REGISTRY/" in container["image"] for container in pod["spec"]["containers"]) and pod["spec"].get("volumes")
+    }
+    assert groups == {int(user)}
 
 
 def test_the_image_gets_no_history_and_nothing_that_git_ignores() -> None:
