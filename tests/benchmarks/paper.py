@@ -90,13 +90,17 @@ class Lab:
         return json.loads((adapter.parent / "baselines.json").read_text(encoding="utf-8"))["methods"]
 
     def self_consistent(self, name: str, stories: Path, limit: int) -> Path:
-        """Two stories that the model told itself for each of the first beginnings in a file; the same for every seed."""
+        """Two stories that the model told itself for each of the first beginnings in a file, with sentences that every training
+        may draw; the same for every seed."""
         result = self.output / f"{name}.jsonl"
         if not result.exists():
             config = str(ROOT / "deploy/configs/infilling.yaml")
-            self._run(
-                "self_consistent", config, str(result), f"task.stories={stories}", f"task.limit={limit}", "--per-story", "2"
+            task = (
+                f"task.stories={stories}",
+                f"task.limit={limit}",
+                *(each for each in self.shared if each.startswith("task.")),
             )
+            self._run("self_consistent", config, str(result), *task, "--per-story", "2")
         return result
 
     def _run(self, script: str, *arguments: str) -> str:
