@@ -29,12 +29,12 @@ from system import config_file
 from system.config import Model
 from system.constraints import Constraints
 from system.models import locate
-from system.prefix_tree import Packed, PrefixTree
 from system.trajectory import Group, Prompt
 from tests import tiny
 from tests.benchmarks.figures import Figure, in_turns, ratio, report, seconds
 from tests.benchmarks.update_memory import PeakMemory
 from tests.benchmarks.update_rate import group_of
+from tests.benchmarks.work import operations, peak, wait
 
 WAYS = ("dense", "block")
 
@@ -76,30 +76,6 @@ def groups_of(size: Size, count: int, vocab_size: int) -> list[Group]:
     return groups
 
 
-def operations(config: Any, parameters: int, groups: Sequence[Group]) -> float:
-    """Floating-point operations that an update on `groups` cannot do without."""
-    tokens, pairs = 0, 0
-    for group in groups:
-        piece = Packed.of(PrefixTree.of(group.trajectories_K), group.prompt.policy_tokens)
-        tokens += len(piece)
-        pairs += int((piece.end_L - np.arange(len(piece))).sum())
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # Two products of a pair forward, four backward, two operations for each of the head's numbers.
-    return 4.0 * parameters * tokens + 12.0 * pairs * config.num_attention_heads * head_size * config.num_hidden_layers
-
-
-def peak(device: torch.device, dtype: torch.dtype, side: int) -> float:
-    """Operations a second of a large matrix product."""
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    timed = seconds(lambda: (torch.mm(a, b), wait(device)))
-    return 2.0 * side**3 / min(timed() for _ in range(10))
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 @contextmanager
 def peak_mib(device: torch.device, into: list[float]) -> Any:
     """Appends the largest allocation inside, less that at the start."""
@@ -131,14 +107,10 @@ def measure(name: str, folder: Path, dtype: str, device: torch.device, size: Siz
         return lambda: (learner.update(groups), wait(device))[1]
 
     learners = {way: learner_of(folder, way, dtype, device, size, checkpointing=False) for way in WAYS}
-    model: Any = learners["dense"].policy.language_model.model
-    parameters = sum(p.numel() for p in model.parameters() if p.ndim == 2 and not p.requires_grad)
-    if not model.config.tie_word_embeddings:
-        parameters -= model.get_input_embeddings().weight.numel()
     groups = groups_of(size, size.groups, learners["dense"].constraints.vocab_size)
     tokens = learners["dense"].update(groups)["tokens/forwarded"]
     times = in_turns({way: seconds(updating(learner, groups)) for way, learner in learners.items()}, repeats, warm_up=2)
-    top, work = peak(device, getattr(torch, dtype), size.matrix), operations(model.config, parameters, groups)
+    top, work = peak(device, getattr(torch, dtype), size.matrix), operations(learners["dense"], groups)
     what = {"tokens": int(tokens), "dtype": dtype, "operations_per_second_of_a_product": top}
     for way, spent in times.items():
         report(
@@ -146,7 +118,7 @@ def measure(name: str, folder: Path, dtype: str, device: torch.device, size: Siz
             Figure(f"packed update, {name}, {way} attention, share of the peak", "", [work / each / top for each in spent]),
         )
     report(ratio(f"packed update, {name}, dense masks over block attention", times["dense"], times["block"], 1.0, **what))
-    del learners, model
+    del learners
     memory: dict[str, list[float]] = {way: [] for way in WAYS}
     for way, values in memory.items():
         learner = learner_of(folder, way, dtype, device, size, checkpointing=True)

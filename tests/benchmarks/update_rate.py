@@ -3,7 +3,8 @@
     python -m tests.benchmarks.update_rate [--repeats 5]
 
 The padded update has the same policy, support, loss and optimizer; each sample is a row with the whole prompt in front.
-Both give the same log q, which is checked first.
+Both give the same log q, which is checked first. Beside the ratio, how much of the arithmetic that this machine can do the
+packed update does.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from system.models import locate
 from system.tasks.problem import Problem
 from system.trajectory import Behaviour, Group, Prompt, Trajectory
 from tests.benchmarks.figures import Figure, in_turns, ratio, report, seconds
+from tests.benchmarks.work import operations, peak
 
 PROMPT_TOKENS = 60
+MATRIX = 2048
+"""Side of the product that gives the peak."""
 
 
 class Padded:
@@ -128,10 +132,10 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     rng = np.random.default_rng(0)
     for name, samples, wanted in (("random_number", 64, 8.0), ("continuation", 20, 3.0)):
-        report(measure(name, samples, wanted, repeats, rng))
+        report(*measure(name, samples, wanted, repeats, rng))
 
 
-def measure(name: str, samples: int, wanted: float, repeats: int, rng: np.random.Generator) -> Figure:
+def measure(name: str, samples: int, wanted: float, repeats: int, rng: np.random.Generator) -> list[Figure]:
     cfg = config_file.load(f"deploy/configs/{name}.yaml", ["learner.threads=2"])
     folder = locate(cfg.model)
     problem = tasks.build(cfg.task, load_tokenizer(folder))
@@ -142,12 +146,16 @@ def measure(name: str, samples: int, wanted: float, repeats: int, rng: np.random
     runs = {"padded": seconds(lambda: padded.update(group)), "packed": seconds(lambda: learner.update([group]))}
     times = in_turns(runs, repeats)
     longest = max(len(t) for t in group.trajectories_K)
-    return ratio(
+    faster = ratio(
         f"update on {name}, K = {samples}, padded rows over packed trees", times["padded"], times["packed"], wanted,
         prompt_tokens=len(group.prompt.policy_tokens), longest_sample=longest,
         padded_tokens=samples * (len(group.prompt.policy_tokens) + longest),
         packed_tokens=int(learner.update([group])["tokens/forwarded"]),
     )  # fmt: skip
+    top, work = peak(learner.policy.device, torch.float32, MATRIX), operations(learner, [group])
+    share = [work / each / top for each in times["packed"]]
+    about = {"operations": work, "operations_per_second_of_a_product": top}
+    return [faster, Figure(f"update on {name}, packed: share of what a large matrix product reaches", "", share, detail=about)]
 
 
 if __name__ == "__main__":
