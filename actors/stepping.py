@@ -6,6 +6,7 @@ chooses from. Here the model is a plain Hugging Face one, and the support is tha
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -72,6 +73,13 @@ class Rows:
         self._cache.batch_select_indices(parents)
         self.log_q_BC = self.log_q_BC[parents]
         self._drawn_B = [self._drawn_B[parent] for parent in parent_B]
+
+    def fork(self, parent_B: np.ndarray) -> Rows:
+        """What `select` makes of these rows, as others: these stay as they are."""
+        rows = copy.copy(self)
+        rows._cache = copy.deepcopy(self._cache)
+        rows.select(parent_B)
+        return rows
 
     def advance(self, parent_B: np.ndarray, column_B: np.ndarray) -> None:
         """Row b becomes row parent_B[b] with one token more, of column column_B[b] (int64 both). Without rows, nothing."""

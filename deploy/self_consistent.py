@@ -13,7 +13,6 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +26,14 @@ from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
 if TYPE_CHECKING:
-    from actors.stepping import NextTokens
+    from actors.stepping import Rows
     from system.constraints import Constraints
 
 logger = logging.getLogger("headwater")
 
-TRIES = 8
+TRIES = 32
 """Samples at once for each story that is wanted of a beginning."""
-MOST_BATCHES = 500
+MOST_BATCHES = 125
 """Batches of tries for a beginning; then it has fewer stories, or none."""
 
 
@@ -64,10 +63,11 @@ def draw(config: Config, per_story: int, ending: int, seed: int) -> list[dict[st
     stories = []
     for number, prompt in enumerate(problem.prompts, 1):
         found: list[dict[str, Any]] = []
+        beginning = teller.start(prompt.reward_tokens)
         for _ in range(MOST_BATCHES):
             if len(found) >= per_story:
                 break
-            for middle, after in _tell(teller, prompt.reward_tokens, TRIES * per_story, support, ending):
+            for middle, after in _tell(beginning, TRIES * per_story, support, ending):
                 text = decode(tokenizer, after).strip()
                 # What is asked of Y alone leaves Z, given Y, a posterior draw.
                 if text and not set(after) & special and len(found) < per_story:
@@ -79,9 +79,7 @@ def draw(config: Config, per_story: int, ending: int, seed: int) -> list[dict[st
     return stories
 
 
-def _tell(
-    teller: NextTokens, context: Sequence[int], tries: int, support: Constraints, ending: int
-) -> list[tuple[list[int], list[int]]]:
+def _tell(beginning: Rows, tries: int, support: Constraints, ending: int) -> list[tuple[list[int], list[int]]]:
     """(middle, after) of those of `tries` ancestral samples whose middle is inside the support, in the order of the tries.
 
     A sample that leaves the support is dropped there: the rest of it would change nothing.
@@ -90,8 +88,7 @@ def _tell(
     import torch
 
     legal = set(support.columns.tolist())
-    rows = teller.start(context)
-    rows.select(np.zeros(tries, np.int64))
+    rows = beginning.fork(np.zeros(tries, np.int64))
     live = list(range(tries))
     told: list[tuple[list[int], list[int] | None]] = [([], None) for _ in live]
     while live:

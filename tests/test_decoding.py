@@ -190,6 +190,21 @@ def test_model_tokens_are_what_the_model_has_read() -> None:
     assert weighted.model_tokens == sum(read) - draws.model_tokens + scored
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
+def test_rows_go_on_from_a_fork_as_from_their_own_beginning(kind: str) -> None:
+    policy, tokens = decoder(kind).policy, PROMPTS[0].policy_tokens
+    column_B = np.array([0, 1, 2, 0])
+    expected = policy.start(tokens)
+    expected.advance(np.zeros(4, np.int64), column_B)
+    beginning = policy.start(tokens)
+    first = beginning.log_q_BC.clone()
+    for _ in range(2):
+        rows = beginning.fork(np.zeros(4, np.int64))
+        rows.advance(np.arange(4), column_B)
+        torch.testing.assert_close(rows.log_q_BC, expected.log_q_BC)
+        torch.testing.assert_close(beginning.log_q_BC, first, rtol=0, atol=0)
+
+
 def test_draws_are_repeated_by_the_seed() -> None:
     for method in METHODS:
         first, again = (decoder(seed=3).draw(method, PROMPTS[0], 6).tokens_K for _ in range(2))

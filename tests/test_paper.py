@@ -27,6 +27,9 @@ class Rehearsal(Lab):
         if script == "self_consistent":
             Path(arguments[1]).write_text("{}\n", encoding="utf-8")
             return ""
+        if script == "export":
+            Path(arguments[2]).mkdir()
+            return ""
         config = config_file.load(Path(arguments[0], "config.yaml") if script == "evaluate" else Path(arguments[0]), overrides)
         if script == "evaluate":
             return "a table\n" + json.dumps(METRICS)
@@ -45,9 +48,13 @@ QUESTION = {"str_query": "Question: 1 + 2 - 3 = ? Answer:", "num_sol": 0}
 def write_data(folder: Path) -> None:
     """Of the form of the paper's data: all that is read in a rehearsal, and what a validation set is made of."""
 
-    def lines(count: int, **fields: object) -> str:
+    def lines(count: int, **fields: str) -> str:
         records = [{name: f"{value} {i}" for name, value in fields.items()} for i in range(count)]
         return "".join(json.dumps(record) + "\n" for record in records)
+
+    def stories(count: int, title: str, part: str) -> str:
+        told = [{"id": f"{title} {i}{part}", "title": f"{title} {i}", "sentences": list("12345")} for i in range(count)]
+        return "".join(json.dumps(story) + "\n" for story in told)
 
     def questions(count: int, terms: int) -> list[dict[str, object]]:
         digits = [f"{i:0{terms}d}" for i in range(count)]
@@ -55,7 +62,7 @@ def write_data(folder: Path) -> None:
 
     files = {
         "prompts/openwebtext_1000.txt": "".join(f"Prompt {i}.\n" for i in range(200)),
-        "stories/train.jsonl": lines(15, id="a", title="A") + lines(12, id="b", title="A") + lines(8, id="c", title="C"),
+        "stories/train.jsonl": stories(15, "A", "a") + stories(12, "A", "b") + stories(8, "C", "a"),
         "arithmetic/train_rationales_50.json": json.dumps([QUESTION | {"str_rationale": "1 + 2 =, 3 - 3 ="}]),
         "arithmetic/train_questions_1000.json": json.dumps(questions(100, 3) + questions(60, 4)),
         "arithmetic/test_5_operands.json": json.dumps(

@@ -21,7 +21,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,17 +89,19 @@ class Lab:
         [adapter] = folder.glob("*/gflownet")
         return json.loads((adapter.parent / "baselines.json").read_text(encoding="utf-8"))["methods"]
 
-    def self_consistent(self, name: str, stories: Path, limit: int) -> Path:
-        """Two stories that the model told itself for each of the first beginnings in a file, with sentences that every training
-        may draw; the same for every seed."""
+    def export(self, run: Path) -> Path:
+        """A run's base and adapter as one model."""
+        folder = run.parent / f"{run.name}-merged"
+        if not folder.exists():
+            self._run("export", str(run), "--merge", str(folder))
+        return folder
+
+    def self_consistent(self, name: str, stories: Path, limit: int, *overrides: str) -> Path:
+        """Two stories that the model told itself for each of the first beginnings in a file; the same for every seed."""
         result = self.output / f"{name}.jsonl"
         if not result.exists():
             config = str(ROOT / "deploy/configs/infilling.yaml")
-            task = (
-                f"task.stories={stories}",
-                f"task.limit={limit}",
-                *(each for each in self.shared if each.startswith("task.")),
-            )
+            task = (f"task.stories={stories}", f"task.limit={limit}", *overrides)
             self._run("self_consistent", config, str(result), *task, "--per-story", "2")
         return result
 
@@ -140,19 +142,27 @@ def _prompts(lab: Lab) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def infilling(lab: Lab) -> Rows:
     """BLEU and GLEU on written stories; the symmetrised KL on those that the model told itself, for other beginnings than in
     training. The GFlowNet sees both kinds without their missing sentence, supervised fine-tuning the written ones with it.
-    `prompting` has the paper's prompt, `ending first` the one that both are trained with."""
-    written, told = lab.data / "stories/train.jsonl", lab.self_consistent("told-train", lab.data / "stories/train.jsonl", 44)
+
+    As in the paper, the model that all start from, and that is the reward, has learnt from the written stories how such stories
+    go on: each sentence from the third on, after those before it. `prompting` has the paper's prompt, `ending first` the one that
+    both are trained with.
+    """
+    written = lab.data / "stories/train.jsonl"
+    imitation = (*IMITATION, "learner.groups_per_update=8", "learner.steps=33")
+    told_to = replace(lab, seed=0)
+    going_on = (f"task.stories={_sentences(written, lab.output / 'sentences.jsonl')}", "task.prompt='{after} {before}'")
+    model = f"model.path={lab.export(told_to.train('teller', 'infilling', *going_on, *imitation))}"
+    told = lab.self_consistent("told-train", written, 44, model)
     both = lab.output / "both.jsonl"
     both.write_text(written.read_text(encoding="utf-8") + told.read_text(encoding="utf-8"), encoding="utf-8")
-    imitation = (*IMITATION, "learner.groups_per_update=8", "learner.steps=33")
     runs = {
-        "gflownet": lab.train("gflownet", "infilling", f"task.stories={both}", *lab.overrides),
-        "supervised": lab.train("supervised", "infilling", f"task.stories={written}", *imitation),
+        "gflownet": lab.train("gflownet", "infilling", model, f"task.stories={both}", *lab.overrides),
+        "supervised": lab.train("supervised", "infilling", model, f"task.stories={written}", *imitation),
     }
     others = {
         "": (lab.data / "stories/test.jsonl", ("task/bleu_4", "task/gleu_4", "posterior/length")),
         "-told": (
-            lab.self_consistent("told-test", lab.data / "stories/test.jsonl", 20),
+            lab.self_consistent("told-test", lab.data / "stories/test.jsonl", 20, model),
             ("posterior/log_z", "posterior/symmetrised_kl"),
         ),
     }
@@ -168,6 +178,21 @@ def infilling(lab: Lab) -> Rows:
         for name, metrics in found.items():
             rows.setdefault(name, {}).update(_only(metrics, wanted))
     return rows
+
+
+def _sentences(stories: Path, result: Path) -> Path:
+    """Writes each sentence of the stories from the third on to `result`, as what is missing after those before it, of which the
+    first stands for the ending: a prompt needs both, and "{after} {before}" is then what was told so far. Returns it."""
+    lines = []
+    for line in stories.read_text(encoding="utf-8").splitlines():
+        story = json.loads(line)
+        first, *sentences = story["sentences"]
+        for number in range(1, len(sentences)):
+            before, middle = " ".join(sentences[:number]), sentences[number]
+            record = {"id": f"{story['id']}/{number}", "after": first, "before": before, "middle": middle}
+            lines.append(json.dumps(record) + "\n")
+    result.write_text("".join(lines), encoding="utf-8")
+    return result
 
 
 def verifiable(lab: Lab) -> Rows:
