@@ -144,8 +144,8 @@ def infilling(lab: Lab) -> Rows:
     training. The GFlowNet sees both kinds without their missing sentence, supervised fine-tuning the written ones with it.
 
     As in the paper, the model that all start from, and that is the reward, has learnt from the written stories how such stories
-    go on: each sentence from the third on, after those before it. `prompting` has the paper's prompt, `ending first` the one that
-    both are trained with.
+    go on: each sentence from the third on, after those before it. `prompting` has the paper's prompt, `ending first` the
+    prompt that both are trained with.
     """
     written = lab.data / "stories/train.jsonl"
     imitation = (*IMITATION, "learner.groups_per_update=8", "learner.steps=33")
