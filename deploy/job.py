@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
     from deploy.pool import RaySamplers
     from learner.replay import Replay
+    from system.handles import LearnerHandle, Pool
     from system.loop_state import LoopState
-    from system.orchestrator import LearnerHandle, Orchestrator, Pool
+    from system.orchestrator import Orchestrator
     from system.requests import Requests
     from system.tasks.problem import Problem
     from system.trajectory import Group

@@ -28,7 +28,7 @@ from deploy.placement import Resources
 from deploy.ray_actors import BuiltActor, SamplerActor
 from deploy.remote import first_line, is_loss, raised
 from system.config import Config
-from system.orchestrator import SamplerDied, SamplerLeft
+from system.handles import SamplerDied, SamplerLeft
 from system.run_error import RunError
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt, Request, Trajectory

@@ -22,7 +22,7 @@ from deploy.answers import first_of_all
 from deploy.placement import Resources
 from deploy.ray_actors import BuiltActor, LearnerActor
 from system.config import Config, ConfigError
-from system.orchestrator import LearnerDied
+from system.handles import LearnerDied
 from system.run_error import RunError
 from system.trajectory import Group
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from system.config import ConfigError
-from system.orchestrator import Pool, asked
+from system.handles import Pool, asked
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt, Request, Trajectory
 

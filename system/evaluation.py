@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from system.demonstrations import Rewards
-from system.orchestrator import Samplers, asked
+from system.handles import Samplers, asked
 from system.posterior import Bounds, Exact, mean_metrics
 from system.requests import Requests
 from system.reward_error import RewardError

@@ -260,7 +260,7 @@ def _run(fault: Fault, injections: int, folder: Path, cluster: Cluster | None) -
         "recovery_seconds": round(statistics.median(recoveries), 1) if recoveries else None,
         "recovery_seconds_worst": round(max(recoveries), 1) if recoveries else None,
         # Groups are numbered without gaps.
-        "groups_lost": len(set(range(loop.counters.next_group)) - buffer.counted.keys() - _unused(loop)),
+        "groups_lost": len(set(range(loop.counters.next_group)) - buffer.counted.keys() - set(loop.flow.unused())),
         "groups_doubled": sum(count - 1 for count in buffer.counted.values()),
         "versions_not_new": sum(later <= earlier for earlier, later in pairwise(versions)),
         "deaths_seen": loop.counters.deaths + loop.counters.learner_deaths,
@@ -269,12 +269,6 @@ def _run(fault: Fault, injections: int, folder: Path, cluster: Cluster | None) -
         "steps": loop.counters.step,
         "seconds": round(time.monotonic() - began, 1),
     }
-
-
-def _unused(loop: Orchestrator) -> set[int]:
-    """Groups that were asked for and not used when the run ended."""
-    waiting = [group.group_id for group in loop._arrived]
-    return {*(issued.group_id for issued in loop._in_flight.values()), *waiting, *loop._reissue}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from system.orchestrator import SamplerDied, SamplerLeft
+from system.handles import SamplerDied, SamplerLeft
 from system.trajectory import Group, Prompt, Request, Trajectory
 
 PROMPTS = tuple(Prompt(f"prompt-{number}", (1, 2), (1, 2)) for number in range(3))

@@ -30,9 +30,9 @@ from deploy import job, stop
 from system import checkpoint, config_file
 from system.adapters import AdapterError
 from system.config import ConfigError
+from system.handles import LearnerDied, SamplerDied
 from system.journal import read
 from system.loop_state import Counters, LoopState
-from system.orchestrator import LearnerDied, SamplerDied
 from system.reward_error import RewardError
 from system.run_error import RunError
 from tests import tiny

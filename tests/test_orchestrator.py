@@ -17,8 +17,9 @@ from system import checkpoint
 from system.checkpoint import CheckpointError
 from system.config import Config
 from system.config_file import parse
+from system.handles import ATTEMPTS, LearnerDied, SamplerDied, SamplerLeft, asked
 from system.loop_state import LoopState
-from system.orchestrator import ATTEMPTS, LearnerDied, Orchestrator, SamplerDied, SamplerLeft, asked
+from system.orchestrator import Orchestrator
 from system.requests import Requests
 from system.run_error import RunError
 from system.trajectory import Group, Request

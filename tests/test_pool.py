@@ -23,7 +23,8 @@ from deploy.remote import RayLearner, wait_until_ready
 from learner.replay import Replay
 from system.config import Config, ConfigError
 from system.config_file import parse
-from system.orchestrator import LearnerDied, Orchestrator, SamplerDied
+from system.handles import LearnerDied, SamplerDied
+from system.orchestrator import Orchestrator
 from system.requests import Requests
 from system.run_error import RunError
 from system.trajectory import Group, Request

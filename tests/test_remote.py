@@ -22,9 +22,10 @@ from learner.replay import Replay
 from system import evaluation, tasks
 from system.config import Config, ConfigError
 from system.config_file import parse
+from system.handles import LearnerDied
 from system.language_model import load_tokenizer
 from system.models import locate
-from system.orchestrator import LearnerDied, Orchestrator
+from system.orchestrator import Orchestrator
 from system.requests import Requests
 from system.run_error import RunError
 from system.tasks.problem import Problem

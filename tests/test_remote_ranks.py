@@ -22,9 +22,9 @@ from system import tasks
 from system.adapters import Adapter
 from system.config import Config, ConfigError
 from system.config_file import parse
+from system.handles import LearnerDied
 from system.language_model import load_tokenizer
 from system.models import locate
-from system.orchestrator import LearnerDied
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt
 from tests import tiny

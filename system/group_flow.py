@@ -1,0 +1,195 @@
+"""The groups under way: asked for under a number, in flight, come back, taken for the next update.
+
+How far the samplers may run ahead of the learner is decided here, and what becomes of a group whose sampler dies.
+
+A number is used once. A group that is lost with its sampler is asked for again under its own, and one that is too stale
+serves as replay, so that every prompt is seen as often as the order of the numbers says, whatever dies.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from system.config import Config
+from system.handles import Buffer, Pool, SamplerDied, SamplerLeft
+from system.loop_state import Counters
+from system.requests import Requests
+from system.run_error import RunError
+from system.trajectory import Group
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+"""Longest time between two looks at a request to stop."""
+
+
+class Issued(NamedTuple):
+    """A group in flight."""
+
+    group_id: int
+    waves: int
+    """Waves of deaths before it was issued."""
+
+
+@dataclass
+class GroupFlow:
+    config: Config
+    requests: Requests
+    samplers: Pool
+    replay: Buffer
+    counters: Counters
+    """The loop's: what is counted here stands there."""
+    taken: list[Group] = field(default_factory=list)
+    """For the next update."""
+    _reissue: deque[int] = field(default_factory=deque)
+    _in_flight: dict[Future[Group], Issued] = field(default_factory=dict)
+    _arrived: deque[Group] = field(default_factory=deque)
+    _version_steps: dict[int, int] = field(default_factory=dict)
+    """Version of an adapter -> updates that it contains."""
+    _deaths_before: int = 0
+    """What the count of the run is ahead of that of the pool."""
+    _dead: set[str] = field(default_factory=set)
+    """Of those that died over a group, the names."""
+    _waves: int = 0
+    """Deaths of samplers, those that fell together as one."""
+    _waves_in_a_row: int = 0
+    _last_cause: str = ""
+
+    def begin(self) -> None:
+        """What the pool lost before the loop ran does not count."""
+        self._deaths_before = self.counters.deaths - self.samplers.deaths
+
+    def published(self) -> None:
+        """The version that the counters name is what samplers draw from."""
+        self._version_steps[self.counters.version] = self.counters.published_step
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def waiting(self) -> int:
+        """Groups that have come back and are not taken."""
+        return len(self._arrived)
+
+    def unused(self) -> list[int]:
+        """Numbers that were issued and not used, in order."""
+        back = [group.group_id for group in (*self._arrived, *self.taken)]
+        return sorted([*(issued.group_id for issued in self._in_flight.values()), *back, *self._reissue])
+
+    def use(self) -> list[Group]:
+        """What was taken, which an update has used."""
+        used, self.taken = self.taken, []
+        return used
+
+    def restore(self, counters: Counters, unused: list[int]) -> None:
+        """As a checkpoint has them: what was under way is asked for again."""
+        self.counters = counters
+        self._reissue = deque(unused)
+
+    def collect(self, wanted: int, should_stop: Callable[[], bool]) -> bool:
+        """Takes the next `wanted` groups that are fresh enough; False if a stop was asked for meanwhile."""
+        while len(self.taken) < wanted:
+            if should_stop():
+                return False
+            if self._waves_in_a_row > (limit := self.config.actors.max_deaths):
+                raise RunError(
+                    f"samplers died {self._waves_in_a_row} times with no group in between (actors.max_deaths={limit}); "
+                    f"the last cause: {self._last_cause}"
+                )
+            self.feed()
+            if not self._arrived:
+                self.receive()
+                continue
+            group = self._arrived.popleft()
+            if not self._usable(group):
+                continue
+            if self.staleness(group) > self.config.learner.max_staleness:
+                self.counters.too_stale += 1
+                self.replay.add(group)
+            else:
+                self.taken.append(group)
+        return True
+
+    def feed(self) -> None:
+        """Asks for groups as long as the gate is open."""
+        while self._open():
+            if self._reissue:
+                group_id = self._reissue.popleft()
+            else:
+                group_id, self.counters.next_group = self.counters.next_group, self.counters.next_group + 1
+            self._in_flight[self.samplers.sample(self.requests.training(group_id))] = Issued(group_id, self._waves)
+
+    def _open(self) -> bool:
+        """The capacity gate: a group issued now would be fresh enough when its turn comes.
+
+        Groups are used in the order of their arrival, groups_per_update at a time, so everything in flight or waiting
+        is used first. Right after a publication this reads: (max_staleness + 1) * groups_per_update exceeds them.
+        """
+        ahead = len(self._in_flight) + len(self._arrived) + len(self.taken)
+        used_at = self.counters.step + ahead // self.config.learner.groups_per_update
+        return (
+            used_at - self.counters.published_step <= self.config.learner.max_staleness and used_at < self.config.learner.steps
+        )
+
+    def receive(self, update: Future[dict[str, float]] | None = None) -> None:
+        """Takes in the groups that have come back, waiting a little if there is none."""
+        awaited: list[Future[Any]] = [*self._in_flight, *([update] if update else [])]
+        done, _ = wait(awaited, POLL_SECONDS, FIRST_COMPLETED)
+        self.counters.deaths = self._deaths_before + self.samplers.deaths
+        # Of those that came back together the one issued first: it is the stalest.
+        for future in [future for future in self._in_flight if future in done]:
+            issued = self._in_flight.pop(future)
+            try:
+                group = future.result()
+            # Whatever went wrong, the group is still to be sampled: now, or by the run that is resumed.
+            except Exception as error:
+                self._reissue.append(issued.group_id)
+                if not isinstance(error, SamplerDied):
+                    raise
+                self._mourn(issued, error)
+                continue
+            self._waves_in_a_row = 0
+            self._arrived.append(group)
+
+    def _usable(self, group: Group) -> bool:
+        """Tolerated on purpose, up to a limit: samples without a reward. A group that they leave fewer than two is given up."""
+        if not group.faults:
+            return True
+        counters, limit = self.counters, self.config.sampler.max_reward_faults
+        logger.warning("group %d: %d samples have no reward; the first: %s", group.group_id, len(group.faults), group.faults[0])
+        if (faults := counters.reward_faults + len(group.faults)) > limit:
+            # With a mended reward the run goes on from here, and this group is sampled again.
+            self._reissue.append(group.group_id)
+            raise RunError(
+                f"{faults} samples had no reward, more than sampler.max_reward_faults={limit}; mend the reward "
+                f"or raise the limit, and resume; the last: {group.faults[-1]}"
+            )
+        counters.reward_faults = faults
+        # A demonstration is alone by its nature.
+        given_up = len(group) < 2
+        counters.given_up += given_up
+        return not given_up
+
+    def _mourn(self, issued: Issued, death: SamplerDied) -> None:
+        """Tolerated on purpose: a lost sampler costs time, not groups. Its request is issued again under its number."""
+        self.counters.reissued += 1
+        cause, name = death.args
+        logger.warning("group %d is issued again: %s", issued.group_id, death)
+        if isinstance(death, SamplerLeft) or name in self._dead:
+            return
+        self._dead.add(name)
+        self._last_cause = cause
+        # Samplers that were lost together, with their node for example, are one wave: all their requests are from before it.
+        if issued.waves == self._waves:
+            self._waves += 1
+            self._waves_in_a_row += 1
+
+    def staleness(self, group: Group) -> int:
+        """Updates between the adapter that drew a group and the update that uses it now."""
+        return self.counters.step - self._version_steps[group.adapter_version]
