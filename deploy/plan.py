@@ -119,7 +119,7 @@ class _Sampler:
 
 
 class Simulation:
-    """The loop of system.orchestrator in simulated time."""
+    """The loop of system.orchestrator, with the gate of system.group_flow, in simulated time."""
 
     def __init__(self, config: Config, durations: Durations, samplers: int, cores: float) -> None:
         self.learner, self.cores = config.learner, cores

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("headwater")
 
-TRIES = 32
-"""Samples at once for each story that is wanted of a beginning."""
-MOST_BATCHES = 125
-"""Batches of tries for a beginning; then it has fewer stories, or none."""
+BATCH = 64
+"""Samples at once."""
+MOST_TRIES = 4000
+"""Samples for each story that is wanted of a beginning; then it has fewer, or none."""
 
 
 def draw(config: Config, per_story: int, ending: int, seed: int) -> list[dict[str, Any]]:
@@ -64,10 +64,10 @@ def draw(config: Config, per_story: int, ending: int, seed: int) -> list[dict[st
     for number, prompt in enumerate(problem.prompts, 1):
         found: list[dict[str, Any]] = []
         beginning = teller.start(prompt.reward_tokens)
-        for _ in range(MOST_BATCHES):
+        for _ in range(0, MOST_TRIES * per_story, BATCH):
             if len(found) >= per_story:
                 break
-            for middle, after in _tell(beginning, TRIES * per_story, support, ending):
+            for middle, after in _tell(beginning, BATCH, support, ending):
                 text = decode(tokenizer, after).strip()
                 # What is asked of Y alone leaves Z, given Y, a posterior draw.
                 if text and not set(after) & special and len(found) < per_story:

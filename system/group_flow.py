@@ -2,8 +2,8 @@
 
 How far the samplers may run ahead of the learner is decided here, and what becomes of a group whose sampler dies.
 
-A number is used once. A group that is lost with its sampler is asked for again under its own, and one that is too stale
-serves as replay, so that every prompt is seen as often as the order of the numbers says, whatever dies.
+A number stands for one group alone. One that is lost with its sampler is asked for again under its number, so that no prompt
+is skipped, whatever dies; one that comes too late to be used fresh serves as replay, and is counted.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class GroupFlow:
     requests: Requests
     samplers: Pool
     replay: Buffer
-    counters: Counters
-    """The loop's: what is counted here stands there."""
+    counters: Counters = field(default_factory=Counters)
+    """The loop's, which counts in them too."""
     taken: list[Group] = field(default_factory=list)
     """For the next update."""
     _reissue: deque[int] = field(default_factory=deque)

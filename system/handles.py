@@ -1,4 +1,4 @@
-"""Whom the loop talks to: samplers and a learner that answer with futures, wherever they run, and how it learns of a death."""
+"""Whom the loop talks to: samplers and a learner that answer with futures, wherever they run, a buffer, and a tracker."""
 
 from __future__ import annotations
 

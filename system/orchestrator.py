@@ -46,7 +46,6 @@ class Orchestrator:
     """Called before the first update, every evaluate_every updates and after the last; the learner's weights are published,
     and what was learned is in a checkpoint."""
     should_stop: Callable[[], bool] = lambda: False
-    counters: Counters = field(default_factory=Counters)
     timeline: Timeline = field(default_factory=Timeline)
     _learner_deaths_in_a_row: int = 0
     _learner_is_lost: bool = False
@@ -60,7 +59,11 @@ class Orchestrator:
     """The batches of the updates since then: a new learner does them again, so that a death of the old one costs time alone."""
 
     def __post_init__(self) -> None:
-        self.flow = GroupFlow(self.config, self.requests, self.samplers, self.replay, self.counters)
+        self.flow = GroupFlow(self.config, self.requests, self.samplers, self.replay)
+
+    @property
+    def counters(self) -> Counters:
+        return self.flow.counters
 
     def train(self) -> None:
         """Runs until learner.steps updates are done or a stop is asked for. Whatever ends it, an error too, a checkpoint has
@@ -262,7 +265,6 @@ class Orchestrator:
 
     def restore(self, state: LoopState) -> None:
         """Takes the loop's part of a checkpoint; the learner's is the caller's to give it."""
-        self.counters = state.counters
         self.flow.restore(state.counters, state.unused_groups)
         self._new_task = not state.is_of(self.config.task)
         arrays, records = state.replay

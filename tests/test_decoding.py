@@ -192,16 +192,18 @@ def test_model_tokens_are_what_the_model_has_read() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
 def test_rows_go_on_from_a_fork_as_from_their_own_beginning(kind: str) -> None:
-    policy, tokens = decoder(kind).policy, PROMPTS[0].policy_tokens
-    column_B = np.array([0, 1, 2, 0])
-    expected = policy.start(tokens)
-    expected.advance(np.zeros(4, np.int64), column_B)
+    # Longer than the window of Gemma's local layers.
+    policy, tokens = decoder(kind).policy, (*PROMPTS[0].policy_tokens, *range(30, 40))
     beginning = policy.start(tokens)
     first = beginning.log_q_BC.clone()
-    for _ in range(2):
-        rows = beginning.fork(np.zeros(4, np.int64))
-        rows.advance(np.arange(4), column_B)
-        torch.testing.assert_close(rows.log_q_BC, expected.log_q_BC)
+    for rows in (1, 4, 1):
+        column_B = np.array([0, 1, 2, 0])[:rows]
+        expected, forked = policy.start(tokens), beginning.fork(np.zeros(rows, np.int64))
+        expected.select(np.zeros(rows, np.int64))
+        for _ in range(2):
+            expected.advance(np.arange(rows), column_B)
+            forked.advance(np.arange(rows), column_B)
+        torch.testing.assert_close(forked.log_q_BC, expected.log_q_BC)
         torch.testing.assert_close(beginning.log_q_BC, first, rtol=0, atol=0)
 
 

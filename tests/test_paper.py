@@ -13,7 +13,7 @@ from system.tasks.arithmetic import generate
 from tests.benchmarks import validation
 from tests.benchmarks.paper import EXPERIMENTS, Lab, table
 
-COMMANDS: list[str] = []
+COMMANDS: list[tuple[str, ...]] = []
 METRICS = {"heldout/task/accuracy": 0.9, "heldout/base/task/accuracy": 0.1}
 
 
@@ -22,7 +22,7 @@ class Rehearsal(Lab):
     """Checks the config of a command, and leaves what it would have left."""
 
     def _run(self, script: str, *arguments: str) -> str:
-        COMMANDS.append(script)
+        COMMANDS.append((script, *arguments))
         overrides = [argument for argument in arguments[1:] if "=" in argument]
         if script == "self_consistent":
             Path(arguments[1]).write_text("{}\n", encoding="utf-8")
@@ -87,12 +87,33 @@ def test_every_command_of_an_experiment_has_a_config_that_is_accepted(task: str,
 
 def test_what_has_its_result_is_not_run_again(tmp_path: Path):
     write_data(tmp_path)
-    for task, commands in {"verifiable": 4, "constrained": 3}.items():
+    for task, commands in {"verifiable": 4, "constrained": 3, "infilling": 12}.items():
         COMMANDS.clear()
         (tmp_path / task).mkdir()
         first = EXPERIMENTS[task](Rehearsal(tmp_path, tmp_path / task, 0, ()))
         assert EXPERIMENTS[task](Rehearsal(tmp_path, tmp_path / task, 0, ())) == first
         assert len(COMMANDS) == commands
+
+
+def test_all_infilling_starts_from_the_model_that_learnt_how_stories_go_on(tmp_path: Path):
+    write_data(tmp_path)
+    COMMANDS.clear()
+    for seed in (0, 1):
+        EXPERIMENTS["infilling"](Rehearsal(tmp_path, tmp_path, seed, (), shared=("model.path=another",)))
+    merged = [arguments[2] for script, *arguments in COMMANDS if script == "export"]
+    assert len(merged) == 1
+    started = [path.parent.parent.name for path in tmp_path.glob("*/run/config.yaml")]
+    assert sorted(started) == ["gflownet-0", "gflownet-1", "supervised-0", "supervised-1", "teller-0"]
+    for name in started:
+        config = config_file.load(tmp_path / name / "run/config.yaml", [])
+        assert config.model.path == ("another" if name == "teller-0" else merged[0])
+    told = [
+        config_file.load(Path(arguments[0]), arguments[2:-2]) for script, *arguments in COMMANDS if script == "self_consistent"
+    ]
+    assert [config.model.path for config in told] == merged * 2
+    first, second, *_ = (json.loads(line) for line in (tmp_path / "sentences.jsonl").read_text().splitlines())
+    assert (first["after"], first["before"], first["middle"]) == ("1", "2", "3")
+    assert (second["after"], second["before"], second["middle"]) == ("1", "2 3", "4")
 
 
 def test_a_validation_set_shares_no_record_with_training_or_test_data(tmp_path: Path):

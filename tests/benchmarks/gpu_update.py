@@ -5,7 +5,7 @@
 
 135M is the packaged model, 1B a Llama of that size with random weights. An update is a row of trees: GROUPS prompts with K
 random samples each, which share the prompt alone. The peak is what this device reaches in a large matrix product; the work
-counted is a forward pass and the gradient of the activations (the base is frozen), and of attention the visible pairs.
+counted is that of `tests/benchmarks/work.py`: a forward pass and the gradients, of attention the visible pairs.
 """
 
 from __future__ import annotations

@@ -96,13 +96,13 @@ class Lab:
             self._run("export", str(run), "--merge", str(folder))
         return folder
 
-    def self_consistent(self, name: str, stories: Path, limit: int, *overrides: str) -> Path:
+    def self_consistent(self, name: str, stories: Path, limit: int) -> Path:
         """Two stories that the model told itself for each of the first beginnings in a file; the same for every seed."""
         result = self.output / f"{name}.jsonl"
         if not result.exists():
             config = str(ROOT / "deploy/configs/infilling.yaml")
-            task = (f"task.stories={stories}", f"task.limit={limit}", *overrides)
-            self._run("self_consistent", config, str(result), *task, "--per-story", "2")
+            settings = (f"task.stories={stories}", f"task.limit={limit}", *self.shared)
+            self._run("self_consistent", config, str(result), *settings, "--per-story", "2")
         return result
 
     def _run(self, script: str, *arguments: str) -> str:
@@ -141,28 +141,29 @@ def _prompts(lab: Lab) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def infilling(lab: Lab) -> Rows:
     """BLEU and GLEU on written stories; the symmetrised KL on those that the model told itself, for other beginnings than in
-    training. The GFlowNet sees both kinds without their missing sentence, supervised fine-tuning the written ones with it.
+    training.
 
-    As in the paper, the model that all start from, and that is the reward, has learnt from the written stories how such stories
-    go on: each sentence from the third on, after those before it. `prompting` has the paper's prompt, `ending first` the
-    prompt that both are trained with.
+    As in the paper, the model that all start from, and that is the reward, has learnt from the training stories how such
+    stories go on: each sentence from the third on, after those before it and without those behind it, over the task's tokens.
+    The GFlowNet is then shown written and told stories without their missing sentence, supervised fine-tuning the written ones
+    with it. `prompting` has the paper's prompt, `ending first` the prompt that both are trained with.
     """
     written = lab.data / "stories/train.jsonl"
     imitation = (*IMITATION, "learner.groups_per_update=8", "learner.steps=33")
-    told_to = replace(lab, seed=0)
     going_on = (f"task.stories={_sentences(written, lab.output / 'sentences.jsonl')}", "task.prompt='{after} {before}'")
-    model = f"model.path={lab.export(told_to.train('teller', 'infilling', *going_on, *imitation))}"
-    told = lab.self_consistent("told-train", written, 44, model)
+    teller = lab.export(replace(lab, seed=0).train("teller", "infilling", *going_on, *imitation))
+    lab = replace(lab, shared=(*lab.shared, f"model.path={teller}"))
+    told = lab.self_consistent("told-train", written, 44)
     both = lab.output / "both.jsonl"
     both.write_text(written.read_text(encoding="utf-8") + told.read_text(encoding="utf-8"), encoding="utf-8")
     runs = {
-        "gflownet": lab.train("gflownet", "infilling", model, f"task.stories={both}", *lab.overrides),
-        "supervised": lab.train("supervised", "infilling", model, f"task.stories={written}", *imitation),
+        "gflownet": lab.train("gflownet", "infilling", f"task.stories={both}", *lab.overrides),
+        "supervised": lab.train("supervised", "infilling", f"task.stories={written}", *imitation),
     }
     others = {
         "": (lab.data / "stories/test.jsonl", ("task/bleu_4", "task/gleu_4", "posterior/length")),
         "-told": (
-            lab.self_consistent("told-test", lab.data / "stories/test.jsonl", 20, model),
+            lab.self_consistent("told-test", lab.data / "stories/test.jsonl", 20),
             ("posterior/log_z", "posterior/symmetrised_kl"),
         ),
     }

@@ -15,13 +15,14 @@ from tests.benchmarks.figures import seconds
 
 
 def operations(learner: Learner, groups: Sequence[Group]) -> float:
-    """Floating-point operations of a forward pass over each token once and of the gradients of the activations: the base is
-    frozen. The output layer counts where something is predicted, and attention by the pairs that see each other."""
+    """Floating-point operations of a forward pass over each token once and of its gradients: those of the activations, and
+    of LoRA's own weights, since the base is frozen. The output layer counts where something is predicted, and attention by
+    the pairs that see each other."""
     model: Any = learner.policy.language_model.model
     config = model.config
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     frozen = [p for p in model.parameters() if p.ndim == 2 and not p.requires_grad and id(p) not in embeddings]
-    layers = sum(p.numel() for p in frozen)
+    layers, lora = sum(p.numel() for p in frozen), sum(p.numel() for p in learner.policy.parameters.values())
     head = len(learner.constraints.columns) * config.hidden_size
     tokens = nodes = pairs = 0
     for group in groups:
@@ -32,7 +33,7 @@ def operations(learner: Learner, groups: Sequence[Group]) -> float:
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # Two products of a pair forward, four backward, two operations for each of the head's numbers.
     attention = 12.0 * pairs * config.num_attention_heads * head_size * config.num_hidden_layers
-    return 4.0 * (layers * tokens + head * nodes) + attention
+    return 4.0 * (layers * tokens + head * nodes) + 6.0 * lora * tokens + attention
 
 
 def peak(device: torch.device, dtype: torch.dtype, side: int) -> float:
