@@ -3,49 +3,22 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from learner.replay import Replay
 from system import checkpoint
 from system.checkpoint import CheckpointError
-from system.config import Config
-from system.config_file import parse
-from system.handles import ATTEMPTS, LearnerDied, SamplerDied, SamplerLeft, asked
+from system.handles import LearnerDied
 from system.loop_state import LoopState
 from system.orchestrator import Orchestrator
-from system.requests import Requests
 from system.run_error import RunError
-from system.trajectory import Group, Request
-from tests.fakes import PROMPTS, FakeLearner, FakeSamplers, FakeTracker, dies
-
-
-def config(**learner: Any) -> Config:
-    settings = {"steps": 12, "warmup_steps": 0, "groups_per_update": 2, "checkpoint_every": 5, "max_staleness": 0} | learner
-    return parse({"task": {"kind": "random_number"}, "learner": settings, "sampler": {"samples_per_prompt": 3}})
-
-
-def orchestrator(tmp_path: Path, cfg: Config, samplers: FakeSamplers, learner: FakeLearner, **options: Any) -> Orchestrator:
-    requests = Requests(PROMPTS, cfg.sampler.samples_per_prompt, cfg.sampler.exploration, cfg.seed)
-    return Orchestrator(
-        cfg, requests, samplers, learner, Replay(cfg.replay), FakeTracker(), tmp_path / "checkpoints", **options
-    )
-
-
-def resume(loop: Orchestrator, learner: FakeLearner, checkpoints: Path, step: int | None = None) -> None:
-    state = LoopState.of(checkpoint.read_latest(checkpoints, step))
-    loop.restore(state)
-    learner.restore(state.learner, loop.counters.step)
-
-
-def used(learner: FakeLearner) -> int:
-    return sum(len(group) for batch in learner.batches for group in batch)
+from system.trajectory import Request
+from tests.fakes import FakeLearner, FakeSamplers, dies
+from tests.loops import config, orchestrator, resume, used
 
 
 def test_a_synchronous_run_uses_only_samples_of_the_newest_adapter(tmp_path: Path) -> None:
@@ -67,112 +40,6 @@ def test_a_synchronous_run_is_the_same_in_whatever_order_its_groups_arrive(tmp_p
         arrays, of_prompt = loop.replay.save()
         records.append(({key: array.tolist() for key, array in arrays.items()}, of_prompt))
     assert records[0] == records[1]
-
-
-@pytest.mark.parametrize(("max_staleness", "publish_every"), [(1, 1), (3, 1), (3, 2), (4, 5)])
-def test_staleness_stays_in_bounds_and_every_group_counts_once(tmp_path: Path, max_staleness: int, publish_every: int) -> None:
-    samplers = FakeSamplers(fate=lambda request: time.sleep(0.001 * (request.group_id % 3)))
-    learner = FakeLearner(during_update=lambda: time.sleep(0.004))
-    loop = orchestrator(tmp_path, config(steps=40, max_staleness=max_staleness, publish_every=publish_every), samplers, learner)
-    loop.train()
-    staleness = loop.tracker.series("staleness")  # type: ignore[attr-defined]
-    assert max(staleness) <= max_staleness
-    assert Counter(samplers.issued).most_common(1)[0][1] == 1
-    assert loop.counters.groups == 80
-    assert used(learner) == 80 * 3
-
-
-def test_sampling_goes_on_while_the_learner_works(tmp_path: Path) -> None:
-    sampled_during_update = threading.Event()
-    updating = threading.Event()
-
-    def fate(request: Request) -> None:
-        if updating.is_set():
-            sampled_during_update.set()
-
-    def during_update() -> None:
-        updating.set()
-        sampled_during_update.wait(10)
-
-    loop = orchestrator(tmp_path, config(max_staleness=1, steps=3), FakeSamplers(fate=fate), FakeLearner(during_update))
-    loop.train()
-    assert sampled_during_update.is_set()
-
-
-def test_the_capacity_gate_bounds_what_is_in_flight_or_unused(tmp_path: Path) -> None:
-    samplers, gate = FakeSamplers(workers=8), threading.Event()
-    learner = FakeLearner(during_update=lambda: (gate.wait(0.05), None)[1])
-    loop = orchestrator(tmp_path, config(max_staleness=2, groups_per_update=2, steps=10), samplers, learner)
-    seen: list[int] = []
-    loop.on_step = lambda loop, metrics, fresh: seen.append(len(samplers.issued) - loop.counters.groups)
-    loop.train()
-    assert 0 < max(seen) <= (2 + 1) * 2
-
-
-def test_a_dead_sampler_costs_no_group(tmp_path: Path) -> None:
-    lost = {4, 5, 11}
-
-    def fate(request: Request) -> None:
-        if request.group_id in lost:
-            lost.discard(request.group_id)
-            dies(f"sampler-{request.group_id}")
-
-    samplers, learner = FakeSamplers(fate=fate), FakeLearner()
-    loop = orchestrator(tmp_path, config(max_staleness=1), samplers, learner)
-    loop.train()
-    assert learner.step == 12
-    assert loop.counters.deaths == 3
-    assert loop.counters.reissued == 3
-    assert Counter(samplers.issued)[4] == 2
-    assert loop.counters.groups == 24
-
-
-def test_one_death_that_costs_several_requests_counts_once(tmp_path: Path) -> None:
-    lost = {0, 1, 2, 3}
-
-    def fate(request: Request) -> None:
-        if request.group_id in lost:
-            lost.discard(request.group_id)
-            dies("sampler-0")
-
-    loop = orchestrator(tmp_path, config(max_staleness=1), FakeSamplers(fate=fate), FakeLearner())
-    loop.train()
-    assert loop.counters.deaths == 1
-    assert loop.counters.reissued == 4
-
-
-def test_too_many_deaths_in_a_row_stop_the_run_with_the_cause(tmp_path: Path) -> None:
-    numbers = iter(range(1000))
-    samplers = FakeSamplers(fate=lambda request: dies(f"sampler-{next(numbers)}"))
-    loop = orchestrator(tmp_path, config(), samplers, FakeLearner())
-    with pytest.raises(RuntimeError, match=r"actors.max_deaths=3.*killed"):
-        loop.train()
-    assert loop.counters.deaths >= 4
-
-
-def test_samplers_that_are_lost_together_count_as_one_death_in_a_row(tmp_path: Path) -> None:
-    together, numbers = threading.Barrier(8), iter(range(1000))
-
-    def fate(request: Request) -> None:
-        if request.group_id < 8 and (number := next(numbers)) < 8:
-            together.wait(10)
-            dies(f"sampler-{number}")
-
-    loop = orchestrator(tmp_path, config(max_staleness=3), FakeSamplers(workers=8, fate=fate), FakeLearner())
-    loop.train()
-    assert (loop.counters.deaths, loop.counters.reissued, loop.counters.groups) == (8, 8, 24)
-
-
-def test_samplers_that_the_pool_itself_ends_are_no_deaths(tmp_path: Path) -> None:
-    numbers = iter(range(1000))
-
-    def fate(request: Request) -> None:
-        if (number := next(numbers)) < 10:
-            raise SamplerLeft("it gives way", f"sampler-{number}")
-
-    loop = orchestrator(tmp_path, config(), FakeSamplers(fate=fate), FakeLearner())
-    loop.train()
-    assert (loop.counters.deaths, loop.counters.reissued, loop.counters.groups) == (0, 10, 24)
 
 
 def dying(request: Request) -> None:
@@ -253,75 +120,6 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
     for changed in ({"state.json": json.dumps(state).encode()}, {"state.json": b"{}"}):
         with pytest.raises(CheckpointError, match="of another version of Headwater"):
             LoopState.of(files | changed)
-
-
-def test_a_sampler_that_refuses_ends_the_run_with_its_own_error(tmp_path: Path) -> None:
-    def fate(request: Request) -> None:
-        raise ValueError("reward is NaN for prompt-1")
-
-    with pytest.raises(ValueError, match="reward is NaN"):
-        orchestrator(tmp_path, config(), FakeSamplers(fate=fate), FakeLearner()).train()
-
-
-class Lossy(FakeSamplers):
-    """Leaves out `lost[group_id]` samples of a group, as a sampler does whose reward fails."""
-
-    def __init__(self, lost: dict[int, int]) -> None:
-        super().__init__()
-        self.lost = lost
-
-    def _work(self, request: Request, version: int) -> Group:
-        group = super()._work(request, version)
-        lost = self.lost.get(group.group_id, 0)
-        kept, rewards = group.trajectories_K[lost:], group.log_reward_K[lost:]
-        return replace(group, trajectories_K=kept, log_reward_K=rewards, faults=("log of zero",) * lost)
-
-
-def test_samples_without_a_reward_are_left_out_and_a_group_with_fewer_than_two_is_given_up(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    samplers, learner = Lossy({3: 1, 5: 2, 6: 3}), FakeLearner()
-    loop = orchestrator(tmp_path, config(), samplers, learner)
-    loop.train()
-    assert learner.step == 12
-    assert samplers.issued == list(range(26)), "two more in place of those given up, and none twice"
-    assert {group.group_id for batch in learner.batches for group in batch}.isdisjoint({5, 6})
-    assert (loop.counters.reward_faults, loop.counters.given_up, loop.counters.groups) == (6, 2, 24)
-    assert used(learner) == 24 * 3 - 1
-    assert loop.tracker.series("reward_faults")[-1] == 6  # type: ignore[attr-defined]
-    assert loop.tracker.series("groups/given_up")[-1] == 2  # type: ignore[attr-defined]
-    assert "group 3: 1 samples have no reward; the first: log of zero" in caplog.text
-
-
-def test_a_group_of_one_that_lost_none_is_used(tmp_path: Path) -> None:
-    class Alone(FakeSamplers):
-        def _work(self, request: Request, version: int) -> Group:
-            group = super()._work(request, version)
-            return replace(group, trajectories_K=group.trajectories_K[:1], log_reward_K=group.log_reward_K[:1])
-
-    loop = orchestrator(tmp_path, config(steps=3), Alone(), FakeLearner())
-    loop.train()
-    assert (loop.counters.groups, loop.counters.given_up) == (6, 0)
-
-
-def test_too_many_samples_without_a_reward_stop_the_run_also_over_a_resume(tmp_path: Path) -> None:
-    cfg = parse(config().model_dump() | {"sampler": {"samples_per_prompt": 3, "max_reward_faults": 3}})
-    loop = orchestrator(tmp_path, cfg, Lossy({0: 1, 15: 3}), FakeLearner())
-    with pytest.raises(RuntimeError, match=r"4 samples had no reward, more than sampler.max_reward_faults=3; .* log of zero"):
-        loop.train()
-    # It stopped with a checkpoint, for a mended reward to go on from: nothing is skipped, and no fault counted twice.
-    for lost, ends in (({15: 3}, False), ({}, True)):
-        learner, samplers = FakeLearner(), Lossy(lost)
-        again = orchestrator(tmp_path, cfg, samplers, learner)
-        resume(again, learner, tmp_path / "checkpoints")
-        assert (again.counters.step, again.counters.reward_faults) == (7, 1)
-        if not ends:
-            with pytest.raises(RuntimeError, match=r"4 samples had no reward"):
-                again.train()
-            continue
-        again.train()
-        assert sorted(samplers.issued) == list(range(14, 24))
-        assert (again.counters.reward_faults, again.counters.groups) == (1, 24)
 
 
 def test_a_learner_that_fails_ends_the_run_with_its_own_error(tmp_path: Path) -> None:
@@ -490,21 +288,6 @@ def test_a_stop_leaves_a_checkpoint_and_resuming_ends_like_an_uninterrupted_run(
     assert samplers.issued == list(range(8, 18))
 
 
-def test_groups_that_were_issued_and_not_used_are_issued_again_after_a_resume(tmp_path: Path) -> None:
-    cfg, stop = config(steps=30, max_staleness=3), threading.Event()
-    samplers = FakeSamplers(fate=lambda request: time.sleep(0.002))
-    loop = orchestrator(tmp_path, cfg, samplers, FakeLearner(), should_stop=stop.is_set)
-    loop.on_step = lambda loop, metrics, fresh: stop.set() if loop.counters.step == 7 else None
-    loop.train()
-    learner, rest = FakeLearner(), FakeSamplers()
-    again = orchestrator(tmp_path, cfg, rest, learner)
-    resume(again, learner, tmp_path / "checkpoints")
-    again.train()
-    assert Counter(rest.issued).most_common(1)[0][1] == 1
-    assert again.counters.groups == 60
-    assert set(samplers.issued) | set(rest.issued) == set(range(60 + again.counters.too_stale))
-
-
 def test_samples_of_one_prompt_share_one_group_in_an_update(tmp_path: Path) -> None:
     learner = FakeLearner()
     loop = orchestrator(tmp_path, config(groups_per_update=6, steps=2), FakeSamplers(), learner)
@@ -626,25 +409,6 @@ def test_a_resume_with_another_task_begins_with_an_evaluation(tmp_path: Path) ->
         learner.restore(kept.learner, 5)
         loop.train()
         assert at == expected
-
-
-def test_what_is_asked_of_a_sampler_that_is_lost_is_asked_again(tmp_path: Path) -> None:
-    def ask(deaths: int) -> int:
-        left = iter(range(deaths))
-
-        def sample() -> Future[int]:
-            future: Future[int] = Future()
-            if next(left, None) is None:
-                future.set_result(7)
-            else:
-                future.set_exception(SamplerDied("killed", "sampler-0"))
-            return future
-
-        return asked(sample)()
-
-    assert ask(0) == ask(ATTEMPTS - 1) == 7
-    with pytest.raises(SamplerDied):
-        ask(ATTEMPTS)
 
 
 def test_what_a_learner_takes_to_publish_and_to_save_is_no_wait_for_groups(tmp_path: Path) -> None:
