@@ -184,15 +184,13 @@ def infilling(lab: Lab) -> Rows:
 def _sentences(stories: Path, result: Path) -> Path:
     """Writes each sentence of the stories from the third on to `result`, as what is missing after those before it, of which the
     first stands for the ending: a prompt needs both, and "{after} {before}" is then what was told so far. Returns it."""
-    lines = []
-    for line in stories.read_text(encoding="utf-8").splitlines():
-        story = json.loads(line)
+    records = []
+    for story in validation.read_lines(stories):
         first, *sentences = story["sentences"]
         for number in range(1, len(sentences)):
             before, middle = " ".join(sentences[:number]), sentences[number]
-            record = {"id": f"{story['id']}/{number}", "after": first, "before": before, "middle": middle}
-            lines.append(json.dumps(record) + "\n")
-    result.write_text("".join(lines), encoding="utf-8")
+            records.append({"id": f"{story['id']}/{number}", "after": first, "before": before, "middle": middle})
+    validation.write_lines(result, records)
     return result
 
 
@@ -204,8 +202,8 @@ def verifiable(lab: Lab) -> Rows:
     if lab.validation:
         pairs = pairs[:90]
     for name, chosen in (("train", pairs[:-30]), ("test", pairs[-30:])):
-        lines = [json.dumps({"question": f"What is {a} + {b}?", "answer": a + b}) for a, b in chosen]
-        (lab.output / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        records = [{"question": f"What is {a} + {b}?", "answer": a + b} for a, b in chosen]
+        validation.write_lines(lab.output / f"{name}.jsonl", records)
     questions = f"task.questions={lab.output / 'train.jsonl'}"
     verdict = "task.reward={kind: function, path: 'system.tasks.verifiable:last_number', seconds: null}"
     long = (questions, "learner.steps=600")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,13 @@ def _prompts(data: Path, folder: Path) -> None:
 def _stories(data: Path, folder: Path) -> None:
     """No fable is in both files."""
     by_title: dict[str, list[dict[str, Any]]] = {}
-    for story in _read_lines(data / "train.jsonl"):
+    for story in read_lines(data / "train.jsonl"):
         by_title.setdefault(story["title"], []).append(story)
     held_out: list[dict[str, Any]] = []
     while len(held_out) < HELD_OUT["stories"]:
         held_out += by_title.pop(next(reversed(by_title)))
-    _write_lines(folder / "train.jsonl", [story for stories in by_title.values() for story in stories])
-    _write_lines(folder / "test.jsonl", held_out)
+    write_lines(folder / "train.jsonl", [story for stories in by_title.values() for story in stories])
+    write_lines(folder / "test.jsonl", held_out)
 
 
 def _arithmetic(data: Path, folder: Path) -> None:
@@ -73,14 +74,16 @@ def _subj(data: Path, folder: Path) -> None:
     for labelled in (10, 20, 50):
         lines = (data / f"train.{labelled}.jsonl").read_text(encoding="utf-8")
         (folder / f"train.{labelled}.jsonl").write_text(lines, encoding="utf-8")
-        used |= {record["text"] for record in _read_lines(data / f"train.{labelled}.jsonl")}
-    others = [record for record in _read_lines(data / "train.jsonl") if record["text"] not in used]
-    _write_lines(folder / "test.jsonl", random.Random(0).sample(others, HELD_OUT["texts"]))
+        used |= {record["text"] for record in read_lines(data / f"train.{labelled}.jsonl")}
+    others = [record for record in read_lines(data / "train.jsonl") if record["text"] not in used]
+    write_lines(folder / "test.jsonl", random.Random(0).sample(others, HELD_OUT["texts"]))
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """`path` as JSONL."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
