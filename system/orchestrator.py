@@ -170,6 +170,45 @@ class Orchestrator:
             self.flow.published()
             self.samplers.publish(adapter)
 
+    def _account(self, metrics: dict[str, float], wait_seconds: float, step_seconds: float) -> None:
+        """A step is what was published and saved after the update before, the wait for groups, and the update."""
+        fresh = self.flow.use()
+        staleness = float(np.mean([self.flow.staleness(group) for group in fresh]))
+        trajectories = [trajectory for group in fresh for trajectory in group.trajectories_K]
+        tokens = sum(group.tokens for group in fresh)
+        counters = self.counters
+        counters.step += 1
+        counters.groups += len(fresh)
+        counters.trajectories += len(trajectories)
+        counters.sampled_tokens += tokens
+        counters.seconds += step_seconds
+        counters.learner_busy_seconds += step_seconds - wait_seconds
+        lengths = [len(trajectory) for trajectory in trajectories]
+        metrics = metrics | {
+            "staleness": staleness,
+            "length/mean": float(np.mean(lengths)),
+            "length/max": float(np.max(lengths)),
+            "forced_stops": float(np.mean([trajectory.stop == "forced" for trajectory in trajectories])),
+            "log_reward/mean": float(np.mean([values[-1] for group in fresh for values in group.log_reward_K])),
+            "log_reward/max": float(np.max([values[-1] for group in fresh for values in group.log_reward_K])),
+            "replay/size": float(len(self.replay)),
+            "groups/in_flight": float(self.flow.in_flight),
+            "groups/waiting": float(self.flow.waiting),
+            "groups/too_stale": float(counters.too_stale),
+            "groups/given_up": float(counters.given_up),
+            "groups/reissued": float(counters.reissued),
+            "reward_faults": float(counters.reward_faults),
+            "samplers/deaths": float(counters.deaths),
+            "learner/deaths": float(counters.learner_deaths),
+            "seconds/step": step_seconds,
+            "seconds/wait": wait_seconds,
+            "idle/learner": wait_seconds / step_seconds,
+            "rate/trajectories_per_second": len(trajectories) / step_seconds,
+            "rate/sampled_tokens_per_second": tokens / step_seconds,
+        }
+        self.tracker.metrics(metrics, counters.step)
+        self.on_step(self, metrics, fresh)
+
     # -------------------------------------------------------------------------------------- a learner that may die
 
     def with_learner(self, call: Callable[[], T]) -> T:
@@ -209,45 +248,6 @@ class Orchestrator:
             self._learner_is_lost = False
             # The adapter published last may have been on a node that is gone.
             self._publish()
-
-    def _account(self, metrics: dict[str, float], wait_seconds: float, step_seconds: float) -> None:
-        """A step is what was published and saved after the update before, the wait for groups, and the update."""
-        fresh = self.flow.use()
-        staleness = float(np.mean([self.flow.staleness(group) for group in fresh]))
-        trajectories = [trajectory for group in fresh for trajectory in group.trajectories_K]
-        tokens = sum(group.tokens for group in fresh)
-        counters = self.counters
-        counters.step += 1
-        counters.groups += len(fresh)
-        counters.trajectories += len(trajectories)
-        counters.sampled_tokens += tokens
-        counters.seconds += step_seconds
-        counters.learner_busy_seconds += step_seconds - wait_seconds
-        lengths = [len(trajectory) for trajectory in trajectories]
-        metrics = metrics | {
-            "staleness": staleness,
-            "length/mean": float(np.mean(lengths)),
-            "length/max": float(np.max(lengths)),
-            "forced_stops": float(np.mean([trajectory.stop == "forced" for trajectory in trajectories])),
-            "log_reward/mean": float(np.mean([values[-1] for group in fresh for values in group.log_reward_K])),
-            "log_reward/max": float(np.max([values[-1] for group in fresh for values in group.log_reward_K])),
-            "replay/size": float(len(self.replay)),
-            "groups/in_flight": float(self.flow.in_flight),
-            "groups/waiting": float(self.flow.waiting),
-            "groups/too_stale": float(counters.too_stale),
-            "groups/given_up": float(counters.given_up),
-            "groups/reissued": float(counters.reissued),
-            "reward_faults": float(counters.reward_faults),
-            "samplers/deaths": float(counters.deaths),
-            "learner/deaths": float(counters.learner_deaths),
-            "seconds/step": step_seconds,
-            "seconds/wait": wait_seconds,
-            "idle/learner": wait_seconds / step_seconds,
-            "rate/trajectories_per_second": len(trajectories) / step_seconds,
-            "rate/sampled_tokens_per_second": tokens / step_seconds,
-        }
-        self.tracker.metrics(metrics, counters.step)
-        self.on_step(self, metrics, fresh)
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 
