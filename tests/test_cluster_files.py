@@ -71,6 +71,11 @@ def pods(document: dict[str, Any]) -> list[dict[str, Any]]:
     return own + [pod for value in document.values() for pod in pods(value)]
 
 
+def every_pod() -> list[dict[str, Any]]:
+    """Of all manifests."""
+    return [pod for name in ("rayjob.yaml", "mlflow.yaml") for pod in pods({"all": documents(name)})]
+
+
 def check_what_kubernetes_defines(manifest: list[dict[str, Any]]) -> None:
     """Every object but the RayJob, and its pods. Strict: the API server refuses a key that its schema lacks."""
     jobs = [document for document in manifest if document["kind"] == "RayJob"]
@@ -231,12 +236,7 @@ def test_the_password_of_the_database_is_in_no_file() -> None:
 
 def test_every_image_is_the_one_that_is_built_or_has_a_version() -> None:
     built = re.findall(r"-t (\S+) \.", (FOLDER / "Dockerfile").read_text())
-    images = [
-        container["image"]
-        for name in ("rayjob.yaml", "mlflow.yaml")
-        for pod in pods({"all": documents(name)})
-        for container in pod["spec"]["containers"]
-    ]
+    images = [container["image"] for pod in every_pod() for container in pod["spec"]["containers"]]
     assert {image for image in images if image.startswith("REGISTRY/")} == set(built)
     assert all(re.search(r":\w*\d", image) for image in images)
 
@@ -264,8 +264,7 @@ def test_the_user_of_the_image_may_write_to_the_volumes() -> None:
     (group,) = re.findall(r"^USER \d+:(\d+)$", (FOLDER / "Dockerfile").read_text(), re.MULTILINE)
     groups = {
         pod["spec"]["securityContext"]["fsGroup"]
-        for name in ("rayjob.yaml", "mlflow.yaml")
-        for pod in pods({"all": documents(name)})
+        for pod in every_pod()
         if any("REGISTRY/" in container["image"] for container in pod["spec"]["containers"]) and pod["spec"].get("volumes")
     }
     assert groups == {int(group)}

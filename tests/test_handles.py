@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from pathlib import Path
 
 import pytest
 
 from system.handles import ATTEMPTS, SamplerDied, asked
 
 
-def test_what_is_asked_of_a_sampler_that_is_lost_is_asked_again(tmp_path: Path) -> None:
+def test_what_is_asked_of_a_sampler_that_is_lost_is_asked_again() -> None:
     def ask(deaths: int) -> int:
         left = iter(range(deaths))
 
