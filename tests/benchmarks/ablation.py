@@ -1,4 +1,4 @@
-"""Losses and exploration settings by their time to the posterior, several seeds each.
+"""Losses, exploration, staleness and learning rate by their time to the posterior, several seeds each.
 
     python -m tests.benchmarks.ablation random_number [--seeds 0,1,2] [--steps 40] [--only loss]
     python -m tests.benchmarks.ablation continuation  [--seeds 0,1,2] [--steps 60] [--only loss]
@@ -35,6 +35,9 @@ SETTINGS: dict[str, list[str]] = {
     "staleness 2, a version every 2 updates": ["learner.publish_every=2", "learner.max_staleness=2"],
     "staleness 4, a version every 4 updates": ["learner.publish_every=4", "learner.max_staleness=4"],
     "staleness 8, a version every 8 updates": ["learner.publish_every=8", "learner.max_staleness=8"],
+    "learning rate 2e-3": ["learner.lr=2e-3"],
+    "learning rate 2e-3, warm-up 2": ["learner.lr=2e-3", "learner.warmup_steps=2"],
+    "learning rate 4e-3": ["learner.lr=4e-3"],
 }
 
 
