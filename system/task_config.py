@@ -158,8 +158,9 @@ class Sentence(Drawn):
 
 class NextSentence(Sentence):
     prompts: str = "packaged"
-    """A UTF-8 text file with one prompt a line, a .jsonl file of lines {"prompt": text} (for texts of several lines), or
-    `packaged` for a small one that comes with the project."""
+    """A UTF-8 text file with one prompt a line; a .jsonl file of lines {"prompt": text}, taken as it is, or {"messages":
+    [{"role": "user", "content": text}]}, which the model's chat template writes; or `packaged` for a small one that comes with
+    the project. A reward finds all that a line has in `prompt.meta`."""
 
 
 class Continuation(NextSentence):
@@ -229,9 +230,12 @@ class Verifiable(Drawn):
 
     kind: Literal["verifiable"] = "verifiable"
     questions: str = "packaged"
-    """JSONL, each line {"question": text, "answer": text or number}; `packaged` for all sums of two digits."""
+    """JSONL, each line {"question": text, "answer": text or number}; `packaged` for all sums of two digits. A verifier finds
+    all that a line has in `prompt.meta`."""
     prompt: str = Field(default="Question: {question}\nAnswer:", min_length=1)
     """`{question}` is filled in."""
+    chat: bool = False
+    """The prompt is a user's turn in the model's chat template, and the answer the assistant's: set `stop` to what ends it."""
     max_tokens: int = Field(default=24, ge=1)
     stop: str = Field(default="\n", min_length=1)
     """The end of an answer: a text that is one token."""

@@ -200,7 +200,10 @@ def test_offset_and_limit_choose_among_the_prompts(tmp_path: Path) -> None:
 
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes("\ufeffone\ntwo".encode())
-    assert read_prompts(Continuation(prompts=str(tmp_path / "prompts.txt"))) == [(1, "one"), (2, "two")]
+    assert read_prompts(Continuation(prompts=str(tmp_path / "prompts.txt"))) == [
+        (1, {"prompt": "one"}),
+        (2, {"prompt": "two"}),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -266,13 +269,64 @@ def test_the_longest_prompt_counts_evidence_and_its_stop() -> None:
 
 def test_a_context_ends_in_no_end_of_sequence() -> None:
     class Closing:
-        eos_token_id = 2
+        eos_token_id, bos_token = 2, None
 
-        def encode(self, text: str) -> list[int]:
+        def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+            assert add_special_tokens
             return [1, 5, 2, 6, 2]
 
     assert context_tokens(Closing(), "a b") == (1, 5, 2, 6)  # type: ignore[arg-type]
-    assert context_tokens(TOKENIZER, "a")[0] == TOKENIZER.bos_token_id
+
+
+def test_a_context_begins_with_the_tokenizers_own_token_once() -> None:
+    begun = context_tokens(TOKENIZER, "a")
+    assert begun[0] == TOKENIZER.bos_token_id
+    assert begun == context_tokens(TOKENIZER, f"{TOKENIZER.bos_token}a")
+
+
+def test_a_stop_is_the_token_that_it_is_inside_a_text() -> None:
+    """As for a SentencePiece model of Llama's: at the start of a text a full stop has a space of its own in front."""
+    inner = {"a": 1, ".": 2, "\n": 3, "?": 4}
+
+    class Spaced:
+        def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+            assert not add_special_tokens
+            first = {"a": [11], ".": [12], "\n": [13, 3], "?": [13, 4, 4]}[text[0]]
+            return first + [inner[letter] for letter in text[1:]]
+
+    assert [single_token(Spaced(), text, "task.stop") for text in (".", "\n")] == [2, 3]  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"task\.stop='\.\.' is 2 tokens for this tokenizer, but must be exactly one"):
+        single_token(Spaced(), "..", "task.stop")  # type: ignore[arg-type]
+
+
+def written(path: Path, *records: object) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def test_a_prompt_of_a_jsonl_file_is_taken_as_it_is_and_a_reward_finds_what_else_its_line_has(tmp_path: Path) -> None:
+    records = [{"prompt": "ab\n ", "reference": "cd", "tests": [1, 2]}, {"prompt": "ab"}, {"prompt": "ab"}]
+    prompts = problem("continuation", prompts=written(tmp_path / "prompts.jsonl", *records)).prompts
+    assert [text_of(prompt) for prompt in prompts] == ["ab\n ", "ab"]
+    assert prompts[0].meta == records[0] | {"text": "ab\n "}
+    asked = {"question": "ab?", "answer": 3, "unit": "cm"}
+    [question] = problem("verifiable", questions=written(tmp_path / "questions.jsonl", asked)).prompts
+    assert question.meta == {"question": "ab?", "answer": "3", "unit": "cm"}
+
+
+def test_messages_are_written_by_the_models_chat_template(tmp_path: Path, smollm2: PreTrainedTokenizerBase) -> None:
+    messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Who are you?"}]
+    expected = "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"
+    path = written(tmp_path / "prompts.jsonl", {"messages": messages})
+    [prompt] = problem("continuation", smollm2, prompts=path, stop="<|im_end|>").prompts
+    assert smollm2.decode(prompt.policy_tokens) == expected == prompt.meta["text"]
+    assert prompt.meta["messages"] == messages
+    [asked] = problem("verifiable", smollm2, chat=True, prompt="{question} Be short.", limit=1, stop="<|im_end|>").prompts
+    assert str(smollm2.decode(asked.policy_tokens)).endswith(
+        "<|im_start|>user\nWhat is 0 + 0? Be short.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    with pytest.raises(ConfigError, match=r"line 1: the model's chat template does not take it: "):
+        problem("continuation", TOKENIZER, prompts=path)
 
 
 def test_a_sampled_trajectory_is_of_actions_alone() -> None:

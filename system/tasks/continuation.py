@@ -7,8 +7,10 @@ the target's doing, and `task.min_tokens` is the way to ask for longer ones.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from system.config import ConfigError
 from system.task_config import NextSentence
 from system.tasks.files import choose, distinct, read_lines, read_records
-from system.tasks.problem import Problem, context_tokens, single_token, support
+from system.tasks.problem import Problem, chat_text, context_tokens, single_token, support
 from system.trajectory import Prompt
 
 PACKAGED_PROMPTS = Path(__file__).with_name("prompts.txt")
@@ -27,10 +29,14 @@ def build(section: NextSentence, tokenizer: PreTrainedTokenizerBase) -> Problem:
     stop = single_token(tokenizer, section.stop, "task.stop")
     constraints = support(section, tokenizer, stop, legal_tokens(tokenizer, section.illegal))
     prompts = []
-    for number, text in read_prompts(section):
-        # What follows a prompt begins with a space of its own, as words do in a byte-pair vocabulary.
-        context = context_tokens(tokenizer, text.rstrip())
-        prompts.append(Prompt(f"line-{number}", context, context, meta={"text": text}))
+    for number, record in read_prompts(section):
+        if messages := record.get("messages"):
+            text = chat_text(tokenizer, messages, f"task.prompts={section.prompts!r}, line {number}")
+            context = tuple(tokenizer.encode(text, add_special_tokens=False))
+        else:
+            text = record["prompt"]
+            context = context_tokens(tokenizer, text)
+        prompts.append(Prompt(f"line-{number}", context, context, meta=record | {"text": text}))
     return Problem(
         prompts=tuple(prompts),
         constraints=constraints,
@@ -44,27 +50,42 @@ def variety(prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
     return {"distinct": len(set(texts)) / len(texts)}
 
 
-def read_prompts(section: NextSentence) -> list[tuple[int, str]]:
-    """(line number from 1, text) of the prompts chosen by offset and limit; empty lines and repetitions are left out.
+def read_prompts(section: NextSentence) -> list[tuple[int, dict[str, Any]]]:
+    """(line number from 1, record) of the prompts chosen by offset and limit; empty lines and repetitions are left out. A line
+    of a text file is the record {"prompt": line}, without the spaces around it.
 
     Raises:
         ConfigError: the file is missing, not UTF-8, or has no prompt in that range, or a line of a .jsonl file is no prompt.
     """
     path = PACKAGED_PROMPTS if section.prompts == "packaged" else Path(section.prompts)
-    lines = read_lines(path, "task.prompts") if path.suffix != ".jsonl" else _records(path)
-    prompts = distinct(lines, "task.prompts", section.prompts)
+    if path.suffix == ".jsonl":
+        records = _records(path)
+    else:
+        # What follows a prompt begins with a space of its own, as words do in a byte-pair vocabulary.
+        records = [(number, {"prompt": line}) for number, line in read_lines(path, "task.prompts")]
+    prompts = distinct(records, "task.prompts", section.prompts, key=_said)
     return choose(prompts, section.offset, section.limit, "task.prompts", section.prompts)
 
 
-def _records(path: Path) -> list[tuple[int, str]]:
+def _records(path: Path) -> list[tuple[int, dict[str, Any]]]:
     prompts = []
     for number, record in read_records(path, "task.prompts"):
         match record:
             case {"prompt": str(text)} if text.strip():
-                prompts.append((number, text))
+                prompts.append((number, record))
+            case {"messages": [{"role": str(), "content": str()}, *_]}:
+                prompts.append((number, record))
             case _:
-                raise ConfigError(f'task.prompts={str(path)!r}, line {number}: needs {{"prompt": text}}, and not an empty text')
+                raise ConfigError(
+                    f'task.prompts={str(path)!r}, line {number}: needs {{"prompt": text}}, and not an empty text, or '
+                    '{"messages": [{"role": "user", "content": text}]} for a model that has a chat template'
+                )
     return prompts
+
+
+def _said(record: dict[str, Any]) -> str:
+    """What makes two prompts the same."""
+    return json.dumps(record.get("messages") or record["prompt"])
 
 
 def length(prompt: Prompt, text: str, tokens: list[int]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,14 +30,20 @@ def read_lines(path: Path, field: str) -> list[tuple[int, str]]:
     return filled
 
 
-def distinct(items: Sequence[tuple[int, T]], field: str, value: str) -> list[tuple[int, T]]:
-    """The first of equal items, with its number. Tolerated on purpose, and counted in the log."""
-    first: dict[T, int] = {}
-    repeated = [(number, first[item]) for number, item in items if first.setdefault(item, number) != number]
+def distinct(
+    items: Sequence[tuple[int, T]], field: str, value: str, key: Callable[[T], Hashable] = lambda item: item
+) -> list[tuple[int, T]]:
+    """The first of items with equal keys, with its number. Tolerated on purpose, and counted in the log."""
+    first: dict[Hashable, tuple[int, T]] = {}
+    repeated = []
+    for number, item in items:
+        known, _ = first.setdefault(key(item), (number, item))
+        if known != number:
+            repeated.append((number, known))
     if repeated:
         message = "%s=%r: %d entries are left out that repeat an earlier one; the first is %d, which repeats %d"
         logger.warning(message, field, value, len(repeated), *repeated[0])
-    return [(number, item) for item, number in first.items()]
+    return list(first.values())
 
 
 def read_records(path: Path, field: str) -> list[tuple[int, Any]]:

@@ -86,8 +86,14 @@ def support(section: Any, tokenizer: PreTrainedTokenizerBase, stop: int, allowed
 
 
 def single_token(tokenizer: PreTrainedTokenizerBase, text: str, field: str) -> int:
-    """The id of a text that is one token. Raises ConfigError naming the field otherwise."""
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    """The id of a text that is one token where it follows a letter. Raises ConfigError naming the field otherwise."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    # At the start of a text some tokenizers put a space of their own in front, which makes it another token.
+    letter, both = encode("a"), encode(f"a{text}")
+    ids = both[len(letter) :] if both[: len(letter)] == letter else encode(text)
     if len(ids) != 1:
         raise ConfigError(f"{field}={text!r} is {len(ids)} tokens for this tokenizer, but must be exactly one")
     return ids[0]
@@ -100,11 +106,25 @@ def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def context_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """A context as the model expects it: with the tokenizer's own beginning-of-sequence token, if it has one."""
-    ids = tokenizer.encode(text)
+    """A context as the model expects it: with the tokenizer's own beginning-of-sequence token, if it has one, once."""
+    begun = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
+    ids = tokenizer.encode(text, add_special_tokens=not begun)
     if ids and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
     return tuple(ids)
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], where: str) -> str:
+    """A conversation as the tokenizer's chat template writes it, up to where the assistant answers. It has all special tokens.
+
+    Raises:
+        ConfigError: there is no template, or it does not take these messages; `where` says whose they are.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    # A border: a template is a program of the model's, and raises what it likes.
+    except Exception as error:
+        raise ConfigError(f"{where}: the model's chat template does not take it: {error}") from error
 
 
 def sampled(

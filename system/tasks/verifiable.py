@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from system.config import ConfigError
 from system.task_config import Verifiable
 from system.tasks.files import choose, distinct, read_records
-from system.tasks.problem import Problem, context_tokens, ordinary_tokens, single_token, support
+from system.tasks.problem import Problem, chat_text, context_tokens, ordinary_tokens, single_token, support
 from system.trajectory import Prompt
 from system.voting import wins
 
@@ -27,9 +27,14 @@ def build(section: Verifiable, tokenizer: PreTrainedTokenizerBase) -> Problem:
     """Raises ConfigError if the questions cannot be read, or the stop is not one token."""
     stop = single_token(tokenizer, section.stop, "task.stop")
     prompts = []
-    for number, question, answer in read_questions(section):
-        context = context_tokens(tokenizer, section.prompt.format(question=question))
-        prompts.append(Prompt(f"question-{number}", context, context, meta={"question": question, "answer": answer}))
+    for number, record in read_questions(section):
+        text = section.prompt.format(question=record["question"])
+        if section.chat:
+            turn = chat_text(tokenizer, [{"role": "user", "content": text}], "task.chat=true")
+            context = tuple(tokenizer.encode(turn, add_special_tokens=False))
+        else:
+            context = context_tokens(tokenizer, text)
+        prompts.append(Prompt(f"question-{number}", context, context, meta=record))
     return Problem(
         prompts=tuple(prompts),
         constraints=support(section, tokenizer, stop, ordinary_tokens(tokenizer)),
@@ -38,26 +43,28 @@ def build(section: Verifiable, tokenizer: PreTrainedTokenizerBase) -> Problem:
     )
 
 
-def read_questions(section: Verifiable) -> list[tuple[int, str, str]]:
-    """(number from 1, question, answer) of those chosen by offset and limit.
+def read_questions(section: Verifiable) -> list[tuple[int, dict[str, Any]]]:
+    """(number from 1, record with question and answer as texts) of those chosen by offset and limit.
 
     Raises:
         ConfigError: the file is missing, or a line of it is no question; the message has the line's number.
     """
     if section.questions == "packaged":
         pairs = itertools.product(range(10), repeat=2)
-        everything = [(n, f"What is {a} + {b}?", str(a + b)) for n, (a, b) in enumerate(pairs, 1)]
+        everything = [(n, {"question": f"What is {a} + {b}?", "answer": str(a + b)}) for n, (a, b) in enumerate(pairs, 1)]
     else:
         records = read_records(Path(section.questions), "task.questions")
         asked = [(number, _question(record, number, section)) for number, record in records]
-        everything = [(number, *pair) for number, pair in distinct(asked, "task.questions", section.questions)]
+        everything = distinct(
+            asked, "task.questions", section.questions, key=lambda record: (record["question"], record["answer"])
+        )
     return choose(everything, section.offset, section.limit, "task.questions", section.questions)
 
 
-def _question(record: Any, number: int, section: Verifiable) -> tuple[str, str]:
+def _question(record: Any, number: int, section: Verifiable) -> dict[str, Any]:
     match record:
         case {"question": str(question), "answer": str() | int() | float() as answer} if question.strip():
-            return question.strip(), str(answer)
+            return record | {"question": question.strip(), "answer": str(answer)}
     where = f"task.questions={section.questions!r}, line {number}"
     raise ConfigError(f'{where}: needs {{"question": text, "answer": text or number}}')
 
