@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -121,23 +121,27 @@ class Function:
 
     def __init__(
         self,
-        function: Callable[[Prompt, str, list[int]], float],
+        function: Callable[..., Any],
         decode: Callable[[list[int]], str],
         beta: float = 1.0,
         every_prefix: bool = False,
         min_tokens: int = 0,
+        *,
+        batch: bool = False,
     ) -> None:
-        """`min_tokens` is the fewest actions after which a sample can stop."""
+        """`min_tokens` is the fewest actions after which a sample can stop. With `batch` the function takes lists of texts and
+        of their tokens, and returns one of numbers."""
         self.tokens_forwarded = 0
         self.function = function
         self.decode = decode
         self.beta = beta
         self.every_prefix = every_prefix
         self.min_tokens = min_tokens
+        self.batch = batch
 
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
         """Raises RewardError where the function raised, took too long, or returned NaN, an infinity or no number at all."""
-        known: dict[tuple[int, ...], float | str] = {}
+        known = self._at_once(prompt, trajectories_K) if self.batch else {}
         result, faults = [], {}
         for k, trajectory in enumerate(trajectories_K):
             tokens = trajectory.tokens_T.tolist()
@@ -164,18 +168,43 @@ class Function:
     def _call(self, prompt: Prompt, tokens: list[int]) -> float | str:
         """log R, or what is wrong."""
         text = self.decode(tokens)
-        name = getattr(self.function, "__qualname__", self.function)
         try:
             value = self.function(prompt, text, tokens)
         except ConfigError:
             raise
         # A border: what the user's function does with one text is the fault of that sample alone, and is counted.
         except Exception as error:
-            return f"reward function {name!r} failed for prompt {prompt.id!r}, text {text!r}: {type(error).__name__}: {error}"
+            return f"{self._name} failed for prompt {prompt.id!r}, text {text!r}: {type(error).__name__}: {error}"
+        return self._log_reward(prompt, text, value)
+
+    def _at_once(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> dict[tuple[int, ...], float | str]:
+        """log R, or what is wrong, of each distinct prefix that is scored."""
+        prefixes = list(dict.fromkeys(tuple(tr.tokens_T[:t].tolist()) for tr in trajectories_K for t in self._called_at(tr)))
+        texts = [self.decode(list(prefix)) for prefix in prefixes]
+        try:
+            values = list(self.function(prompt, texts, [list(prefix) for prefix in prefixes]))
+        except ConfigError:
+            raise
+        # The same border: of one call for all of them nothing is known that could be kept.
+        except Exception as error:
+            fault = f"{self._name} failed for prompt {prompt.id!r}, {len(texts)} texts: {type(error).__name__}: {error}"
+            return dict.fromkeys(prefixes, fault)
+        if len(values) != len(texts):
+            fault = (
+                f"{self._name} returned {len(values)} values for prompt {prompt.id!r}, {len(texts)} texts; return one for each"
+            )
+            return dict.fromkeys(prefixes, fault)
+        return {p: self._log_reward(prompt, text, value) for p, text, value in zip(prefixes, texts, values, strict=True)}
+
+    @property
+    def _name(self) -> str:
+        return f"reward function {getattr(self.function, '__qualname__', self.function)!r}"
+
+    def _log_reward(self, prompt: Prompt, text: str, value: Any) -> float | str:
         is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
         if not is_number or not np.isfinite(value):
             return (
-                f"reward function {name!r} returned {value!r} for prompt {prompt.id!r}, text {text!r}; "
+                f"{self._name} returned {value!r} for prompt {prompt.id!r}, text {text!r}; "
                 "return a finite number (a floor, not -inf, for the impossible)"
             )
         return float(value) / self.beta
@@ -275,7 +304,8 @@ def build(
 
     def one(factor: LMPosterior | FunctionReward | ContrastReward, field: str = "task.reward") -> Reward:
         if isinstance(factor, FunctionReward):
-            return Function(_function(factor, f"{field}.path"), decode, factor.beta, factor.every_prefix, min_tokens)
+            function = _function(factor, f"{field}.path")
+            return Function(function, decode, factor.beta, factor.every_prefix, min_tokens, batch=factor.batch)
         if model is None:
             raise ValueError(f"a reward of kind {factor.kind} needs the frozen model")
         posterior = Posterior(model, stop, token_budget, factor.every_prefix)
@@ -286,9 +316,9 @@ def build(
     return Checked(one(section), decode)
 
 
-def _function(section: FunctionReward, field: str) -> Callable[..., float]:
+def _function(section: FunctionReward, field: str) -> Callable[..., Any]:
     if section.seconds is None:
         return import_function(section.path, field)
-    function = FunctionProcess(section.path, field, section.seconds)
+    function = FunctionProcess(section.path, field, section.seconds, section.start_seconds)
     function.start()
     return function

@@ -100,7 +100,7 @@ class Sampler:
         section = config.sampler
         install = section.install
         if install == "auto":
-            install = "adapter" if torch.cuda.is_available() else "merged"
+            install = "adapter" if torch.cuda.is_available() and section.dtype == "bfloat16" else "merged"
         context = max(SHORTEST_CONTEXT, longest_prompt + constraints.longest)
         settings = EngineSettings(
             max_model_len=math.ceil(context / BLOCK) * BLOCK,
@@ -109,7 +109,7 @@ class Sampler:
             dtype=section.dtype,
             max_num_seqs=section.max_num_seqs,
             kv_cache_mb=section.kv_cache_mb,
-            gpu_memory_utilization=section.gpu_memory_utilization,
+            gpu_memory_utilization=config.gpu_memory_utilization,
             canary_tolerance=config.canary_tolerance,
             max_lora_rank=config.lora.rank,
             threads=config.actors.threads,

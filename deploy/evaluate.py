@@ -34,6 +34,7 @@ from deploy.runs import adapter_file, check_output, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 from system.journal import TrackingError  # noqa: E402
+from system.task_config import PROMPT_FILES  # noqa: E402
 from system.whole_file import replace_text  # noqa: E402
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def main(argv: list[str]) -> int:
     if arguments.samples_file:
         check_output("--samples-file", arguments.samples_file)
     run_dir = find_run(arguments.run)
-    config = alone(config_file.load(run_dir / "config.yaml", arguments.overrides))
+    config = alone(config_file.load(run_dir / "config.yaml", [*whole_file(arguments.overrides), *arguments.overrides]))
     os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
     how = {"overrides": arguments.overrides, "samples": arguments.samples}
     _earlier(run_dir / HELDOUT, how)  # refused now, and not when the work is done
@@ -152,6 +153,13 @@ def main(argv: list[str]) -> int:
         print(f"error: RUN/heldout.json has the metrics, but MLflow does not: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def whole_file(overrides: list[str]) -> list[str]:
+    """Where other data are named, what takes back the part that the run took of its own; a part that is named comes after."""
+    named = {override.partition("=")[0] for override in overrides}
+    files = {f"task.{field}" for field in PROMPT_FILES.values()}
+    return ["task.offset=0", "task.limit=null"] if named & files else []
 
 
 def _earlier(path: Path, how: dict[str, Any]) -> dict[str, float]:

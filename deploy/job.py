@@ -23,7 +23,7 @@ if str(ROOT) not in sys.path:  # `python deploy/job.py` puts deploy/ on the path
     sys.path.insert(0, str(ROOT))
 
 from deploy.command import command, plain  # noqa: E402
-from deploy.runs import find_run, make_folder, starting_weights  # noqa: E402
+from deploy.runs import find_run, make_folder, passes_away, starting_weights  # noqa: E402
 from deploy.stop import Stop  # noqa: E402
 from system import config_file  # noqa: E402
 from system.checkpoint import CheckpointError  # noqa: E402
@@ -57,13 +57,18 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, argparse.Namespace]:
     parser.add_argument("config", nargs="?", help="a YAML file, such as deploy/configs/random_number.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as actors.count=2")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
-    parser.add_argument("--resume", metavar="RUN", help="folder of a run, or its name under runs/")
+    parser.add_argument("--check", action="store_true", help="read the tokenizer and the task's data too, and stop")
+    parser.add_argument(
+        "--resume", metavar="RUN", help="folder of a run, or its name under runs/, with its own config; key=value may follow"
+    )
     parser.add_argument("--from-step", metavar="N", type=int, help="with --resume: not from the newest checkpoint")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.from_step is not None and not arguments.resume:
         parser.error(f"--from-step {arguments.from_step} needs --resume RUN")
     if arguments.resume:
         overrides = [text for text in [arguments.config, *arguments.overrides] if text]
+        if overrides and "=" not in overrides[0]:
+            parser.error(f"--resume takes the run's own config: leave {overrides[0]} out")
         run_dir = find_run(arguments.resume)
         return config_file.load(run_dir / "config.yaml", overrides), run_dir, arguments
     if not arguments.config:
@@ -85,6 +90,15 @@ class Job:
         self.run_dir, self.resume, self.from_step = run_dir, resume, from_step
         self.stop = Stop()
 
+    def check(self) -> str:
+        """What the task has, as a run would find it. Raises ConfigError where model or data cannot be had."""
+        from deploy.prepare import prepare
+
+        problem = prepare(self.config).problem
+        for warning in self.config.warnings_about(len(problem.prompts)):
+            logger.warning(warning)
+        return f"{len(problem.prompts)} prompts, contexts of up to {problem.longest_prompt} tokens; nothing was started"
+
     def run(self) -> dict[str, Any]:
         from deploy import ray_cluster
         from deploy.pool import RaySamplers
@@ -101,6 +115,8 @@ class Job:
         saved = self._saved() if self.resume else None
         prepared = prepare(config)
         problem = prepared.problem
+        for warning in config.warnings_about(len(problem.prompts)):
+            logger.warning(warning)
         start = starting_weights(config) if config.lora.start and saved is None else None
         make_folder(config, run_dir)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
@@ -243,10 +259,18 @@ def main(argv: list[str]) -> int:
     config, run_dir, arguments = parse_arguments(argv)
     for warning in config.warnings():
         logger.warning(warning)
+    if passes_away(run_dir):
+        logger.warning(
+            "output_dir=%r is in the copy of the working directory that the cluster removes after the job: give a folder that "
+            "stays, and a tracking.uri that does", config.output_dir,
+        )  # fmt: skip
     if arguments.dry_run:
         print(config_file.dump(config), end="")
         return 0
     job = Job(config, run_dir, bool(arguments.resume), arguments.from_step)
+    if arguments.check:
+        print(job.check())
+        return 0
     job.stop.hear()
     try:
         with _disk_faults_named(run_dir):

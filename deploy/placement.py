@@ -44,6 +44,17 @@ def check(config: Config, nodes_N: Sequence[Resources], samplers: int | None = N
         )
 
 
+def idle_gpus(config: Config, nodes_N: Sequence[Resources]) -> list[str]:
+    """What is hardly meant on nodes with GPUs: that nothing reserves one of them."""
+    have = sum(node.gpus for node in nodes_N)
+    unused = [field for field in ("learner", "actors") if not getattr(config, field).gpus]
+    return [
+        f"{field}.gpus=0, but the nodes have {have:g} GPUs: none is reserved for it, so that it shares one with others or has "
+        f"none; set {field}.gpus=1, or a fraction that several share"
+        for field in unused if have
+    ]  # fmt: skip
+
+
 def beside_learner(config: Config, nodes_N: Sequence[Resources]) -> list[Resources] | None:
     """What is left of the nodes with all ranks of the learner placed, one after the other; None where one fits no node."""
     left_N = list(nodes_N)

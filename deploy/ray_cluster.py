@@ -24,6 +24,8 @@ from deploy import placement
 from deploy.placement import Resources
 from system.config import Config, ConfigError
 
+logger = logging.getLogger("headwater")
+
 ROOT = Path(__file__).resolve().parents[1]
 NODE_ID = "ray.io/node-id"
 """The label that Ray gives every node."""
@@ -69,6 +71,8 @@ def connect(config: Config) -> None:
     # Ray puts in a handler that ends the process at once; the stop of a submitted job is to leave a checkpoint.
     signal.signal(signal.SIGTERM, on_terminate)
     check(config, waited=0.0)
+    for warning in placement.idle_gpus(config, list(nodes().values())):
+        logger.warning(warning)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from learner.policy import Policy
 
 
+RAY_COPIES = "runtime_resources"
+"""The folder of a node's session in which Ray keeps what jobs bring along."""
+
+
 def find_run(name: str) -> Path:
     """The folder of a run, given itself or by its name under runs/. Raises ConfigError if there is none."""
     for folder in (Path(name), Path("runs") / name):
@@ -22,7 +26,9 @@ def find_run(name: str) -> Path:
             return folder.resolve()
     known = sorted(Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)[-5:]
     newest = ", ".join(path.parent.name for path in known)
-    raise ConfigError(f"RUN={name!r}: no such run; the newest here are: {newest or 'none'}")
+    raise ConfigError(
+        f"RUN={name!r}: no such run; give its folder; the newest under {Path('runs').resolve()} are: {newest or 'none'}"
+    )
 
 
 def make_folder(config: Config, folder: Path) -> None:
@@ -45,8 +51,15 @@ def adapter_file(run_dir: Path) -> Path:
     """Raises ConfigError if the run has none."""
     path = run_dir / "adapter" / "adapter_model.safetensors"
     if not path.is_file():
-        raise ConfigError(f"{run_dir} has no {path.relative_to(run_dir)}: the run did not end; --resume it first")
+        done = max((int(folder.name.removeprefix("step-")) for folder in run_dir.glob("checkpoints/step-*")), default=0)
+        as_it_is = f", or to end it with what it has, --resume {run_dir.name} learner.steps={done}" if done else ""
+        raise ConfigError(f"{run_dir} has no {path.relative_to(run_dir)}: the run did not end; --resume it first{as_it_is}")
     return path
+
+
+def passes_away(path: Path) -> bool:
+    """It is in the copy of a submitted job's working directory, which the cluster removes."""
+    return RAY_COPIES in path.resolve().parts
 
 
 def adapter_tensors(path: Path, model: str, lora: Lora) -> dict[str, np.ndarray]:

@@ -46,7 +46,7 @@ def command_line(config: Config, run_dir: Path, host: str, port: int, *, gpu: bo
     Raises:
         ConfigError: the run has no adapter, it is damaged or of another model, or the model cannot be had.
     """
-    from system.models import context_length, locate
+    from system.models import locate
 
     adapter = adapter_file(run_dir)
     adapter_tensors(adapter, config.model.path, config.lora)  # vLLM would take it as it is
@@ -60,8 +60,10 @@ def command_line(config: Config, run_dir: Path, host: str, port: int, *, gpu: bo
         "max-lora-rank": rank,
         "host": host,
         "port": port,
-        "dtype": section.dtype,
-        "max-model-len": context_length(folder),
+        # vLLM's LoRA kernels on a GPU take no float32.
+        "dtype": "bfloat16" if gpu else section.dtype,
+        # As long as the KV cache has room for: the whole context of a large model may be more than there is.
+        "max-model-len": -1,
         "max-num-seqs": section.max_num_seqs,
         "seed": config.seed,
         # A model's own settings would sharpen or cut the distribution that was trained.
@@ -69,7 +71,7 @@ def command_line(config: Config, run_dir: Path, host: str, port: int, *, gpu: bo
         "load-format": "safetensors",
     }
     if gpu:
-        options["gpu-memory-utilization"] = section.gpu_memory_utilization
+        options["gpu-memory-utilization"] = config.gpu_memory_utilization
     else:
         options |= {"kv-cache-memory-bytes": section.kv_cache_mb << 20, "block-size": BLOCK}
     flags = [f"--{name}={value}" for name, value in options.items()]

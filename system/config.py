@@ -6,6 +6,7 @@ config, `system.task_config` has the tasks.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
@@ -84,7 +85,8 @@ class Sampler(Section):
     """K, the size of a group. Two at least: one sample says nothing about log Z."""
     exploration: Exploration = Exploration()
     install: Literal["auto", "merged", "adapter"] = "auto"
-    """How a new version enters the engine: `merged` into the base weights, or as a LoRA `adapter`. auto: merged on CPU."""
+    """How a new version enters the engine: `merged` into the base weights, or as a LoRA `adapter`. auto: as an adapter on CUDA
+    with dtype=bfloat16 (vLLM's LoRA kernels there take no float32), merged elsewhere."""
     rounding: Literal["nearest", "stochastic"] = "stochastic"
     """Of weights that are merged in bfloat16. To the nearest, small updates are lost; `stochastic` keeps them on average."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -97,8 +99,8 @@ class Sampler(Section):
     """Sequences that the engine decodes at once."""
     kv_cache_mb: int = Field(default=512, ge=16)
     """Size of the engine's KV cache on CPU, MiB."""
-    gpu_memory_utilization: float = Field(default=0.5, gt=0, le=1)
-    """Share of a GPU that the engine takes."""
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    """Share of a whole GPU that the engine takes; by default half of actors.gpus. The frozen model that scores is beside it."""
     max_reward_faults: int = Field(default=100, ge=0)
     """Samples for which the reward raises, hangs or gives no finite number are left out of their groups and counted.
     The run stops when there are more than this many in all."""
@@ -378,8 +380,9 @@ class Learner(Section):
 
 
 class Tracking(Section):
-    uri: str = "sqlite:///mlflow.db"
-    """MLflow tracking URI: a SQLite file, or a server."""
+    uri: str = Field(default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
+    """MLflow tracking URI: a SQLite file, or a server. By default MLFLOW_TRACKING_URI of the environment, as for MLflow itself,
+    or else a file where the job is started."""
     experiment: str = Field(default="headwater", min_length=1)
     sweep: str | None = Field(default=None, pattern=NAME)
     """Runs of one sweep are children of one parent run of this name; `deploy/sweep.py` sets it."""
@@ -425,6 +428,11 @@ class Config(Section):
     cluster: Cluster = Cluster()
 
     @property
+    def gpu_memory_utilization(self) -> float:
+        """Of each engine."""
+        return self.sampler.gpu_memory_utilization or 0.5 * (self.actors.gpus or 1.0)
+
+    @property
     def canary_tolerance(self) -> float:
         exact = self.sampler.dtype == self.learner.dtype == "float32"
         return self.sampler.canary_tolerance or (0.005 if exact else 0.15)
@@ -441,6 +449,21 @@ class Config(Section):
             "steps, or raise steps"
         ]
 
+    def warnings_about(self, prompts: int) -> list[str]:
+        """The same, once it is known how many prompts the task has."""
+        steps, groups = self.learner.steps, self.learner.groups_per_update
+        drawn = f"learner.steps={steps} with groups_per_update={groups} draws {steps * groups} groups for {prompts} prompts"
+        found = []
+        if steps * groups < prompts:
+            found.append(f"{drawn}: the others are never seen; raise steps, or lower task.limit")
+        replayed = 1 - self.replay.fresh
+        if replayed and not self.replay.demonstrations and steps * groups <= prompts:
+            found.append(
+                f"{drawn}: replay.fresh={self.replay.fresh:g} replays earlier samples of a prompt, and none comes a second "
+                "time; raise steps, lower task.limit, or set replay.fresh=1"
+            )
+        return found
+
     @model_validator(mode="after")
     def _the_loss_has_its_rewards(self) -> Config:
         if self.loss.kind in NEEDS_PREFIX_REWARDS and not self.task.reward.every_prefix:
@@ -448,6 +471,21 @@ class Config(Section):
                 f"loss.kind={self.loss.kind} compares states inside a trajectory, but task.reward.kind="
                 f"{self.task.reward.kind} gives a reward at the end alone; use loss.kind=vargrad or pooled, "
                 "or a reward with every_prefix=true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_engine_can_use_its_gpu(self) -> Config:
+        gpus, sampler = self.actors.gpus, self.sampler
+        if gpus and sampler.install == "adapter" and sampler.dtype == "float32":
+            raise ValueError(
+                f"sampler.install=adapter with sampler.dtype=float32 and actors.gpus={gpus:g}: vLLM's LoRA kernels on a GPU "
+                "take no float32; set sampler.dtype=bfloat16, or sampler.install=merged"
+            )
+        if gpus and self.gpu_memory_utilization > gpus:
+            raise ValueError(
+                f"sampler.gpu_memory_utilization={self.gpu_memory_utilization:g} is more of a GPU than actors.gpus={gpus:g}; "
+                "lower it, or leave it out for half of actors.gpus"
             )
         return self
 

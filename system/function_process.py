@@ -22,7 +22,7 @@ from system.functions import import_function
 from system.section import ConfigError
 
 START_SECONDS = 120.0
-"""Longest wait until the function is imported."""
+"""Longest wait until the function is imported, where nothing else is said."""
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -33,9 +33,9 @@ class FunctionFault(RuntimeError):
 class FunctionProcess:
     """The function at `path` as a callable. Not thread-safe. The process is started anew when it has ended."""
 
-    def __init__(self, path: str, field: str, seconds: float) -> None:
-        """`seconds` bounds each call; `field` is the config's, for messages."""
-        self.path, self.field, self.seconds = path, field, seconds
+    def __init__(self, path: str, field: str, seconds: float, start_seconds: float = START_SECONDS) -> None:
+        """`seconds` bounds each call, `start_seconds` the import; `field` is the config's, for messages."""
+        self.path, self.field, self.seconds, self.start_seconds = path, field, seconds, start_seconds
         self.__qualname__ = path.partition(":")[2]
         self._end: Callable[[], Any] | None = None
 
@@ -76,9 +76,9 @@ class FunctionProcess:
             )
         self._connection = Connection(ours.detach())
         self._end = weakref.finalize(self, _end, self._process, self._connection)
-        if not self._connection.poll(START_SECONDS):
+        if not self._connection.poll(self.start_seconds):
             self.close()
-            raise ConfigError(f"{self.field}={self.path!r} was not imported within {START_SECONDS:g} s")
+            raise ConfigError(f"{self.field}={self.path!r} was not imported within {self.start_seconds:g} s")
         try:
             error = self._connection.recv()
         except EOFError:

@@ -31,9 +31,14 @@ class FunctionReward(Section):
     """Strength of the pull towards the prior, as in p(Z | X) exp(r / beta)."""
     every_prefix: bool = False
     """True: called at each prefix that can stop. False: at the end alone, and only `vargrad` or `pooled` can learn."""
+    batch: bool = False
+    """True: called once for all of a group, `f(prompt, texts, tokens) -> list[float]` with a list of texts and one of their
+    tokens, as a reward model computes them or a judge is asked, many at a time."""
     seconds: float | None = Field(default=10.0, gt=0)
     """Longest time of a call. The function runs in a process of its own, which is ended when a call takes longer.
     null: in the sampler's process and without a limit, for a function that is known to end."""
+    start_seconds: float = Field(default=120.0, gt=0)
+    """Longest wait until that process has imported it; what it needs, such as a model, may be loaded then."""
 
 
 class ContrastReward(Section):

@@ -19,12 +19,14 @@ from pydantic import BaseModel, ValidationError
 from system.config import ConfigError, Exploration, RewardTemperature
 from system.config_file import dump, flatten, load, parse, parse_overrides
 from system.requests import explore
+from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGED = sorted((ROOT / "deploy" / "configs").glob("*.yaml"))
 NUMBER = {"kind": "random_number"}
 CONTINUATION = {"kind": "continuation"}
 FUNCTION = {"kind": "function", "path": "package.module:name"}
+HALF = {"fresh": 0.5, "uniform": 0.5}
 
 
 def with_field(field: str, value: Any, task: dict[str, Any] = NUMBER) -> dict[str, Any]:
@@ -119,6 +121,14 @@ def test_a_bad_value_is_refused_by_field_value_and_fix(field: str, value: Any, f
         (ranks(device="cuda:1", gpus=1), ["learner: device=cuda:1 with ranks=2", "device=auto or cuda"]),
         (ranks(device="cpu", gpus=1), ["learner: device=cpu with ranks=2 and gpus=1", "device=cpu with gpus=0"]),
         (with_field("actors.max", 1) | {"actors": {"min": 2, "max": 1}}, ["actors: min=2 is above max=1", "raise max"]),
+        (
+            {"task": NUMBER, "actors": {"gpus": 1}, "sampler": {"install": "adapter"}},
+            ["sampler.install=adapter with sampler.dtype=float32 and actors.gpus=1", "set sampler.dtype=bfloat16"],
+        ),
+        (
+            {"task": NUMBER, "actors": {"gpus": 0.25}, "sampler": {"gpu_memory_utilization": 0.5}},
+            ["sampler.gpu_memory_utilization=0.5 is more of a GPU than actors.gpus=0.25", "lower it"],
+        ),
         (with_field("learner.publish_every", 4), ["learner: max_staleness=1", "publish_every - 1 = 3", "set max_staleness >="]),
         (with_field("replay.fresh", 0.5), ["replay: fresh=0.5, prioritised=0 and uniform=0", "add up to 0.5", "change one"]),
         (with_field("replay.demonstrations", True), ["replay: demonstrations=true", "fresh=1", "lower fresh"]),
@@ -437,6 +447,46 @@ def test_a_config_error_ends_the_job_with_code_2_and_one_readable_line(tmp_path:
     assert line.startswith("config error: learner.lrr=1: no such field")
 
 
+def test_a_check_reads_the_tokenizer_and_the_data_and_starts_nothing(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    few = ("task.prompts=prompts.txt", f"model.path={tiny.folder(tmp_path)}", "learner.steps=2", "learner.warmup_steps=0")
+    config = str(ROOT / "deploy/configs/continuation.yaml")
+    done = job("--check", config, *few, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("3 prompts, contexts of up to ")
+    assert "draws 2 groups for 3 prompts: the others are never seen; raise steps" in done.stderr
+    assert "replays earlier samples of a prompt, and none comes a second time" in done.stderr
+    assert not (tmp_path / "runs").exists()
+    done = job("--check", config, *few, "task.prompts=none.txt", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "task.prompts='none.txt' cannot be read" in done.stderr
+
+
+@pytest.mark.parametrize(("steps", "replay", "warned"), [(2, {}, 1), (3, {}, 0), (3, HALF, 1), (4, HALF, 0), (2, HALF, 2)])
+def test_prompts_that_are_never_seen_and_replay_that_has_nothing_are_warned_of(
+    steps: int, replay: dict[str, Any], warned: int
+) -> None:
+    learner = {"steps": steps, "warmup_steps": 0}
+    assert len(parse({"task": NUMBER, "learner": learner, "replay": replay}).warnings_about(3)) == warned
+    more = parse({"task": NUMBER, "learner": learner | {"groups_per_update": 2}, "replay": replay})
+    assert more.warnings_about(3) == []
+
+
+def test_tracking_goes_where_mlflow_itself_would_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert parse({"task": NUMBER}).tracking.uri == "sqlite:///mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert parse({"task": NUMBER}).tracking.uri == "http://mlflow:5000"
+    assert parse({"task": NUMBER, "tracking": {"uri": "sqlite:///a.db"}}).tracking.uri == "sqlite:///a.db"
+
+
+def test_an_engine_takes_half_of_what_is_reserved_of_a_gpu() -> None:
+    for gpus, share in ((0, 0.5), (1, 0.5), (0.5, 0.25)):
+        assert parse({"task": NUMBER, "actors": {"gpus": gpus}}).gpu_memory_utilization == share
+    own = {"task": NUMBER, "actors": {"gpus": 0.5}, "sampler": {"gpu_memory_utilization": 0.4}}
+    assert parse(own).gpu_memory_utilization == 0.4
+
+
 def test_the_job_without_a_config_says_what_it_needs(tmp_path: Path) -> None:
     done = job(cwd=tmp_path)
     assert done.returncode == 2
@@ -444,6 +494,9 @@ def test_the_job_without_a_config_says_what_it_needs(tmp_path: Path) -> None:
     done = job("--dry-run", "--resume", "nothing", cwd=tmp_path)
     assert done.returncode == 2
     assert "RUN='nothing': no such run" in done.stderr
+    done = job("a.yaml", "--resume", "nothing", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--resume takes the run's own config: leave a.yaml out" in done.stderr
 
 
 @pytest.mark.parametrize(

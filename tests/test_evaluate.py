@@ -198,6 +198,19 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
         assert message in capsys.readouterr().err
 
 
+def test_other_data_are_taken_whole_unless_a_part_of_them_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("task: {kind: continuation, limit: 3, offset: 2}")
+
+    def part(*overrides: str) -> tuple[int, int | None]:
+        task: Any = config_file.load(tmp_path / "config.yaml", [*evaluate.whole_file(list(overrides)), *overrides]).task
+        return task.offset, task.limit
+
+    assert part() == (2, 3)
+    assert part("task.max_tokens=9") == (2, 3)
+    assert part("task.prompts=others.txt") == (0, None)
+    assert part("task.prompts=others.txt", "task.limit=5") == (0, 5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from deploy.placement import Resources, check, learner_home, samplers_beside
+from deploy.placement import Resources, check, idle_gpus, learner_home, samplers_beside
 from system.config import Config, ConfigError
 from system.config_file import parse
 
@@ -24,6 +24,14 @@ def test_a_cluster_that_is_too_small_is_refused_with_what_is_asked_and_what_ther
         check(cfg, nodes((6, 2.5)))
     with pytest.raises(ConfigError, match=r"learner.gpus=1 and 3 x actors.gpus=0.5 need 2.5 gpus.* has 0; lower one"):
         check(cfg, nodes((7, 0)))
+
+
+def test_gpus_that_nothing_reserves_are_named() -> None:
+    unused = idle_gpus(config({}, {"gpus": 1}), nodes((8, 2), (8, 2)))
+    assert [warning[:42] for warning in unused] == ["actors.gpus=0, but the nodes have 4 GPUs: "]
+    assert len(idle_gpus(config({}, {}), nodes((8, 1)))) == 2
+    assert idle_gpus(config({}, {}), nodes((8, 0))) == []
+    assert idle_gpus(config({"gpus": 0.5}, {"gpus": 0.5}), nodes((8, 1))) == []
 
 
 def test_fractions_of_a_gpu_fill_it() -> None:

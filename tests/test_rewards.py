@@ -216,6 +216,48 @@ def test_a_function_is_not_called_where_a_sample_cannot_stop() -> None:
     assert np.isfinite(both).tolist() == [False, False, True, True]
 
 
+def test_a_function_of_a_batch_is_called_once_for_all_distinct_texts_of_a_group() -> None:
+    calls: list[tuple[list[str], list[list[int]]]] = []
+
+    def lengths(prompt: Prompt, texts: list[str], tokens: list[list[int]]) -> np.ndarray:
+        assert prompt is PROMPT
+        calls.append((list(texts), [list(each) for each in tokens]))
+        return np.array([float(len(each)) for each in tokens])
+
+    group = trajectories([[1, 2], [3], [1, 2]])
+    at_end = function(lengths, batch=True, beta=0.5).score(PROMPT, group)
+    assert calls == [(["bc", "d"], [[1, 2], [3]])]
+    assert [values[-1] for values in at_end] == [4.0, 2.0, 4.0]
+    one_by_one = function(lambda _, __, tokens: float(len(tokens)), every_prefix=True)
+    assert_same(function(lengths, batch=True, every_prefix=True).score(PROMPT, group), one_by_one.score(PROMPT, group))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "faulty", "message"),
+    [
+        ([1.0], [0, 1], "returned 1 values for prompt 'p', 2 texts; return one for each"),
+        (ValueError("no model"), [0, 1], "failed for prompt 'p', 2 texts: ValueError: no model"),
+        (3.0, [0, 1], "TypeError"),
+        ([1.0, float("nan")], [1], "returned nan for prompt 'p', text 'd'; return a finite number"),
+    ],
+)
+def test_what_a_function_of_a_batch_does_wrong_is_the_fault_of_those_that_it_concerns(
+    answer: Any, faulty: list[int], message: str
+) -> None:
+    def score(*_: Any) -> Any:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with pytest.raises(RewardError) as caught:
+        function(score, batch=True).score(replace(PROMPT, id="p"), trajectories([[1, 2], [3]]))
+    assert sorted(caught.value.faults) == faulty
+    assert all(message in fault for fault in caught.value.faults.values())
+    if faulty == [1]:
+        assert caught.value.log_reward_K[0][-1] == 1.0
+
+
 def test_beta_divides() -> None:
     scores = function(lambda *_: -3.0, beta=0.5).score(PROMPT, trajectories([[1]]))
     assert scores[0][-1] == -6.0

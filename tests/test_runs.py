@@ -28,6 +28,21 @@ def learner(folder: Path, rank: int = 4) -> Learner:
     return Learner(config(rank), folder, CONSTRAINTS, "base", list(range(10, 40)))
 
 
+def test_a_run_without_an_adapter_is_named_with_what_it_has(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the run did not end; --resume it first$"):
+        runs.adapter_file(tmp_path)
+    for step in (40, 120):
+        (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=rf"or to end it with what it has, --resume {tmp_path.name} learner\.steps=120$"):
+        runs.adapter_file(tmp_path)
+
+
+def test_a_folder_in_the_copy_that_ray_makes_of_a_working_directory_passes_away(tmp_path: Path) -> None:
+    copy = tmp_path / "session_latest/runtime_resources/working_dir_files/_ray_pkg_0a1b"
+    assert runs.passes_away(copy / "runs/one")
+    assert not runs.passes_away(tmp_path / "runs/one")
+
+
 @pytest.mark.parametrize("where", ["run/adapter", "run"])
 def test_training_starts_from_the_adapter_of_a_run_or_a_peft_folder(tmp_path: Path, where: str) -> None:
     folder = tiny.folder(tmp_path)

@@ -319,10 +319,10 @@ def test_messages_are_written_by_the_models_chat_template(tmp_path: Path, smollm
     expected = "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"
     path = written(tmp_path / "prompts.jsonl", {"messages": messages})
     [prompt] = problem("continuation", smollm2, prompts=path, stop="<|im_end|>").prompts
-    assert smollm2.decode(prompt.policy_tokens) == expected == prompt.meta["text"]
+    assert smollm2.decode(list(prompt.policy_tokens)) == expected == prompt.meta["text"]
     assert prompt.meta["messages"] == messages
     [asked] = problem("verifiable", smollm2, chat=True, prompt="{question} Be short.", limit=1, stop="<|im_end|>").prompts
-    assert str(smollm2.decode(asked.policy_tokens)).endswith(
+    assert str(smollm2.decode(list(asked.policy_tokens))).endswith(
         "<|im_start|>user\nWhat is 0 + 0? Be short.<|im_end|>\n<|im_start|>assistant\n"
     )
     with pytest.raises(ConfigError, match=r"line 1: the model's chat template does not take it: "):
