@@ -312,7 +312,10 @@ def build(
         return Contrast(posterior, evidences or {}, factor.power) if isinstance(factor, ContrastReward) else posterior
 
     if isinstance(section, ProductReward):
-        return Checked(Product([one(factor, f"task.reward.of.{at}") for at, factor in enumerate(section.of)]), decode)
+        # Where one factor is not known, what the others say is for nothing.
+        ends = {} if section.every_prefix else {"every_prefix": False}
+        factors = [factor.model_copy(update=ends) for factor in section.of]
+        return Checked(Product([one(factor, f"task.reward.of.{at}") for at, factor in enumerate(factors)]), decode)
     return Checked(one(section), decode)
 
 

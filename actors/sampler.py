@@ -70,6 +70,8 @@ class Sampler:
         self._seconds = {"generate": 0.0, "reward": 0.0, "install": 0.0}
         self._groups = 0
         self.timeline = Timeline()
+        self._serving = -1
+        """The version installed last, also while another one is on its way in; -1 for none."""
         self._installed: dict[str, float] = dict.fromkeys(
             ("seconds", "canary_error", "canary_signal", "effective_update"), math.nan
         )
@@ -162,7 +164,7 @@ class Sampler:
             "canary_error": self._installed["canary_error"],
             "canary_signal": self._installed["canary_signal"],
             "effective_update": self._installed["effective_update"],
-            "version": float(self._version),
+            "version": float(self._serving),
             "busy": (self._seconds["generate"] + self._seconds["install"]) / elapsed,
         }
 
@@ -253,6 +255,7 @@ class Sampler:
             return False
         finally:
             self._seconds["install"] += time.perf_counter() - started
+            self._serving = self._version
         return True
 
     def _start(self, job: _Job) -> None:

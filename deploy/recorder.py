@@ -113,9 +113,10 @@ class Recorder:
         self.progress.say(f"evaluation at step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items()))
 
     def _evaluation(self, step: int) -> Evaluation:
-        if (listed := evaluation.without_samples(self.problem, self.learner)) is not None:
+        most = self.config.learner.evaluation_prompts
+        if (listed := evaluation.without_samples(self.problem, self.learner, most)) is not None:
             return listed
-        prompts = evaluation.spread(self.problem.prompts, self.config.learner.evaluation_prompts)
+        prompts = evaluation.spread(self.problem.prompts, most)
         return evaluation.sampled(
             self.requests.of(prompts), self.samplers, self.learner,
             samples=self.config.learner.evaluation_samples,

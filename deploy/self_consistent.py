@@ -46,7 +46,7 @@ def draw(config: Config, per_story: int, ending: int, seed: int) -> list[dict[st
     from system.constraints import Constraints
     from system.language_model import load_pretrained, load_tokenizer, resolve_device
     from system.models import locate
-    from system.text import decode
+    from system.text import decode, special_tokens
 
     folder = locate(config.model)
     tokenizer = load_tokenizer(folder)
@@ -58,7 +58,7 @@ def draw(config: Config, per_story: int, ending: int, seed: int) -> list[dict[st
     everything = Constraints.of(
         stop_token=support.stop_token, min_tokens=0, max_tokens=longest + 1, vocab_size=model.config.vocab_size
     )
-    teller, special = NextTokens(model, everything), set(tokenizer.all_special_ids)
+    teller, special = NextTokens(model, everything), special_tokens(tokenizer)
     torch.manual_seed(seed)
     stories = []
     for number, prompt in enumerate(problem.prompts, 1):

@@ -328,7 +328,8 @@ class Learner(Section):
     evaluate_every: int | None = Field(default=None, ge=1)
     """Updates between two evaluations; by default before the first and after the last alone."""
     evaluation_prompts: int = Field(default=64, ge=1)
-    """An evaluation takes this many prompts, evenly spaced, where there are more."""
+    """An evaluation takes this many prompts, evenly spaced, where there are more; where prompts vote for a record, this many
+    records."""
     evaluation_samples: int = Field(default=32, ge=2)
     """On-policy samples of each prompt in an evaluation, where the outcomes cannot be listed."""
 
@@ -424,7 +425,7 @@ class Config(Section):
     replay: Replay = Replay()
     loss: Loss = Pooled()
     learner: Learner = Learner()
-    tracking: Tracking = Tracking()
+    tracking: Tracking = Field(default_factory=Tracking)
     cluster: Cluster = Cluster()
 
     @property

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,10 @@ from system.voting import preferred, tally
 from system.whole_file import replace_text
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+AT_ONCE = 256
+"""Groups of one call for scores."""
 
 
 class Scorer(Protocol):
@@ -47,40 +51,45 @@ class Evaluation:
     """log q of the listed outcomes of the first prompt."""
 
 
-def without_samples(problem: Problem, scorer: Scorer) -> Evaluation | None:
-    """The evaluation from log-probs alone; None where neither the outcomes nor the choices can be listed."""
+def without_samples(problem: Problem, scorer: Scorer, most: int | None = None) -> Evaluation | None:
+    """The evaluation from log-probs alone; None where neither the outcomes nor the choices can be listed. Choices are asked for
+    `most` records, where there are more."""
     if problem.outcomes is not None:
         return exact(problem, scorer)
-    return chosen(problem, scorer) if problem.choices else None
+    return chosen(problem, scorer, most) if problem.choices else None
 
 
 def exact(problem: Problem, scorer: Scorer) -> Evaluation:
     """q against the target over all listed outcomes, from log-probs and not from samples. Means over prompts."""
     assert problem.outcomes is not None and problem.log_target_O is not None
-    scores = _scores(problem, scorer, problem.outcomes)
+    scores = _scores(problem.prompts, scorer, problem.outcomes)
     results = [Exact.of(score.log_q_K, problem.log_target_O).metrics() for score in scores]
     metrics = {name: float(np.mean([result[name] for result in results])) for name in results[0]}
     rows = [{"prompt": p.id, **result} for p, result in zip(problem.prompts, results, strict=True)]
     return Evaluation(metrics, rows, log_q_O=scores[0].log_q_K)
 
 
-def spread(prompts: Sequence[Prompt], count: int) -> Sequence[Prompt]:
-    """`count` of the prompts, evenly spaced; all, where there are no more."""
-    if len(prompts) <= count:
-        return prompts
-    return [prompts[index * len(prompts) // count] for index in range(count)]
+def spread(items: Sequence[T], count: int | None) -> Sequence[T]:
+    """`count` of them, evenly spaced; all, where there are no more."""
+    if count is None or len(items) <= count:
+        return items
+    return [items[index * len(items) // count] for index in range(count)]
 
 
-def chosen(problem: Problem, scorer: Scorer) -> Evaluation:
-    """The policy's likeliest choice for each prompt, and the vote of the prompts of each record. Means over records.
+def chosen(problem: Problem, scorer: Scorer, most: int | None = None) -> Evaluation:
+    """The policy's likeliest choice for each prompt, and the vote of the prompts of each record. Means over `most` records.
 
     Also task/log_likelihood: log q of what is right, nats, the mean over prompts.
     """
+    by_record: dict[str, list[Prompt]] = {}
+    for prompt in problem.prompts:
+        by_record.setdefault(prompt.meta.get("record", prompt.id), []).append(prompt)
+    asked = [prompt for record in spread(list(by_record), most) for prompt in by_record[record]]
     keys = [choice.key for choice in problem.choices]
     votes: dict[str, list[int]] = {}
     truths: dict[str, int] = {}
     rows = []
-    for prompt, score in zip(problem.prompts, _scores(problem, scorer, problem.choices), strict=True):
+    for prompt, score in zip(asked, _scores(asked, scorer, problem.choices), strict=True):
         record = prompt.meta.get("record", prompt.id)
         [right] = problem.demonstrations[prompt.id]
         truths[record] = keys.index(right.key)
@@ -92,10 +101,12 @@ def chosen(problem: Problem, scorer: Scorer) -> Evaluation:
     return Evaluation(metrics, rows)
 
 
-def _scores(problem: Problem, scorer: Scorer, trajectories_O: tuple[Trajectory, ...]) -> list[Any]:
+def _scores(prompts: Sequence[Prompt], scorer: Scorer, trajectories_O: tuple[Trajectory, ...]) -> list[Any]:
     """A Score of these trajectories for each prompt. Their rewards are not asked for."""
     unknown = tuple(np.zeros(len(trajectory) + 1) for trajectory in trajectories_O)
-    return scorer.score([Group(prompt, trajectories_O, unknown, 0, 0) for prompt in problem.prompts]).result()
+    groups = [Group(prompt, trajectories_O, unknown, 0, 0) for prompt in prompts]
+    # A learner that answers nothing for long counts as hung, so one call is not for all of a large file.
+    return [score for at in range(0, len(groups), AT_ONCE) for score in scorer.score(groups[at : at + AT_ONCE]).result()]
 
 
 Judge = Callable[[Group], dict[str, float]]

@@ -30,11 +30,12 @@ from system.config import ConfigError
 from system.constraints import Constraints
 from system.output_layer import ChunkedLogProbs, Head
 from system.prefix_tree import Packed, PrefixTree
+from system.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-"""Largest difference, nats, between the packed pass and the model's own forward on a short sequence."""
+"""Largest difference, nats, between the packed pass and the model's own forward on short sequences."""
 
 CONTEXT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Largest difference of hidden states, relative, with and without a context that was read before."""
@@ -75,10 +76,12 @@ def load_pretrained(folder: Path, dtype: torch.dtype, device: torch.device) -> P
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        # The fused attention of torch knows no cap of the attention's logits, and would leave it out.
+        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
         for name in [name for name in config.to_dict() if name.endswith(("dropout", "pdrop"))]:
             setattr(config, name, 0.0)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+            folder, config=config, dtype=dtype, attn_implementation="eager" if capped else "sdpa", trust_remote_code=False
         )
     except (ValueError, KeyError, OSError) as error:
         raise ConfigError(
@@ -105,7 +108,7 @@ class LanguageModel:
 
     Raises:
         ConfigError: the model gives other log-probs when it is called this way than by its own forward, so its
-            architecture does something here that is not known (checked on a short sequence).
+            architecture does something here that is not known (checked on two short samples of one prompt).
     """
 
     def __init__(
@@ -186,7 +189,6 @@ class LanguageModel:
         token_Q: np.ndarray,
         constraints: Constraints | None = None,
         may_stop_Q: np.ndarray | None = None,
-        temperature: float = 1.0,
     ) -> torch.Tensor:
         """log p(token | position), float32 [Q], nats.
 
@@ -204,7 +206,7 @@ class LanguageModel:
                 closed_M = self._put(closed)
         sorted_Q = ChunkedLogProbs.apply(
             hidden_LH[self._put(positions)],
-            replace(head, temperature=temperature, closed_M=closed_M, chunk=self.logits_chunk),
+            replace(head, closed_M=closed_M, chunk=self.logits_chunk),
             self._put(row_Q[order]),
             self._put(column_Q[order]),
         )
@@ -266,6 +268,7 @@ class LanguageModel:
         Raises:
             ConfigError: it does not, and is `required`.
         """
+        dense = str(self.model.config._attn_implementation)
         self.model.set_attn_implementation(tree_attention.NAME)
         self.attention = "block"
         try:
@@ -281,25 +284,35 @@ class LanguageModel:
                     f"learner.attention=block does not work here: {_first_line(error)}; use auto or dense"
                 ) from error
             logger.warning("attention takes dense masks, because block attention does not work here: %s", _first_line(error))
-            self.model.set_attn_implementation("sdpa")
+            self.model.set_attn_implementation(dense)
             self.attention = "dense"
 
     def _check(self) -> None:
-        tokens = np.arange(1, 9) % self.vocab_size
-        row = Packed.of(PrefixTree.of([]), tokens.tolist())
+        """Two samples that part after a token, in one row and each by itself: layers that mix neighbours without asking the
+        mask, as convolutions and recurrences do, show only where a row branches."""
+        tokens = (np.arange(1, 14) % self.vocab_size).tolist()
+        prompt, paths = tokens[:4], (tokens[4:9], tokens[4:5] + tokens[9:13])
+        tree = PrefixTree.of(
+            [Trajectory(np.array(p), np.ones(len(p), bool), np.zeros(len(p) + 1, np.float32), "sampled") for p in paths]
+        )
         try:
-            with torch.no_grad():
-                packed = self.log_probs(self.hidden([row]), np.arange(7), tokens[1:])
-                logits = self.model(input_ids=self._put(tokens)[None]).logits[0, :-1].float()
+            [(edge_N, _)] = self.score([Packed.of(tree, prompt)])
+            own = [self._own_log_probs([*prompt, *path])[len(prompt) - 1 :] for path in paths]
         except (TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ConfigError(f"{type(self.model).__name__} does not take packed rows: {error}") from error
-        own = logits.log_softmax(-1)[torch.arange(7), self._put(tokens[1:])]
-        worst = float((packed - own).abs().max())
+        worst = max(float(np.abs(edge_N[nodes_T[1:]] - own_T).max()) for nodes_T, own_T in zip(tree.nodes_K, own, strict=True))
         if not worst <= SELF_CHECK_TOLERANCE[self._head.weight_CH.dtype]:
             raise ConfigError(
                 f"{type(self.model).__name__}: packed log-probs differ from the model's own by {worst:.3g} nats; "
                 "this architecture is not supported"
             )
+
+    def _own_log_probs(self, tokens: list[int]) -> np.ndarray:
+        """float64 [T - 1], nats, by the model's own forward."""
+        ids_T = self._put(np.array(tokens, np.int64))
+        with torch.no_grad():
+            log_TV = self.model(input_ids=ids_T[None]).logits[0, :-1].float().log_softmax(-1)
+        return log_TV.gather(1, ids_T[1:, None])[:, 0].double().cpu().numpy()
 
     def _check_context(self) -> bool:
         """Rows that go on from a context have the hidden states of rows that begin with it."""

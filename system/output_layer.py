@@ -24,7 +24,6 @@ class Head:
     softcap: float | None = None
     """Logits are softcap * tanh(logits / softcap), in the models that have it."""
     stop_column: int | None = None
-    temperature: float = 1.0
     closed_M: Tensor | None = None
     """bool [M]: positions at which the stop column is outside the support."""
     chunk: int = 256
@@ -35,8 +34,6 @@ class Head:
         logits_mC = linear(hidden_MH[start:stop], self.weight_CH, self.bias_C).float()
         if self.softcap:
             logits_mC.div_(self.softcap).tanh_().mul_(self.softcap)
-        if self.temperature != 1.0:
-            logits_mC.div_(self.temperature)
         if self.closed_M is not None:
             logits_mC[:, self.stop_column].masked_fill_(self.closed_M[start:stop], -torch.inf)
         return logits_mC
@@ -72,14 +69,12 @@ class ChunkedLogProbs(torch.autograd.Function):
             logits_mC = head.logits(hidden_MH, start)
             slope_mC = None
             if head.softcap:
-                capped = (logits_mC * (head.temperature / head.softcap)).nan_to_num_(neginf=0.0)
+                capped = (logits_mC / head.softcap).nan_to_num_(neginf=0.0)
                 slope_mC = 1.0 - capped.square()
             delta_mC = logits_mC.sub_(lse_M[start:stop, None]).exp_().mul_(-total_M[start:stop, None])
             delta_mC.index_put_((row_Q[low:high] - start, column_Q[low:high]), gradient_Q[low:high], accumulate=True)
             if slope_mC is not None:
                 delta_mC.mul_(slope_mC)
-            if head.temperature != 1.0:
-                delta_mC.div_(head.temperature)
             gradient_MH[start:stop] = delta_mC.to(hidden_MH.dtype) @ head.weight_CH
         return gradient_MH, None, None, None
 

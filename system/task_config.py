@@ -165,7 +165,7 @@ class NextSentence(Sentence):
     prompts: str = "packaged"
     """A UTF-8 text file with one prompt a line; a .jsonl file of lines {"prompt": text}, taken as it is, or {"messages":
     [{"role": "user", "content": text}]}, which the model's chat template writes; or `packaged` for a small one that comes with
-    the project. A reward finds all that a line has in `prompt.meta`."""
+    the project. A reward finds all that a line has in `prompt.meta`, where "text" is the prompt as the policy sees it."""
 
 
 class Continuation(NextSentence):

@@ -45,6 +45,8 @@ def resolve_uri(uri: str) -> str:
         ConfigError: neither a SQLite file nor a server, or one with a password in it.
     """
     fix = "use a SQLite file such as 'sqlite:///mlflow.db' or a server such as 'http://127.0.0.1:5000'"
+    if uri == os.environ.get("MLFLOW_TRACKING_URI"):
+        fix += "; it is the environment's MLFLOW_TRACKING_URI, which counts where the config says nothing"
     scheme, _, rest = uri.partition("://")
     if scheme == "sqlite":
         path = Path(rest[1:])

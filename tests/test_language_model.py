@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from system.config import ConfigError
 from system.constraints import Constraints
-from system.language_model import LanguageModel, resolve_device
+from system.language_model import LanguageModel, load_pretrained, resolve_device
 from system.prefix_tree import Packed, PrefixTree
 from tests import tiny
 from tests.test_prefix_tree import trajectory
@@ -108,7 +109,7 @@ def test_gradients_equal_those_of_materialised_logits(model: PreTrainedModel) ->
     may_stop = np.concatenate([piece.tree.depth_N[piece.tree.parent_N[1:]], piece.tree.depth_N[stops]]) >= 3
     hidden = language_model.hidden([piece]).detach().requires_grad_(True)
     weights = torch.randn(len(tokens), generator=torch.Generator().manual_seed(0))
-    values = language_model.log_probs(hidden, positions, tokens, constraints, may_stop, temperature=1.3)
+    values = language_model.log_probs(hidden, positions, tokens, constraints, may_stop)
     (chunked,) = torch.autograd.grad((values * weights).sum(), hidden)
 
     head: Any = model.get_output_embeddings()
@@ -118,7 +119,7 @@ def test_gradients_equal_those_of_materialised_logits(model: PreTrainedModel) ->
     outside = torch.ones(len(tokens), VOCAB, dtype=torch.bool)
     outside[:, torch.from_numpy(constraints.columns)] = False
     outside[:, 9] |= torch.from_numpy(~may_stop)
-    table = (logits / 1.3).masked_fill(outside, -torch.inf).log_softmax(-1)
+    table = logits.masked_fill(outside, -torch.inf).log_softmax(-1)
     expected = table[torch.arange(len(tokens)), torch.from_numpy(tokens)]
     assert torch.allclose(values, expected, atol=1e-5)
     (materialised,) = torch.autograd.grad((expected * weights).sum(), hidden)
@@ -136,13 +137,11 @@ def test_log_probs_follow_the_support(model: PreTrainedModel) -> None:
     targets = np.array([*tokens, stop, stop])
     may_stop = constraints.may_stop(np.concatenate([depth[:-1], depth[2:]]))
     with torch.no_grad():
-        got = language_model.log_probs(
-            language_model.hidden([piece]), positions, targets, constraints, may_stop, temperature=1.7
-        )
+        got = language_model.log_probs(language_model.hidden([piece]), positions, targets, constraints, may_stop)
     table = own_log_probs(model, CONTEXTS[1] + tokens)
     for value, position, target in zip(got.numpy(), positions, targets, strict=True):
         support = allowed + [stop] * int(position - piece.start_N[0] >= 2)
-        logits = table[position, support] / 1.7
+        logits = table[position, support]
         assert value == pytest.approx(logits[support.index(target)] - np.logaddexp.reduce(logits), abs=1e-4)
 
 
@@ -166,6 +165,25 @@ def test_a_model_that_computes_otherwise_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(type(model), "forward", scaled)
     with pytest.raises(ConfigError, match="not supported"):
         LanguageModel(model)
+
+
+def test_a_model_whose_layers_ask_no_mask_is_refused() -> None:
+    """A convolution over neighbours is right on one sequence, and mixes samples where a row branches."""
+    with pytest.raises(ConfigError, match=r"Lfm2ForCausalLM: packed log-probs differ from the model's own by .* not supported"):
+        LanguageModel(tiny.lfm2(VOCAB))
+
+
+def test_attention_whose_logits_are_capped_stays_capped(tmp_path: Path) -> None:
+    tiny.gemma2(VOCAB).save_pretrained(tmp_path)
+    loaded = load_pretrained(tmp_path, torch.float32, torch.device("cpu"))
+    tokens = list(range(10, 40))
+    [(edge_N, _)] = LanguageModel(loaded).score([Packed.of(PrefixTree.of([trajectory(tokens[2:])]), tokens[:2])])
+    loaded.set_attn_implementation("eager")
+    capped = own_log_probs(loaded, tokens)
+    loaded.set_attn_implementation("sdpa")
+    for table, same in ((capped, True), (own_log_probs(loaded, tokens), False)):
+        expected = [table[at, token] - np.logaddexp.reduce(table[at]) for at, token in enumerate(tokens[2:], 1)]
+        assert bool(np.abs(edge_N[1:] - expected).max() < 1e-4) is same
 
 
 def test_a_cuda_device_that_is_not_there_is_refused() -> None:

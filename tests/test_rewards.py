@@ -141,6 +141,21 @@ def test_rewards_at_the_ends_alone_are_the_same_there_and_cost_fewer_tokens(mode
         assert reward.tokens_forwarded == len(EVIDENCE.reward_tokens) + nodes - 1 + ends * 3
 
 
+def test_evidence_is_not_scored_where_another_factor_of_the_product_is_not_known(own_module: str) -> None:
+    at_end = {"kind": "function", "path": f"{own_module}:length"}
+    costs, scores = [], []
+    for every_prefix in (True, False):
+        factors = [{"kind": "lm_posterior", "every_prefix": every_prefix}, at_end]
+        built = rewards.build(
+            section(kind="product", of=factors), model=LanguageModel(tiny.llama()), stop=(2,), decode=text_of, token_budget=1024
+        )
+        scores.append(built.score(EVIDENCE, trajectories()))
+        costs.append(built.tokens_forwarded)
+    assert costs[0] == costs[1]
+    for cheap, dear in zip(*scores, strict=True):
+        np.testing.assert_array_equal(cheap, dear)
+
+
 def test_a_contrast_is_the_share_of_the_own_evidence_at_every_prefix(model: PreTrainedModel) -> None:
     others = [(34, 35), (36, 32, 33, 37)]
     evidences = {EVIDENCE.id: ((31, 32, 33), *others)}

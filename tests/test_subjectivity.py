@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -433,6 +433,24 @@ def test_an_answer_is_judged_by_the_policys_exact_probabilities_and_rationales_o
     )
     assert len(result.per_prompt) == 40
     assert not result.samples
+
+    class Sliced(Learned):
+        asked: ClassVar[list[int]] = []
+
+        def score(self, groups: Any) -> Any:
+            self.asked.append(len(groups))
+            return super().score(groups)
+
+    few = evaluation.without_samples(problem, Sliced(learner), most=2)
+    assert few is not None
+    assert {row["prompt"].split("/")[0] for row in few.per_prompt} == {"line-1", "line-5"}
+    assert few.metrics["task/accuracy"] == pytest.approx(np.mean([right[0], right[4]]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "AT_ONCE", 16)
+        sliced = evaluation.without_samples(problem, Sliced(learner))
+    assert Sliced.asked == [10, 16, 16, 8]
+    assert sliced is not None
+    assert sliced.metrics == pytest.approx(result.metrics)
 
 
 def test_imitating_the_labels_makes_the_policy_answer_them(folder: Path, tmp_path: Path) -> None:

@@ -96,6 +96,31 @@ def test_the_listed_outcomes_are_what_the_reward_rewards(tokenizer: str, smollm2
     assert chosen.decode([support.stop_token]) == "."
 
 
+def test_a_number_that_is_several_tokens_or_one_is_an_outcome_in_each_of_its_ways(tmp_path: Path) -> None:
+    """As in the vocabularies of GPT-2 and GPT-J: all strings over digits are tried, and those that are rewarded are listed."""
+    chosen = tiny.tokenizer()
+    pairs = [f"{a}{b}" for a in "12" for b in "0123456789"]
+    chosen.add_tokens(pairs)
+    own = {"kind": "function", "path": "system.tasks.random_number:log_reward", "every_prefix": True}
+    task = problem("random_number", chosen, low=8, high=13, support="vocabulary", longest=2, reward=own, floor=-40)
+    written = [token for token in task.constraints.columns.tolist() if decode(chosen, [token]).isdecimal()]
+    assert len(written) == 30
+    strings = [[a] for a in written] + [[a, b] for a in written for b in written]
+    rewarded = {tuple(tokens) for tokens in strings if log_reward(task.prompts[0], decode(chosen, tokens), tokens) == 0.0}
+    assert task.outcomes is not None
+    assert rewarded == {tuple(outcome.tokens_T.tolist()) for outcome in task.outcomes}
+    assert len(task.outcomes) == 2 + 4 * 2
+
+
+def test_tokens_that_are_marked_as_special_cannot_be_drawn(smollm2: PreTrainedTokenizerBase) -> None:
+    marked = {token for token, added in smollm2.added_tokens_decoder.items() if added.special}
+    assert marked > set(smollm2.all_special_ids)
+    for kind, fields in (("verifiable", {}), ("subjectivity", {}), ("random_number", {"support": "vocabulary", "longest": 4})):
+        own = {"reward": {"kind": "lm_posterior"}} if kind == "random_number" else {}
+        support = problem(kind, smollm2, **fields, **own).constraints
+        assert not marked - {support.stop_token} & set(support.columns.tolist()), kind
+
+
 def test_the_interval_stands_in_the_prompt() -> None:
     [prompt] = problem("random_number", low=3, high=25, prompt="from {low} to {high}: ").prompts
     assert text_of(prompt) == "from 3 to 25: "
@@ -389,6 +414,8 @@ def test_the_gap_may_be_another_sentence(tmp_path: Path) -> None:
     (story,) = infilling(FIVE, tmp_path, gap=1, prompt="{before}|{after}".replace("|", "-")).prompts
     assert text_of(story) == "one.-three. four. five."
     assert story.meta["middle"] == "two."
+    [unknown] = infilling('{"before": "one.", "after": "three.", "middle": null}', tmp_path).prompts
+    assert unknown.meta["middle"] == ""
 
 
 def test_tokens_that_a_model_drew_are_taken_as_they_are(tmp_path: Path) -> None:
@@ -538,15 +565,36 @@ def test_hints_are_keywords_as_a_sentence_has_them() -> None:
 
 @pytest.mark.parametrize(
     ("text", "score"),
-    [(" 7", 1), (" 3 + 4 = 7", 1), (" 7.0", 1), (" 7 or 8", 0), ("", 0), (" seven", 0), (" -7", 0), (" 17", 0)],
+    [
+        (" 7", 1),
+        (" 3 + 4 = 7", 1),
+        (" 7.0", 1),
+        (" 7 or 8", 0),
+        ("", 0),
+        (" seven", 0),
+        (" -7", 0),
+        (" 17", 0),
+        ("14-7", 1),
+        ("14 - 7", 1),
+        ("x7", 1),
+        ("7,000", 0),
+    ],
 )
 def test_the_last_number_of_an_answer_is_what_counts(text: str, score: float) -> None:
     assert last_number(Prompt("q", (1,), (1,), meta={"answer": "7"}), text, []) == score
 
 
+@pytest.mark.parametrize(
+    ("answer", "text", "score"),
+    [("0", " 1,000", 0), ("1000", " 1,000", 1), ("1,000", " $1000.", 1), ("1,234.5", " 1234.50", 1), ("-3", " is -3", 1)],
+)
+def test_thousands_may_be_parted_by_commas_on_both_sides(answer: str, text: str, score: float) -> None:
+    assert last_number(Prompt("q", (1,), (1,), meta={"answer": answer}), text, []) == score
+
+
 def test_an_answer_that_is_no_number_needs_another_verifier() -> None:
     with pytest.raises(ValueError, match="'Paris' is no number; name a verifier"):
-        last_number(Prompt("q", (1,), (1,), meta={"answer": "Paris"}), "7", [])
+        last_number(Prompt("q", (1,), (1,), meta={"answer": "Paris"}), "none", [])
 
 
 def test_the_packaged_questions_are_the_sums_of_two_digits(smollm2: PreTrainedTokenizerBase) -> None:

@@ -14,8 +14,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    Lfm2Config,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -69,6 +71,44 @@ def gpt2(vocab_size: int = 64, seed: int = 0) -> PreTrainedModel:
         attn_pdrop=0.0,
         bos_token_id=1,
         eos_token_id=2,
+        pad_token_id=0,
+    )
+    return _build(config, seed)
+
+
+def gemma2(vocab_size: int = 64, seed: int = 0) -> PreTrainedModel:
+    """The logits of attention are capped."""
+    config = Gemma2Config(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=64,
+        attn_logit_softcapping=2.0,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.3,
+        pad_token_id=0,
+    )
+    return _build(config, seed)
+
+
+def lfm2(vocab_size: int = 64, seed: int = 0) -> PreTrainedModel:
+    """One layer that convolves neighbouring tokens, one with attention."""
+    config = Lfm2Config(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.3,
+        block_multiple_of=8,
+        layer_types=["conv", "full_attention"],
         pad_token_id=0,
     )
     return _build(config, seed)

@@ -62,7 +62,7 @@ def build(section: Arithmetic, tokenizer: PreTrainedTokenizerBase) -> Problem:
     if len(shown) < section.examples:
         raise ConfigError(
             f"task.examples={section.examples}, but only {len(shown)} questions have a rationale; "
-            f"lower it, or {'give more in task.rationales' if section.rationales else 'raise task.worked'}"
+            f"lower it, or {'raise task.worked' if section.questions == 'generated' else 'give more in task.rationales'}"
         )
     front = "".join(question.worked for question in shown[: section.examples])
     constraints = support(section, tokenizer, stop, sorted(rationale_tokens(tokenizer)))

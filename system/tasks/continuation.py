@@ -19,6 +19,7 @@ from system.config import ConfigError
 from system.task_config import NextSentence
 from system.tasks.files import choose, distinct, read_lines, read_records
 from system.tasks.problem import Problem, chat_text, context_tokens, single_token, support
+from system.text import special_tokens
 from system.trajectory import Prompt
 
 PACKAGED_PROMPTS = Path(__file__).with_name("prompts.txt")
@@ -30,12 +31,12 @@ def build(section: NextSentence, tokenizer: PreTrainedTokenizerBase) -> Problem:
     constraints = support(section, tokenizer, stop, legal_tokens(tokenizer, section.illegal))
     prompts = []
     for number, record in read_prompts(section):
-        if messages := record.get("messages"):
-            text = chat_text(tokenizer, messages, f"task.prompts={section.prompts!r}, line {number}")
-            context = tuple(tokenizer.encode(text, add_special_tokens=False))
-        else:
+        if "prompt" in record:
             text = record["prompt"]
             context = context_tokens(tokenizer, text)
+        else:
+            text = chat_text(tokenizer, record["messages"], f"task.prompts={section.prompts!r}, line {number}")
+            context = tuple(tokenizer.encode(text, add_special_tokens=False))
         prompts.append(Prompt(f"line-{number}", context, context, meta=record | {"text": text}))
     return Problem(
         prompts=tuple(prompts),
@@ -85,7 +86,7 @@ def _records(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 def _said(record: dict[str, Any]) -> str:
     """What makes two prompts the same."""
-    return json.dumps(record.get("messages") or record["prompt"])
+    return json.dumps(record.get("prompt") or record["messages"])
 
 
 def length(prompt: Prompt, text: str, tokens: list[int]) -> float:
@@ -99,7 +100,7 @@ def length(prompt: Prompt, text: str, tokens: list[int]) -> float:
 
 def legal_tokens(tokenizer: PreTrainedTokenizerBase, illegal: tuple[str, ...]) -> np.ndarray:
     """Ids of the tokens that may be drawn: not special, whole characters, and containing no illegal text."""
-    special = set(tokenizer.all_special_ids)
+    special = special_tokens(tokenizer)
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     legal = [
         token not in special and text != "" and "�" not in text and not any(piece in text for piece in illegal)

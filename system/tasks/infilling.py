@@ -124,5 +124,5 @@ def _story(record: Any, number: int, section: Infilling) -> Story:
                     isinstance(token, int) for token in [*middle, *ending]
                 ):
                     tokens = {"middle": middle, "after": ending}
-            return Story(name, before.strip(), str(record.get("middle", "")).strip(), after.strip(), tokens)
+            return Story(name, before.strip(), str(record.get("middle") or "").strip(), after.strip(), tokens)
     raise ConfigError(f'{where}: needs {{"sentences": [texts]}} or {{"before": text, "after": text}}, none of them empty')

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError
 from system.constraints import Constraints
+from system.text import special_tokens
 from system.tools import Tool
 from system.trajectory import Prompt, Trajectory
 
@@ -101,7 +102,7 @@ def single_token(tokenizer: PreTrainedTokenizerBase, text: str, field: str) -> i
 
 def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The vocabulary without its special tokens."""
-    special = set(tokenizer.all_special_ids)
+    special = special_tokens(tokenizer)
     return [token for token in range(len(tokenizer)) if token not in special]
 
 

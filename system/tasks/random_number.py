@@ -6,6 +6,7 @@ The posterior is known exactly, so that the distance to it can be measured and n
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,7 @@ from system.config import ConfigError
 from system.constraints import Constraints
 from system.task_config import FunctionReward, RandomNumber
 from system.tasks.problem import Problem, context_tokens, ordinary_tokens, sampled, single_token, support
+from system.text import decode
 from system.trajectory import Prompt
 
 REST = 1e-4
@@ -23,8 +25,8 @@ REST = 1e-4
 def build(section: RandomNumber, tokenizer: PreTrainedTokenizerBase) -> Problem:
     """One prompt. Raises ConfigError if a digit or the stop is no token, or under `log_reward` other strings have real mass.
 
-    The outcomes are the numbers, and the target is uniform over them. They are listed under the rewards of this file
-    alone: by another one the numbers are not equally good.
+    The outcomes are the numbers, in every way that the tokens have to write one, and the target is uniform over them. They are
+    listed under the rewards of this file alone: by another one the numbers are not equally good.
     """
     digits = {digit: single_token(tokenizer, digit, "digit") for digit in "0123456789"}
     stop = single_token(tokenizer, section.stop, "task.stop")
@@ -32,9 +34,15 @@ def build(section: RandomNumber, tokenizer: PreTrainedTokenizerBase) -> Problem:
     meta = {"low": section.low, "high": section.high, "floor": section.floor}
     allowed = list(digits.values()) if section.support == "digits" else ordinary_tokens(tokenizer)
     constraints = support(section, tokenizer, stop, allowed)
+    pieces: dict[str, list[int]] = {}
+    for token in allowed:
+        if (text := decode(tokenizer, [token])).isdecimal() and text.isascii():
+            pieces.setdefault(text, []).append(token)
     outcomes = tuple(
-        sampled([digits[digit] for digit in str(number)], constraints=constraints)
+        sampled(tokens, constraints=constraints)
         for number in range(section.low, section.high + 1)
+        for tokens in _written(str(number), pieces, constraints.max_tokens)
+        if decode(tokenizer, tokens) == str(number)  # some tokens read otherwise beside others
     )
     uniform = isinstance(section.reward, FunctionReward) and section.reward.path in OWN_REWARDS
     if isinstance(section.reward, FunctionReward) and section.reward.path == DEFAULT_REWARD:
@@ -46,6 +54,15 @@ def build(section: RandomNumber, tokenizer: PreTrainedTokenizerBase) -> Problem:
         outcomes=outcomes if uniform else None,
         log_target_O=np.full(len(outcomes), -np.log(len(outcomes))) if uniform else None,
     )
+
+
+def _written(number: str, pieces: Mapping[str, Sequence[int]], most: int) -> Iterator[list[int]]:
+    """The sequences of at most `most` tokens that read as `number`: 42 is one token in some vocabularies, and two."""
+    if not number:
+        yield []
+    for end in range(1, len(number) + 1) if most else ():
+        for token in pieces.get(number[:end], ()):
+            yield from ([token, *rest] for rest in _written(number[end:], pieces, most - 1))
 
 
 def _check_floor(section: RandomNumber, beta: float, constraints: Constraints, numbers: int) -> None:

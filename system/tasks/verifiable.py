@@ -73,7 +73,7 @@ def correctness(prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
     """Accuracy of the samples, whether their majority is right (a tie is not, nor are most without a number), and the
     share of distinct texts among the right ones, NaN without any. Nothing for an answer that is no number."""
     try:
-        answer = float(prompt.meta["answer"])
+        answer = _answer(prompt)
     except ValueError:
         return {}
     given_K = [_number(text) for text in texts]
@@ -85,16 +85,23 @@ def correctness(prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
     }
 
 
+# A minus belongs to the number where nothing is subtracted from; 1,000 is one number.
+NUMBER = re.compile(r"(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+
+
 def _number(text: str) -> float | None:
-    numbers = re.findall(r"-?\d+(?:\.\d+)?", text)
-    return float(numbers[-1]) if numbers else None
+    numbers = NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
 
 
 def last_number(prompt: Prompt, text: str, tokens: list[int]) -> float:
     """1 if the last number of the text is the answer, else 0; a text without one is wrong."""
+    return float(_number(text) == _answer(prompt))
+
+
+def _answer(prompt: Prompt) -> float:
     try:
-        given = _number(text)
-        return float(given is not None and given == float(prompt.meta["answer"]))
+        return float(prompt.meta["answer"].replace(",", ""))
     except ValueError:
         raise ValueError(
             f"prompt {prompt.id!r}: the answer {prompt.meta['answer']!r} is no number; "
