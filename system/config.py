@@ -32,6 +32,7 @@ class Model(Section):
 
 class Lora(Section):
     rank: int = Field(default=16, ge=1, le=512)
+    """Of A and B: what an update can be, and what it costs."""
     alpha: float = Field(default=32.0, gt=0)
     """The update is (alpha / rank) * B A."""
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
@@ -174,10 +175,13 @@ class Replay(Section):
     capacity: int = Field(default=64, ge=1)
     """Distinct trajectories kept for each prompt."""
     fresh: float = Field(default=1.0, gt=0, le=1)
+    """Of the samples of an update, those that were drawn for it."""
     prioritised: float = Field(default=0.0, ge=0, lt=1)
     """Drawn in proportion to exp(log R / prioritised_temperature)."""
     uniform: float = Field(default=0.0, ge=0, lt=1)
+    """Drawn alike from what the buffer has of the prompt."""
     prioritised_temperature: float = Field(default=1.0, gt=0)
+    """Higher draws the best less often; nats."""
     demonstrations: bool = False
     """Start with the task's demonstrations in the buffer."""
 
@@ -284,14 +288,18 @@ class Learner(Section):
     steps: int = Field(default=100, ge=1)
     """Updates in the run."""
     groups_per_update: int = Field(default=1, ge=1)
+    """Prompts whose groups make one update; the loss is their mean."""
     lr: float = Field(default=1e-3, gt=0)
+    """The largest learning rate of AdamW. Where the spread of u does not fall within some sixty updates, lower it."""
     warmup_steps: int = Field(default=5, ge=0)
     """The learning rate rises linearly over these, from lr / (warmup_steps + 1): the first step is never at 0."""
     decay: Literal["constant", "linear", "cosine"] = "linear"
     """After warm-up, down to lr * final_lr at the last step."""
     final_lr: float = Field(default=0.1, ge=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0)
+    """Of the LoRA weights, towards the base model."""
     betas: tuple[float, float] = (0.9, 0.99)
+    """Of AdamW: how long it remembers the gradient, and its square."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
     reward_temperature: RewardTemperature = RewardTemperature()
@@ -307,6 +315,7 @@ class Learner(Section):
     """Of the learner and of the frozen model that scores: a mask for each pair of a row's tokens (`dense`), or FlexAttention
     over the blocks of the prefix trees (`block`). auto: block on CUDA where it works, which is logged where it does not."""
     gradient_checkpointing: bool = False
+    """Keep no activations of a layer for the backward pass and compute them again: less memory, a third more work."""
     ranks: int = Field(default=1, ge=1)
     """Processes that share the groups of an update (data parallel); what they learn is what one would."""
     shard_base: bool = False
@@ -322,6 +331,7 @@ class Learner(Section):
     max_staleness: int = Field(default=1, ge=0)
     """Largest number of updates between the adapter that drew a group and the update that uses it fresh. 0: synchronous."""
     checkpoint_every: int = Field(default=50, ge=1)
+    """Updates between two checkpoints: at most so many are done again after a fault."""
     answer_seconds: float = Field(default=1800.0, gt=0)
     """A learner that answers a call with nothing for this long is killed, and made again from the last checkpoint and the
     batches since. It has to allow for the slowest update, the scores of an evaluation, and the first kernels to compile."""
@@ -385,6 +395,7 @@ class Tracking(Section):
     """MLflow tracking URI: a SQLite file, or a server. By default MLFLOW_TRACKING_URI of the environment, as for MLflow itself,
     or else a file where the job is started."""
     experiment: str = Field(default="headwater", min_length=1)
+    """Of MLflow, in which the run is found."""
     sweep: str | None = Field(default=None, pattern=NAME)
     """Runs of one sweep are children of one parent run of this name; `deploy/sweep.py` sets it."""
     model: str | None = Field(default=None, pattern=NAME)
@@ -415,6 +426,7 @@ class Config(Section):
     name: str = Field(default="run", pattern=NAME)
     """Names the run in MLflow and its folder."""
     seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of every draw and of the first LoRA weights."""
     output_dir: str = "runs"
     """Holds one folder per run: config, checkpoints, journal, summary."""
     model: Model = Model()

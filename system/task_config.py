@@ -47,6 +47,7 @@ class ContrastReward(Section):
 
     kind: Literal["contrast"] = "contrast"
     power: float = Field(default=1.0, gt=0)
+    """1 for the share itself; more sharpens it."""
     every_prefix: bool = True
     """As of `lm_posterior`."""
 
@@ -59,6 +60,7 @@ class ProductReward(Section):
 
     kind: Literal["product"] = "product"
     of: tuple[Factor, ...] = Field(min_length=2)
+    """The factors."""
 
     @property
     def every_prefix(self) -> bool:
@@ -97,7 +99,9 @@ class RandomNumber(Section):
 
     kind: Literal["random_number"] = "random_number"
     low: int = Field(default=0, ge=0)
+    """The least number."""
     high: int = Field(default=100, ge=1, le=9999)
+    """The largest number."""
     prompt: str = Field(default="The following is a random integer drawn uniformly between {low} and {high}: ", min_length=1)
     """`{low}` and `{high}` are filled in."""
     stop: str = Field(default=".", min_length=1)
@@ -138,7 +142,9 @@ class Drawn(Section):
     offset: int = Field(default=0, ge=0)
     """Skip this many prompts first."""
     min_tokens: int = Field(default=1, ge=0)
+    """Fewest tokens of a sample: before, the stop is outside the support."""
     max_tokens: int = Field(default=30, ge=1)
+    """Most tokens of a sample before its stop, which then comes for certain."""
 
     @model_validator(mode="after")
     def _lengths(self) -> Drawn:
@@ -308,10 +314,12 @@ class Subjectivity(Drawn):
 
     kind: Literal["subjectivity"] = "subjectivity"
     stage: Literal["reason", "label", "predict"] = "reason"
+    """What the policy draws, as above."""
     records: str = "packaged"
     """JSONL: each line {"text": text, "label": one of `labels`, or its number from 0}, with "label_text" where a number is
     to be checked. `packaged` is a small file that comes with the project."""
     labels: tuple[Annotated[str, Field(min_length=1)], ...] = ("objective", "subjective")
+    """Each one token where it stands in `evidence` and `label_prompt`."""
     prompt: str = 'Classify this movie review as objective or subjective: "{text}" This review is'
     """What a rationale follows; `{text}` is filled in."""
     label_prompt: str = 'Classify this movie review as objective or subjective: "{text}" It is'
