@@ -115,7 +115,7 @@ class Baselines:
             assert self.tuned is not None
             method, model = "ancestral", self.tuned
         decoder = Decoder(model, self.problem.constraints, self.reward, temperature, self.settings, self.config.seed)
-        results = [self._prompt(decoder, method, prompt, samples) for prompt in self.problem.prompts]
+        results = [self._prompt(decoder, method, prompt, samples) for prompt in self.problem.evaluated]
         metrics = means([metrics for metrics, _ in results], MEANS)
         return metrics, [row for _, rows in results for row in rows]
 

@@ -66,7 +66,7 @@ def evaluate(config: Config, run_dir: Path, samples: int, only: str | None = Non
     results: dict[str, Evaluation] = {}
     with opened(config, samples) as local:
         problem, tokenizer = local.problem, local.tokenizer
-        requests = Requests(problem.prompts, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed)
+        requests = Requests(problem.evaluated, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed)
         judge = evaluation.judge(problem, lambda tokens: decode(tokenizer, tokens), local, diversity_measure())
         for name in (only,) if only else WHICH:
             local.use({"base": None, "adapter": path}[name])
@@ -159,7 +159,7 @@ def whole_file(overrides: list[str]) -> list[str]:
     """Where other data are named, what takes back the part that the run took of its own; a part that is named comes after."""
     named = {override.partition("=")[0] for override in overrides}
     files = {f"task.{field}" for field in PROMPT_FILES.values()}
-    return ["task.offset=0", "task.limit=null"] if named & files else []
+    return ["task.offset=0", "task.limit=null", "task.held_out=0"] if named & files else []
 
 
 def _earlier(path: Path, how: dict[str, Any]) -> dict[str, float]:

@@ -95,9 +95,10 @@ class Job:
         from deploy.prepare import prepare
 
         problem = prepare(self.config).problem
-        for warning in self.config.warnings_about(len(problem.prompts)):
+        for warning in self.config.warnings_about(len(problem.trained)):
             logger.warning(warning)
-        return f"{len(problem.prompts)} prompts, contexts of up to {problem.longest_prompt} tokens; nothing was started"
+        kept = f", {len(problem.held_out)} of them held out" if problem.held_out else ""
+        return f"{len(problem.prompts)} prompts{kept}, contexts of up to {problem.longest_prompt} tokens; nothing was started"
 
     def run(self) -> dict[str, Any]:
         from deploy import ray_cluster
@@ -115,7 +116,7 @@ class Job:
         saved = self._saved() if self.resume else None
         prepared = prepare(config)
         problem = prepared.problem
-        for warning in config.warnings_about(len(problem.prompts)):
+        for warning in config.warnings_about(len(problem.trained)):
             logger.warning(warning)
         start = starting_weights(config) if config.lora.start and saved is None else None
         make_folder(config, run_dir)
@@ -132,7 +133,7 @@ class Job:
             ending.callback(progress.close)
             ray_cluster.connect(config)
             sampler, longest = config.sampler, problem.constraints.max_tokens
-            requests = Requests(problem.prompts, sampler.samples_per_prompt, sampler.exploration, config.seed, longest)
+            requests = Requests(problem.trained, sampler.samples_per_prompt, sampler.exploration, config.seed, longest)
             learner = RayLearner(config, problem)
             samplers = RaySamplers(config, problem, lambda: learner.node)
             ending.callback(samplers.close)

@@ -116,7 +116,7 @@ class Recorder:
         most = self.config.learner.evaluation_prompts
         if (listed := evaluation.without_samples(self.problem, self.learner, most)) is not None:
             return listed
-        prompts = evaluation.spread(self.problem.prompts, most)
+        prompts = evaluation.spread(self.problem.evaluated, most)
         return evaluation.sampled(
             self.requests.of(prompts), self.samplers, self.learner,
             samples=self.config.learner.evaluation_samples,

@@ -61,7 +61,7 @@ def with_prompts(config: Config, path: Path) -> Config:
         )
     if path.suffix != ".jsonl":
         raise ConfigError(f"--input {str(path)!r}: records are read from JSONL; name a file that ends in .jsonl")
-    update: dict[str, Any] = {field: str(path), "offset": 0, "limit": None}
+    update: dict[str, Any] = {field: str(path), "offset": 0, "limit": None, "held_out": 0}
     if config.task.kind == "arithmetic":
         update["split"] = "test"  # no example comes from the file
     return config.model_copy(update={"task": config.task.model_copy(update=update)})

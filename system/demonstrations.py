@@ -27,7 +27,7 @@ class Rewards(Protocol):
 
 def scored(problem: Problem, rewards: Rewards) -> list[Group]:
     """A group for each prompt that has demonstrations, with their rewards. Raises ConfigError if none has."""
-    prompts = [prompt for prompt in problem.prompts if problem.demonstrations.get(prompt.id)]
+    prompts = [prompt for prompt in problem.trained if problem.demonstrations.get(prompt.id)]
     if not prompts:
         raise ConfigError(
             "task: no prompt has a demonstration that the policy could draw, which loss.kind=mle and "

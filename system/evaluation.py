@@ -82,15 +82,15 @@ def chosen(problem: Problem, scorer: Scorer, most: int | None = None) -> Evaluat
     Also task/log_likelihood: log q of what is right, nats, the mean over prompts.
     """
     by_record: dict[str, list[Prompt]] = {}
-    for prompt in problem.prompts:
-        by_record.setdefault(prompt.meta.get("record", prompt.id), []).append(prompt)
+    for prompt in problem.evaluated:
+        by_record.setdefault(problem.record(prompt), []).append(prompt)
     asked = [prompt for record in spread(list(by_record), most) for prompt in by_record[record]]
     keys = [choice.key for choice in problem.choices]
     votes: dict[str, list[int]] = {}
     truths: dict[str, int] = {}
     rows = []
     for prompt, score in zip(asked, _scores(asked, scorer, problem.choices), strict=True):
-        record = prompt.meta.get("record", prompt.id)
+        record = problem.record(prompt)
         [right] = problem.demonstrations[prompt.id]
         truths[record] = keys.index(right.key)
         votes.setdefault(record, []).append(int(score.log_q_K.argmax()))

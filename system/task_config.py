@@ -141,6 +141,9 @@ class Drawn(Section):
     """Take only this many prompts."""
     offset: int = Field(default=0, ge=0)
     """Skip this many prompts first."""
+    held_out: int = Field(default=0, ge=0)
+    """Of those taken, keep the last so many back: nothing is trained on them, and evaluations, those of `deploy/evaluate.py`
+    and `deploy/baselines.py` too, are on them alone. With 0 the evaluations of a run are on what it is trained on."""
     min_tokens: int = Field(default=1, ge=0)
     """Fewest tokens of a sample: before, the stop is outside the support."""
     max_tokens: int = Field(default=30, ge=1)

@@ -199,16 +199,16 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
 
 
 def test_other_data_are_taken_whole_unless_a_part_of_them_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("task: {kind: continuation, limit: 3, offset: 2}")
+    (tmp_path / "config.yaml").write_text("task: {kind: continuation, limit: 3, offset: 2, held_out: 1}")
 
-    def part(*overrides: str) -> tuple[int, int | None]:
+    def part(*overrides: str) -> tuple[int, int | None, int]:
         task: Any = config_file.load(tmp_path / "config.yaml", [*evaluate.whole_file(list(overrides)), *overrides]).task
-        return task.offset, task.limit
+        return task.offset, task.limit, task.held_out
 
-    assert part() == (2, 3)
-    assert part("task.max_tokens=9") == (2, 3)
-    assert part("task.prompts=others.txt") == (0, None)
-    assert part("task.prompts=others.txt", "task.limit=5") == (0, 5)
+    assert part() == (2, 3, 1)
+    assert part("task.max_tokens=9") == (2, 3, 1)
+    assert part("task.prompts=others.txt") == (0, None, 0)
+    assert part("task.prompts=others.txt", "task.limit=5") == (0, 5, 0)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,7 @@ def test_the_main_job_runs_on_the_packaged_model_and_leaves_everything_in_mlflow
 def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_as_the_same_mlflow_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "prompts.txt").write_text("ab\ncd\nef\ngh\nij\n")
     config = tmp_path / "tiny.yaml"
     config.write_text(
         json.dumps(
@@ -122,9 +123,10 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_as_the_same_mlflow_r
                 "name": "tiny",
                 "model": {"path": str(tiny.folder(tmp_path))},
                 "lora": {"rank": 4},
-                "task": {"kind": "random_number", "high": 20},
+                "task": {"kind": "continuation", "prompts": "prompts.txt", "max_tokens": 6, "held_out": 2},
                 "sampler": {"samples_per_prompt": 4, "kv_cache_mb": 16},
-                "learner": {"steps": 100000, "max_staleness": 1, "checkpoint_every": 50},
+                "learner": {"steps": 100000, "max_staleness": 1, "checkpoint_every": 50, "evaluation_samples": 4},
+                "tracking": {"sample_table_every": 1},
             }
         )
     )
@@ -152,6 +154,10 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_as_the_same_mlflow_r
     assert run.info.status == "FINISHED"
     steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss")]
     assert steps == list(range(1, step + 21))
+    seen = [json.loads(path.read_text())["per_prompt"] for path in (run_dir / "evaluations").glob("step-*.json")]
+    assert {row["prompt"] for rows in seen for row in rows} == {"line-4", "line-5"}
+    tables = [json.loads(path.read_text())["data"] for path in (run_dir / "tables/samples").glob("*.json")]
+    assert {row[0] for rows in tables for row in rows} == {"line-1", "line-2", "line-3"}
 
 
 def test_a_submitted_job_runs_on_the_nodes_of_a_cluster_and_can_be_followed_and_stopped(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from deploy.prepare import prepare
-from system import tasks
+from system import demonstrations, tasks
 from system.config import ConfigError
 from system.config_file import parse
 from system.constraints import Constraints
@@ -29,7 +31,7 @@ from system.tasks.problem import Problem, context_tokens, sampled, single_token
 from system.tasks.random_number import log_reward, paper_log_reward
 from system.tasks.verifiable import correctness, last_number
 from system.text import decode
-from system.trajectory import Prompt
+from system.trajectory import Prompt, Trajectory
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer(64)
@@ -221,6 +223,27 @@ def test_offset_and_limit_choose_among_the_prompts(tmp_path: Path) -> None:
     assert chosen(offset=3, limit=9) == ["d"]
     with pytest.raises(ConfigError, match=r"has 4 prompts, none of them after task\.offset=4; lower the offset"):
         chosen(offset=4)
+
+
+def test_what_is_held_out_is_evaluated_and_nothing_else_is_trained_on(tmp_path: Path, smollm2: PreTrainedTokenizerBase) -> None:
+    def texts(prompts: tuple[Prompt, ...]) -> list[str]:
+        return [text_of(prompt) for prompt in prompts]
+
+    task = continuation("a\nb\nc\nd\ne", tmp_path, limit=4, held_out=1)
+    assert (texts(task.trained), texts(task.evaluated)) == (["a", "b", "c"], ["d"])
+    everything = continuation("a\nb", tmp_path)
+    assert texts(everything.trained) == texts(everything.evaluated) == ["a", "b"]
+    with pytest.raises(ConfigError, match=r"task\.held_out=2 leaves nothing of 2 prompts to train on; lower it"):
+        continuation("a\nb", tmp_path, held_out=2)
+    stories = problem("infilling", smollm2, held_out=3)
+    assert len(demonstrations.scored(stories, Unscored())) == len(stories.prompts) - 3
+
+
+class Unscored:
+    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
+        future: Future[list[np.ndarray]] = Future()
+        future.set_result([np.zeros(len(trajectory) + 1) for trajectory in trajectories_K])
+        return future
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:

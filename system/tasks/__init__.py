@@ -27,4 +27,4 @@ BUILDERS: dict[str, Callable[[Any, PreTrainedTokenizerBase], Problem]] = {
 
 def build(section: Any, tokenizer: PreTrainedTokenizerBase) -> Problem:
     """The problem of a config section `task`. Raises ConfigError where its values do not fit the tokenizer or the data."""
-    return BUILDERS[section.kind](section, tokenizer)
+    return BUILDERS[section.kind](section, tokenizer).holding_out(getattr(section, "held_out", 0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ class Problem:
     rationale. What `loss.kind=mle` imitates and `replay.demonstrations` starts the buffer with."""
     undrawable: int = 0
     """Demonstrations that are left out: too long for the policy to draw, or with tokens that are not allowed."""
+    held_out: frozenset[str] = frozenset()
+    """Ids of prompts that are for evaluations alone."""
     exact: frozenset[str] = frozenset()
     """Ids of prompts whose demonstration is an exact sample of p(Z . Y | X), such as stories that the model told itself."""
     tool: Tool | None = None
@@ -46,6 +48,28 @@ class Problem:
     judge: Callable[[Prompt, Sequence[str]], dict[str, float]] | None = None
     """Scores the texts of K on-policy samples of one prompt by what the task is about: accuracy, overlap, validity. A
     function of a module, since it travels between processes. Evaluations log the means over prompts as task/…."""
+
+    @property
+    def trained(self) -> tuple[Prompt, ...]:
+        """What samplers and demonstrations are asked for in training."""
+        return tuple(prompt for prompt in self.prompts if prompt.id not in self.held_out)
+
+    @property
+    def evaluated(self) -> tuple[Prompt, ...]:
+        """What an evaluation is on: what is held out, or everything where nothing is."""
+        return tuple(prompt for prompt in self.prompts if prompt.id in self.held_out) or self.prompts
+
+    def record(self, prompt: Prompt) -> str:
+        """What the prompts that vote together have in common; a prompt's own id where none does."""
+        return prompt.meta.get("record", prompt.id) if self.choices else prompt.id
+
+    def holding_out(self, count: int) -> Problem:
+        """The same with the last `count` records held out. Raises ConfigError if that leaves nothing to train on."""
+        records = list(dict.fromkeys(map(self.record, self.prompts)))
+        if count >= len(records):
+            raise ConfigError(f"task.held_out={count} leaves nothing of {len(records)} prompts to train on; lower it")
+        last = set(records[len(records) - count :])
+        return replace(self, held_out=frozenset(prompt.id for prompt in self.prompts if self.record(prompt) in last))
 
     @property
     def evidences(self) -> dict[str, tuple[tuple[int, ...], ...]]:
