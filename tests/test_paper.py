@@ -10,7 +10,7 @@ import pytest
 
 from system import config_file
 from system.tasks.arithmetic import generate
-from tests.benchmarks import validation
+from tests.benchmarks import paper, validation
 from tests.benchmarks.paper import EXPERIMENTS, Lab, table
 
 COMMANDS: list[tuple[str, ...]] = []
@@ -165,3 +165,22 @@ def test_what_goes_to_every_training_reaches_the_baselines_too(tmp_path: Path):
     runs = {run: config_file.load(next(tmp_path.glob(f"{run}-0/*/config.yaml")), []) for run in ("gflownet", "grpo")}
     assert [cfg.learner.warmup_steps for cfg in runs.values()] == [4, 4]
     assert runs["gflownet"].learner.steps == 30 != runs["grpo"].learner.steps
+
+
+def test_a_folder_with_results_of_another_version_of_an_experiment_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def results(lab: Lab) -> dict[str, dict[str, float]]:
+        return {"gflownet": {"x": float(lab.seed)}}
+
+    def changed(lab: Lab) -> dict[str, dict[str, float]]:
+        return {"gflownet": {"x": 2.0 * lab.seed}}
+
+    asked = ["continuation", "--data", str(tmp_path), "--output", str(tmp_path / "out"), "--seeds"]
+    monkeypatch.setitem(EXPERIMENTS, "continuation", results)
+    for seed in "12":
+        paper.main([*asked, seed])
+    assert json.loads((tmp_path / "out/results.json").read_text())["by_seed"].keys() == {"1", "2"}
+    monkeypatch.setitem(EXPERIMENTS, "continuation", changed)
+    with pytest.raises(SystemExit, match=r"results\.json is of .*: choose another --output"):
+        paper.main([*asked, "3"])

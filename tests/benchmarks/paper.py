@@ -15,6 +15,8 @@ seeds, and writes it with the values of each seed to OUTPUT/results.json.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import inspect
 import json
 import random
 import shlex
@@ -299,6 +301,13 @@ EXPERIMENTS: dict[str, Callable[[Lab], Rows]] = {
 }
 
 
+def version(task: str) -> str:
+    """Of an experiment: another one where its steps or its settings are not the same."""
+    configs = sorted((ROOT / "deploy/configs").glob(f"{task}*.yaml"))
+    written = [inspect.getsource(EXPERIMENTS[task]), *(path.read_text(encoding="utf-8") for path in configs)]
+    return hashlib.sha256("\n".join(written).encode()).hexdigest()[:12]
+
+
 def table(results: Mapping[str, Rows]) -> str:
     """Markdown: a row a method, a column a metric; of several seeds the mean, with the least and the largest."""
     by_seed = [(int(seed), of_seed) for seed, of_seed in results.items()]
@@ -321,6 +330,7 @@ def main(argv: list[str]) -> None:
     kept = output / "results.json"
     asked: dict[str, Any] = {
         "task": arguments.task,
+        "version": version(arguments.task),
         "overrides": arguments.overrides,
         "all": arguments.all,
         "validation": arguments.validation,
