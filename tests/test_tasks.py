@@ -365,7 +365,7 @@ def test_a_prompt_of_a_jsonl_file_is_taken_as_it_is_and_a_reward_finds_what_else
 def test_messages_are_written_by_the_models_chat_template(tmp_path: Path, smollm2: PreTrainedTokenizerBase) -> None:
     messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Who are you?"}]
     expected = "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"
-    path = written(tmp_path / "prompts.jsonl", {"messages": messages})
+    path = written(tmp_path / "prompts.jsonl", {"prompt": None, "messages": messages})
     [prompt] = problem("continuation", smollm2, prompts=path, stop="<|im_end|>").prompts
     assert smollm2.decode(list(prompt.policy_tokens)) == expected == prompt.meta["text"]
     assert prompt.meta["messages"] == messages

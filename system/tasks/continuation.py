@@ -75,7 +75,7 @@ def _records(path: Path) -> list[tuple[int, dict[str, Any]]]:
             case {"prompt": str(text)} if text.strip():
                 prompts.append((number, record))
             case {"messages": [{"role": str(), "content": str()}, *_]}:
-                prompts.append((number, record))
+                prompts.append((number, {name: value for name, value in record.items() if name != "prompt"}))
             case _:
                 raise ConfigError(
                     f'task.prompts={str(path)!r}, line {number}: needs {{"prompt": text}}, and not an empty text, or '
