@@ -17,7 +17,7 @@ setup: .venv/.ready
 	@$(FOUND) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "Python 3.11 is needed, but $(FOUND) is another version; set PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(FOUND) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv==0.13.9
-	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(CPU_WHEELS) --no-deps --requirements requirements/cpu.txt
+	test -e .venv/.gpu || $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(CPU_WHEELS) --no-deps --requirements requirements/cpu.txt
 	touch $@
 
 setup-bench: setup
@@ -27,7 +27,7 @@ setup-gpu:
 	test -x $(BIN)/python || $(FOUND) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv==0.13.9
 	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --requirements pyproject.toml --extra gpu --extra dev
-	touch .venv/.ready
+	touch .venv/.gpu .venv/.ready
 
 demo: setup
 	$(BIN)/python deploy/job.py deploy/configs/random_number.yaml $(ARGS)

@@ -146,7 +146,7 @@ def main(argv: list[str]) -> int:
     print(json.dumps(metrics), flush=True)
     files = [run_dir / HELDOUT]
     if all(which in results and results[which].samples for which in WHICH):
-        files.append(posterior_plot(run_dir / "heldout.png", results["base"], results["adapter"]))
+        files.append(posterior_plot(run_dir / "heldout.png", results["base"], results["adapter"], ("base model", "adapter")))
     try:
         _track(run_dir, metrics, files)
     except TrackingError as error:

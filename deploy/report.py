@@ -145,15 +145,15 @@ def plots(
         return [_distribution(folder / "distribution.png", problem, labels, before, after)]
     if not before.samples:
         return []
-    return [posterior_plot(folder / "posterior.png", before, after)]
+    return [posterior_plot(folder / "posterior.png", before, after, ("before training", "after training"))]
 
 
 def _distribution(path: Path, problem: Problem, labels: list[str], before: Evaluation, after: Evaluation) -> Path:
     assert problem.log_target_O is not None and before.log_q_O is not None and after.log_q_O is not None
     figure, axis = plt.subplots(figsize=(11, 4.2), layout="constrained")
     at = np.arange(len(labels))
-    axis.bar(at, np.exp(before.log_q_O), width=0.9, color=BASE, label=_label("base model", before))
-    axis.bar(at, np.exp(after.log_q_O), width=0.5, color=TUNED, label=_label("after GFlowNet fine-tuning", after))
+    axis.bar(at, np.exp(before.log_q_O), width=0.9, color=BASE, label=_label("before training", before))
+    axis.bar(at, np.exp(after.log_q_O), width=0.5, color=TUNED, label=_label("after training", after))
     axis.step(np.append(at - 0.5, at[-1] + 0.5), np.exp(np.append(problem.log_target_O, problem.log_target_O[-1])),
               where="post", color=TARGET, lw=1.6, label="target")  # fmt: skip
     every = max(1, len(labels) // 20)
@@ -174,15 +174,15 @@ def _label(name: str, evaluation: Evaluation) -> str:
     return f"{name}: KL(target ‖ q) = {evaluation.metrics['exact/kl_target_q']:.3g} nats"
 
 
-def posterior_plot(path: Path, before: Evaluation, after: Evaluation) -> Path:
-    """PNG: u by prompt, and log R, log q and the lengths of the samples, before and after."""
+def posterior_plot(path: Path, before: Evaluation, after: Evaluation, names: tuple[str, str]) -> Path:
+    """PNG: u by prompt, and log R, log q and the lengths of the samples, of two policies with these names."""
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.8), layout="constrained")
     left, middle, right, last = axes
     longest = max(row["length"] for result in (before, after) for row in result.samples)
     # A prompt whose samples got no reward is in one of the two alone, so a row's number says nothing of its prompt.
     ordered = [*sorted(before.per_prompt, key=lambda row: row["log_z_lower"]), *after.per_prompt]
     place = {prompt: at for at, prompt in enumerate(dict.fromkeys(row["prompt"] for row in ordered))}
-    for result, color, label in ((before, BASE, "base model"), (after, TUNED, "after")):
+    for result, color, label in zip((before, after), (BASE, TUNED), names, strict=True):
         at = [place[row["prompt"]] for row in result.per_prompt]
         lower = [row["log_z_lower"] for row in result.per_prompt]
         deviation = np.sqrt([row["spread"] for row in result.per_prompt])
