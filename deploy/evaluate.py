@@ -4,7 +4,8 @@ Draws on-policy samples of each prompt from the base model and from the run's ad
 bounds the distance of both to the posterior. `key=value` changes the run's config: another file (task.prompts=OTHERS), or the
 lines of the same one that were not trained on (task.offset=950). Writes RUN/heldout.json, which says too what was changed and
 how many samples there were, and logs the metrics to the run in MLflow as heldout/… and heldout/base/… (one of the two with
-`--only`: runs on the same data need the base model once).
+`--only`: runs on the same data need the base model once). With `--name NAME` all of these are heldout-NAME, so that results on
+several data sets stay beside each other.
 The adapter's samples go to RUN/heldout_samples.jsonl, or to the file of --samples-file: one line a sample, with its prompt's
 id and text, its length in tokens, log q and log R in nats. RUN/heldout.png has both models' bounds by prompt, and the spread of
 their samples' log R, log q and lengths.
@@ -20,6 +21,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +34,7 @@ from actors.settings import alone, engine_environment  # noqa: E402
 from deploy.command import command  # noqa: E402
 from deploy.runs import adapter_file, check_output, find_run  # noqa: E402
 from system import config_file  # noqa: E402
-from system.config import Config, ConfigError  # noqa: E402
+from system.config import NAME, Config, ConfigError  # noqa: E402
 from system.journal import TrackingError  # noqa: E402
 from system.task_config import PROMPT_FILES  # noqa: E402
 from system.whole_file import replace_text  # noqa: E402
@@ -45,7 +47,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("headwater")
 
 WHICH = ("base", "adapter")
-HELDOUT = "heldout.json"
 ROUND = 1_000_003
 """Of the draws: no training evaluation has this number, so no seed is used twice."""
 
@@ -120,37 +121,42 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--samples", type=int, default=32, help="draws of each prompt")
     parser.add_argument("--samples-file", metavar="FILE", type=Path, help="instead of RUN/heldout_samples.jsonl")
     parser.add_argument("--only", choices=WHICH, help="instead of both")
+    parser.add_argument("--name", metavar="NAME", help="of the data: heldout-NAME in place of heldout, in files and metrics")
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     if arguments.samples < 2:
         raise ConfigError(f"--samples={arguments.samples}: one draw says nothing about the spread; take 2 at least")
     if arguments.samples_file:
         check_output("--samples-file", arguments.samples_file)
+    if arguments.name is not None and not re.fullmatch(NAME, arguments.name):
+        raise ConfigError(f"--name {arguments.name!r}: letters, digits, dots and dashes make a name")
+    stem = f"heldout-{arguments.name}" if arguments.name else "heldout"
     run_dir = find_run(arguments.run)
-    config = alone(config_file.load(run_dir / "config.yaml", [*whole_file(arguments.overrides), *arguments.overrides]))
+    overrides = [*whole_file(arguments.overrides), *arguments.overrides]
+    config = alone(config_file.load(run_dir / "config.yaml", overrides))
     os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
-    how = {"overrides": arguments.overrides, "samples": arguments.samples}
-    _earlier(run_dir / HELDOUT, how)  # refused now, and not when the work is done
+    how, path = {"overrides": overrides, "samples": arguments.samples}, run_dir / f"{stem}.json"
+    _earlier(path, how)  # refused now, and not when the work is done
     results = evaluate(config, run_dir, arguments.samples, arguments.only)
     if "adapter" in results and (rows := results["adapter"].samples):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (arguments.samples_file or run_dir / "heldout_samples.jsonl").write_text(lines, encoding="utf-8")
+        (arguments.samples_file or run_dir / f"{stem}_samples.jsonl").write_text(lines, encoding="utf-8")
     from deploy.report import posterior_plot, table
 
-    prefixes = {"base": "heldout/base/", "adapter": "heldout/"}
+    prefixes = {"base": f"{stem}/base/", "adapter": f"{stem}/"}
     metrics = {prefixes[which] + name: value for which, result in results.items() for name, value in result.metrics.items()}
     # The other model's may have come in meanwhile, from another process.
-    kept = _earlier(run_dir / HELDOUT, how) | metrics
-    replace_text(run_dir / HELDOUT, json.dumps(how | {"metrics": kept}, indent=2))
+    kept = _earlier(path, how) | metrics
+    replace_text(path, json.dumps(how | {"metrics": kept}, indent=2))
     print(table({which: result.metrics for which, result in results.items()}))
     print(json.dumps(metrics), flush=True)
-    files = [run_dir / HELDOUT]
+    files = [path]
     if all(which in results and results[which].samples for which in WHICH):
-        files.append(posterior_plot(run_dir / "heldout.png", results["base"], results["adapter"], ("base model", "adapter")))
+        files.append(posterior_plot(run_dir / f"{stem}.png", results["base"], results["adapter"], ("base model", "adapter")))
     try:
         _track(run_dir, metrics, files)
     except TrackingError as error:
-        print(f"error: RUN/heldout.json has the metrics, but MLflow does not: {error}", file=sys.stderr)
+        print(f"error: {path} has the metrics, but MLflow does not: {error}", file=sys.stderr)
         return 1
     return 0
 

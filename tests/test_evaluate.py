@@ -135,7 +135,7 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
     done = command("one", f"task.stories={folder / 'other.jsonl'}", "--samples", "64")
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = json.loads(done.stdout.splitlines()[-1])
-    overrides = [f"task.stories={folder / 'other.jsonl'}"]
+    overrides = ["task.offset=0", "task.limit=null", "task.held_out=0", f"task.stories={folder / 'other.jsonl'}"]
     written = json.loads((run / "heldout.json").read_text())
     assert written == {"overrides": overrides, "samples": 64, "metrics": metrics}
     assert metrics["heldout/posterior/prompts_with_true_z"] == 1
@@ -180,6 +180,14 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
             assert ((run / "heldout_samples.jsonl").read_text() == before) is (which == "base")
             assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {name: 2.0}
         heldout = (run / "heldout.json").read_text()
+        patch.setattr(evaluate, "evaluate", lambda *_: {"base": only})
+        assert evaluate.main(["one", "task.stories=others.jsonl", "--name", "others"]) == 0
+        content = json.loads((run / "heldout-others.json").read_text())
+        assert content["metrics"] == {"heldout-others/base/posterior/spread": 2.0}
+        assert content["overrides"] == ["task.offset=0", "task.limit=null", "task.held_out=0", "task.stories=others.jsonl"]
+        assert (run / "heldout.json").read_text() == heldout
+        assert evaluate.main(["one", "--name", "a/b"]) == 2
+        assert "--name 'a/b': letters, digits, dots and dashes make a name" in capsys.readouterr().err
         (run / "heldout.json").write_text(heldout[:-3])
         assert evaluate.main(["one"]) == 2
         assert "heldout.json is damaged" in capsys.readouterr().err
