@@ -75,7 +75,9 @@ def test_a_run_that_is_cut_short_while_it_ends_still_leaves_ray(tmp_path: Path, 
     def refuse(*_: Any) -> None:
         raise RunError("no cluster")
 
-    monkeypatch.setattr("deploy.prepare.prepare", lambda _: types.SimpleNamespace(tokenizer=None, problem=None))
+    monkeypatch.setattr(
+        "deploy.prepare.prepare", lambda _: types.SimpleNamespace(tokenizer=None, problem=types.SimpleNamespace(trained=()))
+    )
     monkeypatch.setattr("system.tracking.Tracker", Tracker)
     monkeypatch.setattr(ray_cluster, "connect", refuse)
     monkeypatch.setattr(ray_cluster, "disconnect", lambda: done.append("disconnected"))
