@@ -19,7 +19,7 @@ from system.functions import import_function
 from system.language_model import LanguageModel
 from system.prefix_tree import Packed, PrefixTree, rows_by_budget
 from system.reward_error import RewardError
-from system.task_config import ContrastReward, FunctionReward, LMPosterior, ProductReward
+from system.task_config import ContrastReward, FunctionReward, LMPosterior, ProductReward, at_ends
 from system.trajectory import Prompt, Trajectory
 
 
@@ -313,9 +313,8 @@ def build(
 
     if isinstance(section, ProductReward):
         # Where one factor is not known, what the others say is for nothing.
-        ends = {} if section.every_prefix else {"every_prefix": False}
-        factors = [factor.model_copy(update=ends) for factor in section.of]
-        return Checked(Product([one(factor, f"task.reward.of.{at}") for at, factor in enumerate(factors)]), decode)
+        product = section if section.every_prefix else at_ends(section)
+        return Checked(Product([one(factor, f"task.reward.of.{at}") for at, factor in enumerate(product.of)]), decode)
     return Checked(one(section), decode)
 
 

@@ -36,7 +36,7 @@ from deploy.runs import adapter_file, check_output, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import NAME, Config, ConfigError  # noqa: E402
 from system.journal import TrackingError  # noqa: E402
-from system.task_config import PROMPT_FILES  # noqa: E402
+from system.task_config import PROMPT_FILES, WHOLE  # noqa: E402
 from system.whole_file import replace_text  # noqa: E402
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--name {arguments.name!r}: letters, digits, dots and dashes make a name")
     stem = f"heldout-{arguments.name}" if arguments.name else "heldout"
     run_dir = find_run(arguments.run)
-    overrides = [*whole_file(arguments.overrides), *arguments.overrides]
+    overrides = [*all_of_others(arguments.overrides), *arguments.overrides]
     config = alone(config_file.load(run_dir / "config.yaml", overrides))
     os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
     how, path = {"overrides": overrides, "samples": arguments.samples}, run_dir / f"{stem}.json"
@@ -161,11 +161,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def whole_file(overrides: list[str]) -> list[str]:
+def all_of_others(overrides: list[str]) -> list[str]:
     """Where other data are named, what takes back the part that the run took of its own; a part that is named comes after."""
     named = {override.partition("=")[0] for override in overrides}
     files = {f"task.{field}" for field in PROMPT_FILES.values()}
-    return ["task.offset=0", "task.limit=null", "task.held_out=0"] if named & files else []
+    return [f"task.{field}={json.dumps(value)}" for field, value in WHOLE.items()] if named & files else []
 
 
 def _earlier(path: Path, how: dict[str, Any]) -> dict[str, float]:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from deploy.pool import RaySamplers
+    from deploy.prepare import Prepared
     from learner.replay import Replay
     from system.handles import LearnerHandle, Pool
     from system.loop_state import LoopState
@@ -92,18 +93,13 @@ class Job:
 
     def check(self) -> str:
         """What the task has, as a run would find it. Raises ConfigError where model or data cannot be had."""
-        from deploy.prepare import prepare
-
-        problem = prepare(self.config).problem
-        for warning in self.config.warnings_about(len(problem.trained)):
-            logger.warning(warning)
+        problem = self._prepared().problem
         kept = f", {len(problem.held_out)} of them held out" if problem.held_out else ""
         return f"{len(problem.prompts)} prompts{kept}, contexts of up to {problem.longest_prompt} tokens; nothing was started"
 
     def run(self) -> dict[str, Any]:
         from deploy import ray_cluster
         from deploy.pool import RaySamplers
-        from deploy.prepare import prepare
         from deploy.progress import show
         from deploy.ray_metrics import RayMetrics
         from deploy.recorder import Recorder
@@ -114,10 +110,8 @@ class Job:
 
         config, run_dir, started = self.config, self.run_dir, time.perf_counter()
         saved = self._saved() if self.resume else None
-        prepared = prepare(config)
+        prepared = self._prepared()
         problem = prepared.problem
-        for warning in config.warnings_about(len(problem.trained)):
-            logger.warning(warning)
         start = starting_weights(config) if config.lora.start and saved is None else None
         make_folder(config, run_dir)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
@@ -181,6 +175,15 @@ class Job:
             raise
         finally:
             ending.close()
+
+    def _prepared(self) -> Prepared:
+        """Model and data, with a warning of what hardly fits them. Raises ConfigError where they cannot be had."""
+        from deploy.prepare import prepare
+
+        prepared = prepare(self.config)
+        for warning in self.config.warnings_about(len(prepared.problem.trained)):
+            logger.warning(warning)
+        return prepared
 
     def _saved(self) -> LoopState:
         """The checkpoint to go on from. Raises ConfigError where the config leaves nothing to do from there."""

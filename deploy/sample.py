@@ -37,7 +37,7 @@ from deploy.command import command  # noqa: E402
 from deploy.runs import adapter_file, check_output, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
-from system.task_config import PROMPT_FILES  # noqa: E402
+from system.task_config import PROMPT_FILES, WHOLE  # noqa: E402
 
 if TYPE_CHECKING:
     from deploy.local import Local
@@ -61,7 +61,7 @@ def with_prompts(config: Config, path: Path) -> Config:
         )
     if path.suffix != ".jsonl":
         raise ConfigError(f"--input {str(path)!r}: records are read from JSONL; name a file that ends in .jsonl")
-    update: dict[str, Any] = {field: str(path), "offset": 0, "limit": None, "held_out": 0}
+    update: dict[str, Any] = {field: str(path)} | WHOLE
     if config.task.kind == "arithmetic":
         update["split"] = "test"  # no example comes from the file
     return config.model_copy(update={"task": config.task.model_copy(update=update)})

@@ -293,7 +293,10 @@ class LanguageModel:
         tokens = (np.arange(1, 14) % self.vocab_size).tolist()
         prompt, paths = tokens[:4], (tokens[4:9], tokens[4:5] + tokens[9:13])
         tree = PrefixTree.of(
-            [Trajectory(np.array(p), np.ones(len(p), bool), np.zeros(len(p) + 1, np.float32), "sampled") for p in paths]
+            [
+                Trajectory(np.array(p, np.int32), np.ones(len(p), bool), np.zeros(len(p) + 1, np.float32), "sampled")
+                for p in paths
+            ]
         )
         try:
             [(edge_N, _)] = self.score([Packed.of(tree, prompt)])

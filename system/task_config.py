@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -74,7 +74,10 @@ class ProductReward(Section):
 Reward = Annotated[LMPosterior | FunctionReward | ProductReward, Field(discriminator="kind")]
 
 
-def at_ends(reward: LMPosterior | FunctionReward | ProductReward) -> LMPosterior | FunctionReward | ProductReward:
+R = TypeVar("R", bound=LMPosterior | FunctionReward | ContrastReward | ProductReward)
+
+
+def at_ends(reward: R) -> R:
     """The same reward, computed where a sample ends alone."""
     ends = {"every_prefix": False}
     if isinstance(reward, ProductReward):
@@ -371,6 +374,8 @@ PROMPT_FILES = {
     "verifiable": "questions", "arithmetic": "questions", "subjectivity": "records",
 }  # fmt: skip
 """The field of each task that names a file of prompts."""
+WHOLE: dict[str, Any] = {"offset": 0, "limit": None, "held_out": 0}
+"""The fields with which a task takes all of such a file."""
 
 Task = Annotated[
     RandomNumber | Continuation | Infilling | Constrained | Verifiable | Arithmetic | Subjectivity, Field(discriminator="kind")

@@ -210,7 +210,7 @@ def test_other_data_are_taken_whole_unless_a_part_of_them_is_named(tmp_path: Pat
     (tmp_path / "config.yaml").write_text("task: {kind: continuation, limit: 3, offset: 2, held_out: 1}")
 
     def part(*overrides: str) -> tuple[int, int | None, int]:
-        task: Any = config_file.load(tmp_path / "config.yaml", [*evaluate.whole_file(list(overrides)), *overrides]).task
+        task: Any = config_file.load(tmp_path / "config.yaml", [*evaluate.all_of_others(list(overrides)), *overrides]).task
         return task.offset, task.limit, task.held_out
 
     assert part() == (2, 3, 1)

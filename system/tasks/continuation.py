@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from system.config import ConfigError
 from system.task_config import NextSentence
 from system.tasks.files import choose, distinct, read_lines, read_records
-from system.tasks.problem import Problem, chat_text, context_tokens, single_token, support
+from system.tasks.problem import Problem, chat_context, context_tokens, single_token, support
 from system.text import special_tokens
 from system.trajectory import Prompt
 
@@ -35,8 +35,8 @@ def build(section: NextSentence, tokenizer: PreTrainedTokenizerBase) -> Problem:
             text = record["prompt"]
             context = context_tokens(tokenizer, text)
         else:
-            text = chat_text(tokenizer, record["messages"], f"task.prompts={section.prompts!r}, line {number}")
-            context = tuple(tokenizer.encode(text, add_special_tokens=False))
+            where = f"task.prompts={section.prompts!r}, line {number}"
+            text, context = chat_context(tokenizer, record["messages"], where)
         prompts.append(Prompt(f"line-{number}", context, context, meta=record | {"text": text}))
     return Problem(
         prompts=tuple(prompts),

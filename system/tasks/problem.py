@@ -139,17 +139,19 @@ def context_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, 
     return tuple(ids)
 
 
-def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], where: str) -> str:
-    """A conversation as the tokenizer's chat template writes it, up to where the assistant answers. It has all special tokens.
+def chat_context(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], where: str) -> tuple[str, tuple[int, ...]]:
+    """(text, tokens) of a conversation as the tokenizer's chat template writes it, up to where the assistant answers.
 
     Raises:
         ConfigError: there is no template, or it does not take these messages; `where` says whose they are.
     """
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     # A border: a template is a program of the model's, and raises what it likes.
     except Exception as error:
         raise ConfigError(f"{where}: the model's chat template does not take it: {error}") from error
+    # The template has written all special tokens.
+    return text, tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 def sampled(

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from system.config import ConfigError
 from system.task_config import Verifiable
 from system.tasks.files import choose, distinct, read_records
-from system.tasks.problem import Problem, chat_text, context_tokens, ordinary_tokens, single_token, support
+from system.tasks.problem import Problem, chat_context, context_tokens, ordinary_tokens, single_token, support
 from system.trajectory import Prompt
 from system.voting import wins
 
@@ -30,8 +30,7 @@ def build(section: Verifiable, tokenizer: PreTrainedTokenizerBase) -> Problem:
     for number, record in read_questions(section):
         text = section.prompt.format(question=record["question"])
         if section.chat:
-            turn = chat_text(tokenizer, [{"role": "user", "content": text}], "task.chat=true")
-            context = tuple(tokenizer.encode(turn, add_special_tokens=False))
+            _, context = chat_context(tokenizer, [{"role": "user", "content": text}], "task.chat=true")
         else:
             context = context_tokens(tokenizer, text)
         prompts.append(Prompt(f"question-{number}", context, context, meta=record))
