@@ -5,7 +5,8 @@ bounds the distance of both to the posterior. `key=value` changes the run's conf
 lines of the same one that were not trained on (task.offset=950). Writes RUN/heldout.json, which says too what was changed and
 how many samples there were, and logs the metrics to the run in MLflow as heldout/… and heldout/base/… (one of the two with
 `--only`: runs on the same data need the base model once). With `--name NAME` all of these are heldout-NAME, so that results on
-several data sets stay beside each other.
+several data sets stay beside each other. With `--temperature T` the draws are from q^(1/T), token by token, for votes that are
+less spread: these say nothing of the posterior, and only the metrics of the task are left.
 The adapter's samples go to RUN/heldout_samples.jsonl, or to the file of --samples-file: one line a sample, with its prompt's
 id and text, its length in tokens, log q and log R in nats. RUN/heldout.png has both models' bounds by prompt, and the spread of
 their samples' log R, log q and lengths.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -37,6 +39,7 @@ from system import config_file  # noqa: E402
 from system.config import NAME, Config, ConfigError  # noqa: E402
 from system.journal import TrackingError  # noqa: E402
 from system.task_config import PROMPT_FILES, WHOLE  # noqa: E402
+from system.trajectory import ON_POLICY, Behaviour  # noqa: E402
 from system.whole_file import replace_text  # noqa: E402
 
 if TYPE_CHECKING:
@@ -51,11 +54,14 @@ ROUND = 1_000_003
 """Of the draws: no training evaluation has this number, so no seed is used twice."""
 
 
-def evaluate(config: Config, run_dir: Path, samples: int, only: str | None = None) -> dict[str, Evaluation]:
+def evaluate(
+    config: Config, run_dir: Path, samples: int, only: str | None = None, behaviour: Behaviour = ON_POLICY
+) -> dict[str, Evaluation]:
     """{"base": …, "adapter": …}, or one of them.
 
     Raises:
-        ConfigError: the run has no adapter, or it is not of this model and rank.
+        ConfigError: the run has no adapter, or it is not of this model and rank; `behaviour` is another than the policy's
+            own, and the task is evaluated without samples.
     """
     from deploy.local import opened
     from system import evaluation
@@ -75,14 +81,26 @@ def evaluate(config: Config, run_dir: Path, samples: int, only: str | None = Non
             if result is None:
                 temperature = config.learner.reward_temperature.end
                 result = evaluation.sampled(
-                    requests, local, local, samples=samples, temperature=temperature, round_=ROUND, judge=judge
+                    requests,
+                    local,
+                    local,
+                    samples=samples,
+                    temperature=temperature,
+                    round_=ROUND,
+                    judge=judge,
+                    behaviour=behaviour,
                 )
                 # What the model told is a sample of its own posterior, not of a tempered or sharpened one.
-                if temperature == 1 and config.task.reward.kind == "lm_posterior":
+                if temperature == 1 and config.task.reward.kind == "lm_posterior" and behaviour == ON_POLICY:
                     result.metrics.update(_upper_bound(problem, local, result))
                 contexts = {prompt.id: decode(tokenizer, prompt.policy_tokens) for prompt in problem.prompts}
                 for row in result.samples:
                     row |= {"text": decode(tokenizer, row.pop("tokens")), "context": contexts[row["prompt"]]}
+            elif behaviour != ON_POLICY:
+                raise ConfigError(
+                    f"--temperature={behaviour.temperature:g}: task.kind={config.task.kind} is evaluated here from the "
+                    "log-probs of all that it may answer, and nothing is drawn; leave it out"
+                )
             results[name] = result
     return results
 
@@ -121,11 +139,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--samples", type=int, default=32, help="draws of each prompt")
     parser.add_argument("--samples-file", metavar="FILE", type=Path, help="instead of RUN/heldout_samples.jsonl")
     parser.add_argument("--only", choices=WHICH, help="instead of both")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the draws: 1 is the policy itself")
     parser.add_argument("--name", metavar="NAME", help="of the data: heldout-NAME in place of heldout, in files and metrics")
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     if arguments.samples < 2:
         raise ConfigError(f"--samples={arguments.samples}: one draw says nothing about the spread; take 2 at least")
+    if not 0 < arguments.temperature < math.inf:
+        raise ConfigError(f"--temperature={arguments.temperature:g}: divides logits; give one above 0, such as 0.1")
     if arguments.samples_file:
         check_output("--samples-file", arguments.samples_file)
     if arguments.name is not None and not re.fullmatch(NAME, arguments.name):
@@ -135,9 +156,11 @@ def main(argv: list[str]) -> int:
     overrides = [*all_of_others(arguments.overrides), *arguments.overrides]
     config = alone(config_file.load(run_dir / "config.yaml", overrides))
     os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
-    how, path = {"overrides": overrides, "samples": arguments.samples}, run_dir / f"{stem}.json"
+    how = {"overrides": overrides, "samples": arguments.samples, "temperature": arguments.temperature}
+    path = run_dir / f"{stem}.json"
     _earlier(path, how)  # refused now, and not when the work is done
-    results = evaluate(config, run_dir, arguments.samples, arguments.only)
+    behaviour = Behaviour(arguments.temperature)
+    results = evaluate(config, run_dir, arguments.samples, arguments.only, behaviour)
     if "adapter" in results and (rows := results["adapter"].samples):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (arguments.samples_file or run_dir / f"{stem}_samples.jsonl").write_text(lines, encoding="utf-8")
@@ -151,7 +174,7 @@ def main(argv: list[str]) -> int:
     print(table({which: result.metrics for which, result in results.items()}))
     print(json.dumps(metrics), flush=True)
     files = [path]
-    if all(which in results and results[which].samples for which in WHICH):
+    if behaviour == ON_POLICY and all(which in results and results[which].samples for which in WHICH):
         files.append(posterior_plot(run_dir / f"{stem}.png", results["base"], results["adapter"], ("base model", "adapter")))
     try:
         _track(run_dir, metrics, files)

@@ -23,7 +23,7 @@ from system.reward_error import RewardError
 from system.run_error import RunError
 from system.task_config import Task, is_same
 from system.tasks.problem import Problem
-from system.trajectory import Group, Prompt, Trajectory
+from system.trajectory import ON_POLICY, Behaviour, Group, Prompt, Trajectory
 from system.voting import preferred, tally
 from system.whole_file import replace_text
 
@@ -160,8 +160,11 @@ def sampled(
     temperature: float,
     round_: int,
     judge: Judge = lambda group: {},
+    behaviour: Behaviour = ON_POLICY,
 ) -> Evaluation:
-    """Bounds on log Z, ESS and spread from `samples` on-policy draws of each prompt, at reward temperature `temperature`.
+    """Bounds on log Z, ESS and spread from `samples` draws of each prompt, at reward temperature `temperature`.
+
+    Draws by another `behaviour` than the policy's own bound nothing: then the metrics are task/… and the samples' length.
 
     `judge` adds what it says of each prompt's group to its row, beside the largest and the mean log R (nats, as
     `deploy/baselines.py` has them), and the means to the metrics, as task/… (a prompt without a metric takes no part in
@@ -171,7 +174,7 @@ def sampled(
         SamplerDied: the samplers that a prompt was given to died again and again.
         RunError: no prompt has two samples with a reward.
     """
-    groups = _draw(requests, samplers, samples, round_)
+    groups = _draw(requests, samplers, samples, round_, behaviour)
     scores = scorer.score(groups).result()
     bounds_G, per_prompt, table = [], [], []
     for group, score in zip(groups, scores, strict=True):
@@ -186,8 +189,10 @@ def sampled(
         for trajectory, log_q, log_reward in zip(group.trajectories_K, score.log_q_K, score.log_reward_K, strict=True):
             of = {"prompt": group.prompt.id, "tokens": trajectory.tokens_T.tolist(), "length": len(trajectory)}
             table.append(of | {"log_q": float(log_q), "log_reward": float(log_reward)})
-    metrics = mean_metrics(bounds_G)
-    metrics["posterior/log_q_stop"] = float(np.mean([score.log_q_stop_K.mean() for score in scores]))
+    metrics = {}
+    if behaviour == ON_POLICY:
+        metrics |= mean_metrics(bounds_G)
+        metrics["posterior/log_q_stop"] = float(np.mean([score.log_q_stop_K.mean() for score in scores]))
     metrics["posterior/length"] = float(np.mean([row["length"] for row in per_prompt]))
     metrics |= means(per_prompt)
     return Evaluation(metrics, per_prompt, table)
@@ -200,8 +205,8 @@ def means(per_prompt: Sequence[Mapping[str, Any]], prefix: str | tuple[str, ...]
     return {name: float(np.mean(known)) for name, known in values.items() if known}
 
 
-def _draw(requests: Requests, samplers: Samplers, samples: int, round_: int) -> list[Group]:
-    wanted = [requests.evaluation(index, samples, round_) for index in range(len(requests.prompts))]
+def _draw(requests: Requests, samplers: Samplers, samples: int, round_: int, behaviour: Behaviour) -> list[Group]:
+    wanted = [requests.evaluation(index, samples, round_, behaviour) for index in range(len(requests.prompts))]
     answers = [asked(partial(samplers.sample, request)) for request in wanted]
     groups = [group for answer in answers if _bounded(group := answer())]
     if not groups:

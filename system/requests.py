@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from system.config import Exploration
-from system.trajectory import Behaviour, Prompt, Request
+from system.trajectory import ON_POLICY, Behaviour, Prompt, Request
 
 
 class Requests:
@@ -41,10 +41,10 @@ class Requests:
         behaviours = explore(self.exploration.at(group_id), self.samples_per_prompt, prompt.hints, self.max_tokens, rng)
         return Request(group_id, prompt, behaviours, int(rng.integers(2**31)))
 
-    def evaluation(self, index: int, samples: int, round_: int) -> Request:
-        """On-policy samples of prompt `index`. Its id is negative: it is no group of the training."""
+    def evaluation(self, index: int, samples: int, round_: int, behaviour: Behaviour = ON_POLICY) -> Request:
+        """Samples of prompt `index`. Its id is negative: it is no group of the training."""
         rng = np.random.default_rng((self.seed, 3, round_, index))
-        return Request(-1 - index, self.prompts[index], (Behaviour(),) * samples, int(rng.integers(2**31)))
+        return Request(-1 - index, self.prompts[index], (behaviour,) * samples, int(rng.integers(2**31)))
 
 
 def explore(
@@ -60,7 +60,7 @@ def explore(
     exploring = [Behaviour(float(temperature), exploration.epsilon) for temperature in temperatures]
     for index in range(len(exploring) - planted, len(exploring)):
         exploring[index] = replace(exploring[index], planted=places(hints, max_tokens, rng))
-    return (Behaviour(),) * on_policy + tuple(exploring)
+    return (ON_POLICY,) * on_policy + tuple(exploring)
 
 
 def places(hints: Sequence[Sequence[int]], max_tokens: int, rng: np.random.Generator) -> tuple[tuple[int, int], ...]:

@@ -52,6 +52,9 @@ class Behaviour:
         return self.planted[-1][0] + 1 if self.planted else 0
 
 
+ON_POLICY = Behaviour()
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """Work for a sampler: one trajectory of `prompt` for each behaviour."""
@@ -77,7 +80,7 @@ class Trajectory:
 
     GFlowNet losses use the learner's own log q instead; the baselines' ratios are to this one."""
     stop: Stop
-    behaviour: Behaviour = Behaviour()
+    behaviour: Behaviour = ON_POLICY
 
     def __post_init__(self) -> None:
         if not len(self.tokens_T) == len(self.is_action_T) == len(self.logp_T) - 1:

@@ -27,7 +27,7 @@ from system.language_model import LanguageModel, load_pretrained, load_tokenizer
 from system.models import locate
 from system.posterior import log_mean_exp
 from system.tasks.problem import context_tokens, sampled
-from system.trajectory import Group
+from system.trajectory import Behaviour, Group
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,7 +137,7 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
     metrics = json.loads(done.stdout.splitlines()[-1])
     overrides = ["task.offset=0", "task.limit=null", "task.held_out=0", f"task.stories={folder / 'other.jsonl'}"]
     written = json.loads((run / "heldout.json").read_text())
-    assert written == {"overrides": overrides, "samples": 64, "metrics": metrics}
+    assert written == {"overrides": overrides, "samples": 64, "temperature": 1.0, "metrics": metrics}
     assert metrics["heldout/posterior/prompts_with_true_z"] == 1
     rows = [json.loads(line) for line in (run / "heldout_samples.jsonl").read_text().splitlines()]
     assert len(rows) == 64
@@ -149,6 +149,15 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
     assert metrics["heldout/posterior/spread"] != metrics["heldout/base/posterior/spread"]
     for which in ("heldout", "heldout/base"):
         assert metrics[f"{which}/posterior/log_z_lower"] < metrics[f"{which}/posterior/log_z_weighted"]
+
+    colder = ("one", f"task.stories={folder / 'other.jsonl'}", "--only", "adapter", "--temperature", "0.01", "--name", "cold")
+    done = command(*colder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    likeliest = [json.loads(line)["text"] for line in (run / "heldout-cold_samples.jsonl").read_text().splitlines()]
+    assert len(likeliest) == 32 and len(set(likeliest)) == 1 < len({row["text"] for row in rows})
+    names = json.loads(done.stdout.splitlines()[-1]).keys()
+    assert {name for name in names if "/task/" not in name} == {"heldout-cold/posterior/length"}
+    assert not (run / "heldout-cold.png").exists()
 
     weights = run / "adapter" / "adapter_model.safetensors"
     data = bytearray(weights.read_bytes())
@@ -162,7 +171,7 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
         only = Evaluation({"posterior/spread": 2.0}, samples=[{"text": "new"}])
         known: dict[str, float] = {}
 
-        def found(_config: Config, run: Path, _samples: int, which: str) -> dict[str, Evaluation]:
+        def found(_config: Config, run: Path, _samples: int, which: str, _behaviour: Behaviour) -> dict[str, Evaluation]:
             asked.append(which)
             if which == "adapter":  # meanwhile the base model's evaluation in another process comes to its end
                 known["heldout/base/posterior/ess"] = 0.5
@@ -197,6 +206,7 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
     weights.unlink()
     mistakes = {
         ("one", "--samples", "1"): "one draw says nothing",
+        ("one", "--temperature", "0"): "--temperature=0: divides logits; give one above 0",
         ("one", "--samples-file", "none/x.jsonl"): f"--samples-file 'none/x.jsonl': there is no folder {folder}/none",
         ("two",): "no such run",
         ("one",): "the run did not end; --resume it first",
