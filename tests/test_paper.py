@@ -167,6 +167,19 @@ def test_what_goes_to_every_training_reaches_the_baselines_too(tmp_path: Path):
     assert runs["gflownet"].learner.steps == 30 != runs["grpo"].learner.steps
 
 
+def test_supervised_training_has_settings_of_its_own(tmp_path: Path):
+    write_data(tmp_path / "data")
+    for task, names in {"subjectivity": ("supervised", "predict"), "arithmetic": ("supervised",)}.items():
+        (tmp_path / task).mkdir()
+        EXPERIMENTS[task](
+            Rehearsal(tmp_path / "data", tmp_path / task, 0, ("learner.lr=2e-4",), imitation=("learner.lr=5e-5",))
+        )
+        rates = {run: config_file.load(next((tmp_path / task).glob(f"{run}-0/*/config.yaml")), []).learner.lr for run in names}
+        assert set(rates.values()) == {5e-5}
+        [trained] = (tmp_path / task).glob("gflownet-0/*/config.yaml")
+        assert config_file.load(trained, []).learner.lr == 2e-4
+
+
 def test_a_folder_with_results_of_another_version_of_an_experiment_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

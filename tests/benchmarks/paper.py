@@ -1,11 +1,11 @@
 """The experiments of the paper with their baselines: training, supervised fine-tuning and held-out evaluation, over seeds.
 
     python -m tests.benchmarks.paper TASK --data FOLDER [--seeds 0,1,2] [--output FOLDER] [--validation] [--all key=value …]
-                                     [key=value …]
+                                     [--imitation key=value …] [key=value …]
 
 TASK is one of EXPERIMENTS. FOLDER has the paper's data: `arithmetic/`, `prompts/openwebtext_1000.txt`, `stories/`, `subj/`.
-`key=value` goes to the GFlowNet's training, `--all key=value` to every training. With `--validation` a part of the training
-data stands for the test data, which then no step reads: settings are chosen with it.
+`key=value` goes to the GFlowNet's training, `--imitation key=value` to each supervised one, `--all key=value` to all. With
+`--validation` a part of the training data stands for the test data, which then no step reads: settings are chosen with it.
 
 Every step is a command of `deploy/`, run in OUTPUT (paper-TASK, validation-TASK) and printed; a step that has its result there
 already is not run again, so that an interrupted experiment goes on and further seeds add to it. Ends with a table of means over
@@ -56,6 +56,7 @@ class Lab:
     shared: tuple[str, ...] = ()
     validation: bool = False
     """`data` has no test data: what an experiment makes itself is to be held out of the training half, too."""
+    imitation: tuple[str, ...] = ()
 
     def train(self, name: str, config: str, *overrides: str) -> Path:
         """The folder of a finished run."""
@@ -151,7 +152,7 @@ def infilling(lab: Lab) -> Rows:
     with it. `prompting` has the paper's prompt, `ending first` the prompt that both are trained with.
     """
     written = lab.data / "stories/train.jsonl"
-    imitation = (*IMITATION, "learner.groups_per_update=8", "learner.steps=33")
+    imitation = (*IMITATION, "learner.groups_per_update=8", "learner.steps=33", *lab.imitation)
     going_on = (f"task.stories={_sentences(written, lab.output / 'sentences.jsonl')}", "task.prompt='{after} {before}'")
     teller = lab.export(replace(lab, seed=0).train("teller", "infilling", *going_on, *imitation))
     lab = replace(lab, shared=(*lab.shared, f"model.path={teller}"))
@@ -223,7 +224,7 @@ def subjectivity(lab: Lab, labelled: int = 10) -> Rows:
     E-step's reasons, which vote."""
     train, test = lab.data / f"subj/train.{labelled}.jsonl", lab.data / "subj/test.jsonl"
     known, unknown = f"task.records={train}", (f"task.records={test}", "task.limit=200")
-    imitation = (*IMITATION, "learner.groups_per_update=10", "learner.steps=40")
+    imitation = (*IMITATION, "learner.groups_per_update=10", "learner.steps=40", *lab.imitation)
     label = lab.train("supervised", "subjectivity", known, *imitation, "task.stage=label")
     rows: Rows = {}
     rows["zero-shot"], rows["supervised"] = lab.evaluate("supervised", label, *unknown, samples=2, only=None)
@@ -258,7 +259,8 @@ def arithmetic(lab: Lab) -> Rows:
         (lab.output / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     rationales = f"task.rationales={lab.output / 'rationales.json'}"
     train = (f"task.questions={lab.output / 'questions.json'}", rationales)
-    supervised = lab.train("supervised", "arithmetic_mle", *train, "learner.groups_per_update=4", "learner.steps=40")
+    imitation = ("learner.groups_per_update=4", "learner.steps=40", *lab.imitation)
+    supervised = lab.train("supervised", "arithmetic_mle", *train, *imitation)
     start = (f"lora.start={supervised}", "learner.lr=3e-4")
     ppo = (*POLICY_GRADIENT, "replay.demonstrations=false", "loss={kind: ppo, kl: 0.05}")
     runs = {
@@ -319,6 +321,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=tuple(EXPERIMENTS))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the GFlowNet's training")
+    parser.add_argument("--imitation", action="append", default=[], metavar="key=value", help="of each supervised training")
     parser.add_argument("--all", action="append", default=[], metavar="key=value", help="of every training")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path)
@@ -332,6 +335,7 @@ def main(argv: list[str]) -> None:
         "task": arguments.task,
         "version": version(arguments.task),
         "overrides": arguments.overrides,
+        "imitation": arguments.imitation,
         "all": arguments.all,
         "validation": arguments.validation,
     }
@@ -341,7 +345,8 @@ def main(argv: list[str]) -> None:
     results: dict[str, Rows] = content["by_seed"]
     data = validation.write(arguments.data, output / "data") if arguments.validation else arguments.data
     for seed in map(int, arguments.seeds.split(",")):
-        lab = Lab(data.resolve(), output, seed, tuple(arguments.overrides), tuple(arguments.all), arguments.validation)
+        changed, of_all, of_imitation = map(tuple, (arguments.overrides, arguments.all, arguments.imitation))
+        lab = Lab(data.resolve(), output, seed, changed, of_all, arguments.validation, of_imitation)
         results[str(seed)] = EXPERIMENTS[arguments.task](lab)
         kept.write_text(json.dumps(content, indent=2), encoding="utf-8")
     print(table(results))
