@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from actors.merging import Merging
-from actors.settings import BLOCK, LORA_RANKS, EngineSettings, engine_environment
+from actors.settings import BLOCK, EngineSettings, engine_environment, max_lora_rank
 from system.adapters import Adapter, AdapterError, BaseWeights
 from system.constraints import Constraints
 from system.tools import Player, Tool
@@ -74,13 +74,12 @@ class Engine:
         memory: dict[str, Any] = {"kv_cache_memory_bytes": settings.kv_cache_mb << 20, "block_size": BLOCK}
         if gpu:
             memory = {"gpu_memory_utilization": settings.gpu_memory_utilization}
-        if settings.shared_prompts:
-            memory["kv_transfer_config"] = {
-                "kv_connector": "PromptSharing", "kv_connector_module_path": "actors.prompt_sharing", "kv_role": "kv_both",
-                "kv_connector_extra_config": {"prompts": settings.shared_prompts},
-            }  # fmt: skip
+        memory["kv_transfer_config"] = {
+            "kv_connector": "PromptSharing", "kv_connector_module_path": "actors.prompt_sharing", "kv_role": "kv_both",
+            "kv_connector_extra_config": {"prompts": settings.shared_prompts},
+        }  # fmt: skip
         if settings.install == "adapter":
-            rank = next((rank for rank in LORA_RANKS if rank >= settings.max_lora_rank), settings.max_lora_rank)
+            rank = max_lora_rank(settings.max_lora_rank)
             memory |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 2}
         self._llm = vllm.LLM(
             str(folder), skip_tokenizer_init=True, dtype=settings.dtype, max_model_len=settings.max_model_len,

@@ -10,8 +10,13 @@ from system.config import Config
 
 BLOCK = 32
 """Tokens of one block of the KV cache: the smallest that vLLM has on CPU. Shorter prefixes are not shared."""
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM has kernels for."""
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM has kernels for: up to the largest `lora.rank`."""
+
+
+def max_lora_rank(rank: int) -> int:
+    """vLLM's setting for adapters of this rank."""
+    return next(known for known in _LORA_RANKS if known >= rank)
 
 
 def engine_environment(threads: int, gpu: bool) -> dict[str, str]:
@@ -61,5 +66,5 @@ class EngineSettings:
     max_lora_rank: int = 16
     threads: int = 1
     shared_prompts: int = 64
-    """Prompts of which the last block is kept for the next request, so that it is computed once; 0 for none."""
+    """Prompts of which the last block is kept for the next request, so that it is computed once."""
     seed: int = 0

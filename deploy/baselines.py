@@ -29,7 +29,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from actors.settings import alone, engine_environment  # noqa: E402
-from deploy.command import command  # noqa: E402
+from deploy.command import command, log_to_stderr  # noqa: E402
 from deploy.runs import adapter_file, find_run, load_adapter, make_folder  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
@@ -233,7 +233,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--oversample", type=int, help="of best_of_n, sir and smc: sequences drawn for each one kept (4)")
     parser.add_argument("--twist", choices=("likelihood", "reward"), help="of smc: its intermediate targets (likelihood)")
     arguments = parser.parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    log_to_stderr()
     names = ("temperature", "top_p", "penalty", "oversample", "twist")
     settings = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.samples < 2:

@@ -1,8 +1,10 @@
-"""The border of every command: an error whose message says what to do ends it without a traceback."""
+"""What every command has: errors whose message says what to do end it without a traceback, and logs on standard error."""
 
 from __future__ import annotations
 
 import functools
+import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -18,6 +20,9 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
 
     @functools.wraps(main)
     def run(argv: list[str]) -> int:
+        # A function that a config names is found where the command is started, here as in Ray's workers.
+        if (here := os.getcwd()) not in sys.path:
+            sys.path.append(here)
         try:
             return main(argv)
         except ConfigError as error:
@@ -29,6 +34,10 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
             return FAILED
 
     return run
+
+
+def log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
 
 
 def plain(error: Exception) -> Exception:

@@ -1,6 +1,6 @@
 """Runs side by side: `python deploy/compare.py RUN … [--tracking URI] [--metric NAME …] [--plots FOLDER] [--mlflow]`, a table.
 
-Reads the folders of runs (summary.json, heldout.json) and of `deploy/baselines.py` (baselines.json); no server is needed. With
+Reads the folders of runs (summary.json, heldout*.json) and of `deploy/baselines.py` (baselines.json); no server is needed. With
 `--tracking` it reads the same files from an MLflow server, where RUN is the id of a run, or the name of runs or of a sweep.
 
 A row is a run or a method: at the end of training, and on held-out prompts where `deploy/evaluate.py` was run, the base model
@@ -97,19 +97,20 @@ def _results(folder: Path, run: str, config: dict[str, Any]) -> Iterator[tuple[s
         path = folder / name
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
-    summary, heldout, baselines = content("summary.json"), content("heldout.json"), content("baselines.json")
+    summary, baselines = content("summary.json"), content("baselines.json")
     # What a stopped run had learned is no repetition of what the others had in the end.
     if "after" in summary and summary["finished"]:
         yield f"{run}: before", config, summary["before"]
         yield f"{run}: after", config, summary["after"]
-    if heldout:
+    for path in sorted(folder.glob("heldout*.json")):
+        heldout, of = content(path.name), "".join(f", {name}" for name in path.stem.split("-", 1)[1:])
         base, tuned = held_out(heldout["metrics"])
         evaluated = config_file.load(folder / "config.yaml", heldout["overrides"])
-        same = [config, _kept(evaluated.model_dump(mode="json")), heldout["samples"]]
+        same = [config, _kept(evaluated.model_dump(mode="json")), heldout["samples"], heldout.get("temperature", 1.0)]
         if base:
-            yield f"{run}: held out, base", same, base
+            yield f"{run}: held out{of}, base", same, base
         if tuned:
-            yield f"{run}: held out", same, tuned
+            yield f"{run}: held out{of}", same, tuned
     for method, metrics in baselines.get("methods", {}).items():
         adapter = _kept(baselines["adapter_config"]) if method == TUNED else None
         yield f"{run}: {method}", [config, adapter, baselines["samples"], baselines["settings"]], metrics
@@ -117,8 +118,9 @@ def _results(folder: Path, run: str, config: dict[str, Any]) -> Iterator[tuple[s
 
 def held_out(content: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
     """What `deploy/evaluate.py` found, as metrics (of the base model, of the adapter); one of them may have been left out."""
-    base = {name.removeprefix("heldout/base/"): value for name, value in content.items() if "/base/" in name}
-    return base, {name.removeprefix("heldout/"): value for name, value in content.items() if "/base/" not in name}
+    named = [(name.split("/", 1)[1], value) for name, value in content.items()]
+    base = {name.removeprefix("base/"): value for name, value in named if name.startswith("base/")}
+    return base, {name: value for name, value in named if not name.startswith("base/")}
 
 
 def rows(entries: Sequence[Entry]) -> list[Row]:

@@ -6,7 +6,7 @@ lines of the same one that were not trained on (task.offset=950). Writes RUN/hel
 how many samples there were, and logs the metrics to the run in MLflow as heldout/… and heldout/base/… (one of the two with
 `--only`: runs on the same data need the base model once). With `--name NAME` all of these are heldout-NAME, so that results on
 several data sets stay beside each other. With `--temperature T` the draws are from q^(1/T), token by token, for votes that are
-less spread: these say nothing of the posterior, and only the metrics of the task are left.
+less spread: these say nothing of the posterior, and only the metrics of the task and the samples' length are left.
 The adapter's samples go to RUN/heldout_samples.jsonl, or to the file of --samples-file: one line a sample, with its prompt's
 id and text, its length in tokens, log q and log R in nats. RUN/heldout.png has both models' bounds by prompt, and the spread of
 their samples' log R, log q and lengths.
@@ -33,7 +33,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from actors.settings import alone, engine_environment  # noqa: E402
-from deploy.command import command  # noqa: E402
+from deploy.command import command, log_to_stderr  # noqa: E402
 from deploy.runs import adapter_file, check_output, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import NAME, Config, ConfigError  # noqa: E402
@@ -73,6 +73,11 @@ def evaluate(
     results: dict[str, Evaluation] = {}
     with opened(config, samples) as local:
         problem, tokenizer = local.problem, local.tokenizer
+        if behaviour != ON_POLICY and (problem.outcomes is not None or problem.choices):
+            raise ConfigError(
+                f"--temperature={behaviour.temperature:g}: task.kind={config.task.kind} is evaluated here from the log-probs "
+                "of all that it may answer, and nothing is drawn; leave it out"
+            )
         requests = Requests(problem.evaluated, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed)
         judge = evaluation.judge(problem, lambda tokens: decode(tokenizer, tokens), local, diversity_measure())
         for name in (only,) if only else WHICH:
@@ -96,11 +101,6 @@ def evaluate(
                 contexts = {prompt.id: decode(tokenizer, prompt.policy_tokens) for prompt in problem.prompts}
                 for row in result.samples:
                     row |= {"text": decode(tokenizer, row.pop("tokens")), "context": contexts[row["prompt"]]}
-            elif behaviour != ON_POLICY:
-                raise ConfigError(
-                    f"--temperature={behaviour.temperature:g}: task.kind={config.task.kind} is evaluated here from the "
-                    "log-probs of all that it may answer, and nothing is drawn; leave it out"
-                )
             results[name] = result
     return results
 
@@ -142,7 +142,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the draws: 1 is the policy itself")
     parser.add_argument("--name", metavar="NAME", help="of the data: heldout-NAME in place of heldout, in files and metrics")
     arguments = parser.parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    log_to_stderr()
     if arguments.samples < 2:
         raise ConfigError(f"--samples={arguments.samples}: one draw says nothing about the spread; take 2 at least")
     if not 0 < arguments.temperature < math.inf:
@@ -200,7 +200,7 @@ def _earlier(path: Path, how: dict[str, Any]) -> dict[str, float]:
     if not path.is_file():
         return {}
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = {"temperature": 1.0} | json.loads(path.read_text(encoding="utf-8"))
         return known["metrics"] if {name: known.get(name) for name in how} == how else {}
     except (ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged: {type(error).__name__}: {error}; remove it") from error

@@ -24,7 +24,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined  # noqa: E402
 from deploy.charts import Chart, data_uri, draw  # noqa: E402
 from deploy.command import command  # noqa: E402
 from deploy.report import shown  # noqa: E402
-from deploy.runs import find_run  # noqa: E402
+from deploy.runs import check_output, find_run  # noqa: E402
 from system import config_file, evaluation, journal  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 from system.evaluation import Evaluation  # noqa: E402
@@ -240,6 +240,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", help="folder of a run, or its name under runs/")
     parser.add_argument("--output", metavar="FILE", type=Path, help="instead of RUN/report.html")
     arguments = parser.parse_args(argv)
+    if arguments.output:
+        check_output("--output", arguments.output)
     print(write(find_run(arguments.run), arguments.output))
     return 0
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # `python deploy/job.py` puts deploy/ on the path, not the root
     sys.path.insert(0, str(ROOT))
 
-from deploy.command import command, plain  # noqa: E402
+from deploy.command import command, log_to_stderr, plain  # noqa: E402
 from deploy.runs import find_run, make_folder, passes_away, starting_weights  # noqa: E402
 from deploy.stop import Stop  # noqa: E402
 from system import config_file  # noqa: E402
@@ -258,7 +258,7 @@ def _disk_faults_named(run_dir: Path) -> Iterator[None]:
 
 @command
 def main(argv: list[str]) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    log_to_stderr()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     config, run_dir, arguments = parse_arguments(argv)
     for warning in config.warnings():

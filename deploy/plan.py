@@ -93,14 +93,6 @@ class Plan:
 
 
 @dataclass
-class _Task:
-    """Work on a core."""
-
-    left: float
-    done: Any
-
-
-@dataclass
 class _Sampler:
     version: int = -1
     queue: deque[tuple[int, int]] = field(default_factory=deque)

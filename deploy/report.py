@@ -52,6 +52,7 @@ def summary(
         "steps": counters.step,
         "groups": counters.groups,
         "trajectories": counters.trajectories,
+        "sampled_tokens": counters.sampled_tokens,
         "seconds_total": round(seconds, 1),
         "seconds_training": round(counters.seconds, 1),
         "trajectories_per_second": round(counters.trajectories / training, 2),

@@ -52,7 +52,8 @@ def adapter_file(run_dir: Path) -> Path:
     path = run_dir / "adapter" / "adapter_model.safetensors"
     if not path.is_file():
         done = max((int(folder.name.removeprefix("step-")) for folder in run_dir.glob("checkpoints/step-*")), default=0)
-        as_it_is = f", or to end it with what it has, --resume {run_dir.name} learner.steps={done}" if done else ""
+        ended = f"--resume {run_dir} learner.steps={done} learner.warmup_steps=0"
+        as_it_is = f", or to end it with what it has, {ended}" if done else ""
         raise ConfigError(f"{run_dir} has no {path.relative_to(run_dir)}: the run did not end; --resume it first{as_it_is}")
     return path
 

@@ -33,7 +33,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from actors.settings import alone, engine_environment  # noqa: E402
-from deploy.command import command  # noqa: E402
+from deploy.command import command, log_to_stderr  # noqa: E402
 from deploy.runs import adapter_file, check_output, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
@@ -164,7 +164,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--samples", type=int, default=16, metavar="K", help="draws of each prompt (16)")
     parser.add_argument("--seed", type=int, default=0, help="another one gives other draws (0)")
     arguments = parser.parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    log_to_stderr()
     if arguments.samples < 1:
         raise ConfigError(f"--samples={arguments.samples}: draw at least one")
     if arguments.seed < 0:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from deploy.command import command  # noqa: E402
+from deploy.command import command, log_to_stderr  # noqa: E402
 from deploy.runs import check_output  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
@@ -42,17 +42,15 @@ def draw(config: Config, per_story: int, ending: int, seed: int) -> list[dict[st
     import torch
 
     from actors.stepping import NextTokens
-    from system import tasks
+    from deploy.prepare import prepare
     from system.constraints import Constraints
-    from system.language_model import load_pretrained, load_tokenizer, resolve_device
-    from system.models import locate
+    from system.language_model import load_pretrained, resolve_device
     from system.text import decode, special_tokens
 
-    folder = locate(config.model)
-    tokenizer = load_tokenizer(folder)
-    problem = tasks.build(config.task, tokenizer)
+    prepared = prepare(config)
+    problem, tokenizer = prepared.problem, prepared.tokenizer
     support, device = problem.constraints, resolve_device(config.learner.device)
-    model = load_pretrained(folder, getattr(torch, config.learner.dtype), device)
+    model = load_pretrained(prepared.folder, getattr(torch, config.learner.dtype), device)
     longest = support.max_tokens + 1 + ending
     # The model itself, whatever the support is: the end of sequence is a token like others.
     everything = Constraints.of(
@@ -124,7 +122,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--ending", type=int, default=16, help="tokens of Y")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    log_to_stderr()
     if arguments.per_story < 1:
         raise ConfigError(f"--per-story={arguments.per_story}: tell at least one story for each beginning")
     if arguments.ending < 1:

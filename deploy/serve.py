@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from actors.settings import BLOCK, LORA_RANKS, engine_environment  # noqa: E402
+from actors.settings import BLOCK, engine_environment, max_lora_rank  # noqa: E402
 from deploy.command import command  # noqa: E402
 from deploy.runs import adapter_file, adapter_tensors, find_run  # noqa: E402
 from system import config_file  # noqa: E402
@@ -52,12 +52,11 @@ def command_line(config: Config, run_dir: Path, host: str, port: int, *, gpu: bo
     adapter_tensors(adapter, config.model.path, config.lora)  # vLLM would take it as it is
     folder = locate(config.model)
     section = config.sampler
-    rank = next((rank for rank in LORA_RANKS if rank >= config.lora.rank), LORA_RANKS[-1])
     options = {
         "model": folder,
         "served-model-name": config.model.path,
         "lora-modules": f"{run_dir.name}={adapter.parent}",
-        "max-lora-rank": rank,
+        "max-lora-rank": max_lora_rank(config.lora.rank),
         "host": host,
         "port": port,
         # vLLM's LoRA kernels on a GPU take no float32.

@@ -25,10 +25,9 @@ if str(ROOT) not in sys.path:
 
 from deploy.command import command  # noqa: E402
 from deploy.job import STOPPED  # noqa: E402
+from deploy.stop import SIGNALS  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import ConfigError  # noqa: E402
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def combinations(over: Sequence[str]) -> Iterator[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-RESULTS = ("config.yaml", "summary.json", "heldout.json", "baselines.json")
+RESULTS = ("config.yaml", "summary.json", "heldout*.json", "baselines.json")
 LIMIT = 1000
 """Most runs of one name."""
 
@@ -72,8 +73,8 @@ def _download(client: MlflowClient, uri: str, run: Run, folder: Path) -> Path:
     if "config.yaml" not in there:
         raise ConfigError(f"run {run.info.run_id} at {uri} has no config.yaml: it is none of this project")
     folder.mkdir(parents=True)
-    for name in RESULTS:
-        if name in there:
+    for name in there:
+        if any(fnmatch(name, pattern) for pattern in RESULTS):
             client.download_artifacts(run.info.run_id, name, str(folder))
     experiment = client.get_experiment(run.info.experiment_id).name
     State(uri, experiment, str(run.info.run_name), run_id=run.info.run_id).save(folder / "tracking.json")

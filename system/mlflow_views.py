@@ -22,7 +22,7 @@ VIEWS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "params": _WHAT,
         "metrics": (
             "exact/kl_target_q", "posterior/log_z_lower", "posterior/log_z_weighted", "posterior/spread", "posterior/ess",
-            "posterior/length", "task/accuracy", "task/vote_accuracy", "task/validity", "task/max_log_likelihood",
+            "posterior/length", "task/accuracy", "task/vote", "task/validity", "task/max_log_likelihood",
             "task/diversity", "seconds_training",
         ),
     },

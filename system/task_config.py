@@ -333,8 +333,8 @@ class Subjectivity(Drawn):
     evidence: str = " so it is {label}."
     """What follows a rationale and its stop; `{label}` is filled in. Where the policy answers, its end is the stop."""
     rationales: str | None = None
-    """JSONL that `deploy/evaluate.py` wrote of a `reason` run on these records: each line {"prompt": id, "text": Z}.
-    Several rationales of a record become as many prompts, which vote on its label."""
+    """JSONL that `deploy/evaluate.py` wrote of a `reason` run on these records: each line {"prompt": id, "text": Z, "context":
+    its prompt}. Several rationales of a record become as many prompts, which vote on its label."""
     examples: int = Field(default=0, ge=0)
     """This many labelled records of `examples_from`, the first, stand in front of every prompt."""
     examples_from: str | None = None

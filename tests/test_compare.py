@@ -34,10 +34,12 @@ def run(folder: Path, name: str, seed: int, bound: float, **other: Any) -> Path:
     return path
 
 
-def evaluated(folder: Path, metrics: dict[str, float], *overrides: str, samples: int = 32) -> Path:
+def evaluated(
+    folder: Path, metrics: dict[str, float], *overrides: str, samples: int = 32, temperature: float = 1.0, name: str = "heldout"
+) -> Path:
     """As `deploy/evaluate.py` leaves it."""
-    content = {"overrides": list(overrides), "samples": samples, "metrics": metrics}
-    (folder / "heldout.json").write_text(json.dumps(content))
+    content = {"overrides": list(overrides), "samples": samples, "temperature": temperature, "metrics": metrics}
+    (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
 
 
@@ -74,23 +76,29 @@ def test_held_out_figures_stand_apart_from_those_of_the_training_prompts(tmp_pat
     assert rows["one: held out"].values == {"posterior/ess": (0.7,), "task/bleu_4": (0.02,)}
     assert rows["one: held out, base"].values == {"posterior/ess": (0.1,)}
     assert "posterior/ess" not in rows["one: after"].values
+    others = {"heldout-base-2/posterior/ess": 0.6, "heldout-base-2/base/posterior/ess": 0.2}
+    rows = table(evaluated(folder, others, name="heldout-base-2"))
+    assert rows["one: held out"].values["posterior/ess"] == (0.7,)
+    assert rows["one: held out, base-2"].values == {"posterior/ess": (0.6,)}
+    assert rows["one: held out, base-2, base"].values == {"posterior/ess": (0.2,)}
 
 
-def test_evaluations_on_other_data_or_with_other_counts_of_samples_are_rows_of_their_own(tmp_path: Path) -> None:
+def test_evaluations_on_other_data_or_with_other_samples_are_rows_of_their_own(tmp_path: Path) -> None:
     metrics = {"heldout/posterior/ess": 0.5, "heldout/base/posterior/ess": 0.1}
-    ways: list[tuple[tuple[str, ...], int]] = [
-        (("task.offset=1", "task.limit=4"), 32),
-        (("task.limit=4", "task.offset=1", "actors.cpus=3"), 32),
-        (("task.offset=2", "task.limit=4"), 32),
-        (("task.offset=1", "task.limit=4"), 64),
+    ways: list[tuple[tuple[str, ...], int, float]] = [
+        (("task.offset=1", "task.limit=4"), 32, 1.0),
+        (("task.limit=4", "task.offset=1", "actors.cpus=3"), 32, 1.0),
+        (("task.offset=2", "task.limit=4"), 32, 1.0),
+        (("task.offset=1", "task.limit=4"), 64, 1.0),
+        (("task.offset=1", "task.limit=4"), 64, 0.1),
     ]
     folders = [
-        evaluated(run(tmp_path, "one", seed, -1.0), metrics, *overrides, samples=samples)
-        for seed, (overrides, samples) in enumerate(ways)
+        evaluated(run(tmp_path, "one", seed, -1.0), metrics, *overrides, samples=samples, temperature=temperature)
+        for seed, (overrides, samples, temperature) in enumerate(ways)
     ]
     made = compare.rows([entry for folder in folders for entry in compare.read(folder)])
     seeds = {name: [row.seeds for row in made if row.name == name] for name in ("one: held out", "one: held out, base")}
-    assert set(map(str, seeds.values())) == {"[(0, 1), (2,), (3,)]"}
+    assert set(map(str, seeds.values())) == {"[(0, 1), (2,), (3,), (4,)]"}
 
 
 def test_adapters_of_other_configs_are_rows_of_their_own_and_the_methods_without_them_are_not(tmp_path: Path) -> None:

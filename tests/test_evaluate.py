@@ -181,6 +181,9 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
 
         patch.setattr(evaluate, "evaluate", found)
         patch.setattr(evaluate, "engine_environment", lambda *_: {})
+        # What an evaluation left that had no temperature to note was drawn at 1.
+        (run / "heldout.json").write_text(json.dumps({"overrides": [], "samples": 32, "metrics": {"earlier": 1.0}}))
+        known["earlier"] = 1.0
         for which, name in (("base", "heldout/base/posterior/spread"), ("adapter", "heldout/posterior/spread")):
             before = (run / "heldout_samples.jsonl").read_text()
             assert evaluate.main(["one", "--only", which]) == 0

@@ -186,14 +186,23 @@ def test_a_folder_with_results_of_another_version_of_an_experiment_is_refused(
     def results(lab: Lab) -> dict[str, dict[str, float]]:
         return {"gflownet": {"x": float(lab.seed)}}
 
-    def changed(lab: Lab) -> dict[str, dict[str, float]]:
-        return {"gflownet": {"x": 2.0 * lab.seed}}
-
     asked = ["continuation", "--data", str(tmp_path), "--output", str(tmp_path / "out"), "--seeds"]
     monkeypatch.setitem(EXPERIMENTS, "continuation", results)
     for seed in "12":
         paper.main([*asked, seed])
     assert json.loads((tmp_path / "out/results.json").read_text())["by_seed"].keys() == {"1", "2"}
-    monkeypatch.setitem(EXPERIMENTS, "continuation", changed)
+    changed = tmp_path / "paper.py"
+    changed.write_text(Path(paper.__file__).read_text(encoding="utf-8").replace("learner.lr=5e-4", "learner.lr=1e-4"))
+    monkeypatch.setattr(paper, "__file__", str(changed))
     with pytest.raises(SystemExit, match=r"results\.json is of .*: choose another --output"):
         paper.main([*asked, "3"])
+
+
+def test_settings_of_a_supervised_training_that_an_experiment_does_not_have_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        paper.main(["continuation", "--data", str(tmp_path), "--imitation", "learner.lr=1e-4"])
+    assert "--imitation: continuation has no supervised training; infilling, subjectivity, arithmetic have" in (
+        capsys.readouterr().err
+    )

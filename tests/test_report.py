@@ -30,10 +30,11 @@ def exact(log_q_O: np.ndarray) -> Evaluation:
 
 def test_the_summary_compares_prompt_by_prompt() -> None:
     config = parse({"task": {"kind": "continuation"}})
-    counters = Counters(step=5, groups=5, trajectories=50, seconds=10.0, learner_busy_seconds=4.0)
+    counters = Counters(step=5, groups=5, trajectories=50, sampled_tokens=600, seconds=10.0, learner_busy_seconds=4.0)
     figures = report.summary(config, counters, [(0, sampled(100.0, -9.0)), (5, sampled(4.0, -5.0))], 12.3, finished=True)
     assert figures["trajectories_per_second"] == 5.0
     assert figures["learner_idle"] == 0.6
+    assert figures["sampled_tokens"] == 600
     assert figures["spread_factor_median"] == pytest.approx(25.0)
     assert figures["prompts_bound_rose"] == figures["prompts"] == 2
 

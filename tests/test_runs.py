@@ -33,7 +33,9 @@ def test_a_run_without_an_adapter_is_named_with_what_it_has(tmp_path: Path) -> N
         runs.adapter_file(tmp_path)
     for step in (40, 120):
         (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=rf"or to end it with what it has, --resume {tmp_path.name} learner\.steps=120$"):
+    with pytest.raises(
+        ConfigError, match=rf"or to end it with what it has, --resume {tmp_path} learner\.steps=120 learner\.warmup_steps=0$"
+    ):
         runs.adapter_file(tmp_path)
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import inspect
 import json
 import random
 import shlex
@@ -302,11 +301,14 @@ EXPERIMENTS: dict[str, Callable[[Lab], Rows]] = {
     for experiment in (continuation, constrained, infilling, verifiable, subjectivity, arithmetic)
 }
 
+IMITATING = ("infilling", "subjectivity", "arithmetic")
+"""With supervised training."""
+
 
 def version(task: str) -> str:
     """Of an experiment: another one where its steps or its settings are not the same."""
-    configs = sorted((ROOT / "deploy/configs").glob(f"{task}*.yaml"))
-    written = [inspect.getsource(EXPERIMENTS[task]), *(path.read_text(encoding="utf-8") for path in configs)]
+    files = [Path(__file__), *sorted((ROOT / "deploy/configs").glob(f"{task}*.yaml"))]
+    written = [path.read_text(encoding="utf-8") for path in files]
     return hashlib.sha256("\n".join(written).encode()).hexdigest()[:12]
 
 
@@ -328,6 +330,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--validation", action="store_true", help="on a part of the training data, to choose settings")
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.imitation and arguments.task not in IMITATING:
+        parser.error(f"--imitation: {arguments.task} has no supervised training; {', '.join(IMITATING)} have")
     output = (arguments.output or Path(f"{'validation' if arguments.validation else 'paper'}-{arguments.task}")).resolve()
     output.mkdir(parents=True, exist_ok=True)
     kept = output / "results.json"
