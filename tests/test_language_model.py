@@ -167,10 +167,30 @@ def test_a_model_that_computes_otherwise_is_refused(monkeypatch: pytest.MonkeyPa
         LanguageModel(model)
 
 
-def test_a_model_whose_layers_ask_no_mask_is_refused() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_whose_layers_ask_no_mask_is_refused(dtype: torch.dtype) -> None:
     """A convolution over neighbours is right on one sequence, and mixes samples where a row branches."""
     with pytest.raises(ConfigError, match=r"Lfm2ForCausalLM: packed log-probs differ from the model's own by .* not supported"):
-        LanguageModel(tiny.lfm2(VOCAB))
+        LanguageModel(tiny.lfm2(VOCAB).bfloat16() if dtype == torch.bfloat16 else tiny.lfm2(VOCAB))
+
+
+def test_a_token_that_bfloat16_gets_wrong_in_some_prompt_is_no_reason_to_refuse_a_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own, wrong = LanguageModel._own_log_probs, 0
+
+    def off_at_one_token(self: LanguageModel, tokens: list[int]) -> np.ndarray:
+        nonlocal wrong
+        log_probs_T, wrong = own(self, tokens), wrong + 1
+        log_probs_T[-1] += 3.0 if wrong <= limit else 0.0
+        return log_probs_T
+
+    monkeypatch.setattr(LanguageModel, "_own_log_probs", off_at_one_token)
+    limit = 2  # samples: those of one prompt
+    LanguageModel(tiny.llama(VOCAB))
+    wrong, limit = 0, 1000
+    with pytest.raises(ConfigError, match=r"by 3 nats"):
+        LanguageModel(tiny.llama(VOCAB))
 
 
 def test_attention_whose_logits_are_capped_stays_capped(tmp_path: Path) -> None:
