@@ -106,7 +106,7 @@ class Sampler(Section):
     """Samples for which the reward raises, hangs or gives no finite number are left out of their groups and counted.
     The run stops when there are more than this many in all."""
     canary_tolerance: float | None = Field(default=None, gt=0)
-    """Largest mean difference, nats a token, between the engine's and the learner's log-probs of the canary.
+    """Largest difference, nats, between the engine's and the learner's log-probs of half of the canary's tokens (the median).
     By default 0.005 if both compute in float32, else 0.15: bfloat16 alone makes about 0.05.
     What an update has to differ by to be proven to have arrived is this much, so it says little of early bfloat16 versions."""
 

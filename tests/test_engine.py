@@ -232,6 +232,21 @@ def test_an_update_of_a_weight_that_cannot_be_merged_is_refused(case: Case) -> N
     assert case.largest_error(model) < 1e-3
 
 
+def test_single_tokens_of_the_canary_may_be_nats_off_and_half_of_them_may_not(case: Case) -> None:
+    adapter, _ = case.version(1)
+    canary = adapter.canary
+    assert canary is not None
+    told = np.array(canary.logp_T)
+
+    def off_at(tokens: int) -> Adapter:
+        logp_T = told - 5.0 * (np.arange(len(told)) < tokens)
+        return replace(adapter, canary=replace(canary, logp_T=tuple(logp_T)))
+
+    assert case.engine.install(off_at(2))["canary_error"] == pytest.approx(10.0 / len(told), abs=1e-3)
+    with pytest.raises(AdapterError, match=r"canary is (4\.99|5)\S* nats a token"):
+        case.engine.install(off_at(len(told) // 2 + 1))
+
+
 def test_a_wrong_canary_is_refused_and_nothing_is_drawn_from_it(case: Case) -> None:
     good, model = case.version(1)
     case.engine.install(good)
