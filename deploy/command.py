@@ -37,6 +37,7 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
 
 
 def log_to_stderr() -> None:
+    """From INFO on, with the time."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
 
 

@@ -103,7 +103,9 @@ def _results(folder: Path, run: str, config: dict[str, Any]) -> Iterator[tuple[s
         yield f"{run}: before", config, summary["before"]
         yield f"{run}: after", config, summary["after"]
     for path in sorted(folder.glob("heldout*.json")):
-        heldout, of = content(path.name), "".join(f", {name}" for name in path.stem.split("-", 1)[1:])
+        heldout = content(path.name)
+        _, dash, name = path.stem.partition("-")
+        of = f", {name}" if dash else ""
         base, tuned = held_out(heldout["metrics"])
         evaluated = config_file.load(folder / "config.yaml", heldout["overrides"])
         same = [config, _kept(evaluated.model_dump(mode="json")), heldout["samples"], heldout.get("temperature", 1.0)]
