@@ -51,15 +51,18 @@ class Durations:
 
     @classmethod
     def of_trace(cls, trace: dict[str, Any], one_thread: bool) -> Durations:
-        """From a run's timeline; medians, and for the engines means, since groups share them.
+        """From a run's timeline; medians, and for the engines means, since groups share them. What falls into an evaluation,
+        whose groups have another size, is left out.
 
         Raises:
             ConfigError: the run was too short to have all kinds of work.
         """
         spans: dict[str, list[float]] = {}
         skipped: set[tuple[int, str]] = set()
-        for event in trace["traceEvents"]:
-            if event["ph"] != "X" or event["cat"] == "loop":
+        work = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+        evaluations = [(event["ts"], event["ts"] + event["dur"]) for event in work if event["name"] == "evaluate"]
+        for event in work:
+            if event["cat"] == "loop" or any(start <= event["ts"] < end for start, end in evaluations):
                 continue
             # The first of each kind warms up.
             if (event["pid"], event["name"]) not in skipped:

@@ -1,6 +1,6 @@
 """deploy.plan against real runs: trajectories a second as simulated over as measured, with 1 and 2 samplers.
 
-    python -m tests.benchmarks.plan_check [--repeats 5] [--steps 40]
+    python -m tests.benchmarks.plan_check [random_number|continuation] [--repeats 5] [--steps 40]
 
 Durations come from the timeline of the run with one sampler; the simulation shares this machine's cores.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from deploy.plan import Durations, simulate
 from system import config_file
@@ -17,9 +18,9 @@ from tests.benchmarks.figures import Figure, report
 from tests.benchmarks.runs import ROOT, job
 
 
-def measure(*overrides: str) -> tuple[float, Durations]:
+def measure(config: Path, *overrides: str) -> tuple[float, Durations]:
     """(groups a second once the pipeline is full, durations) of a real run of one group an update."""
-    run = job(str(ROOT / "deploy/configs/random_number.yaml"), *overrides)
+    run = job(str(config), *overrides)
     updates = [event for event in run.trace["traceEvents"] if (event.get("cat"), event["name"]) == ("loop", "update")]
     ends = sorted(event["ts"] + event["dur"] for event in updates)
     # As the simulation does.
@@ -29,24 +30,26 @@ def measure(*overrides: str) -> tuple[float, Durations]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", choices=("random_number", "continuation"), default="random_number")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
     arguments = parser.parse_args()
     settings = [f"learner.steps={arguments.steps}"]
-    cfg = config_file.load(ROOT / "deploy/configs/random_number.yaml", settings)
+    path = ROOT / f"deploy/configs/{arguments.config}.yaml"
+    cfg = config_file.load(path, settings)
     ratios: dict[int, list[float]] = {1: [], 2: []}
     details: dict[int, list[str]] = {1: [], 2: []}
     for repeat in range(arguments.repeats):
         durations: Durations | None = None
         for samplers, values in ratios.items():
-            real, measured = measure(f"actors.count={samplers}", f"seed={repeat}", *settings)
+            real, measured = measure(path, f"actors.count={samplers}", f"seed={repeat}", *settings)
             durations = durations or measured
             simulated = simulate(cfg, durations, samplers, cores=os.cpu_count() or 1).groups_per_second
             values.append(simulated / real)
             details[samplers].append(f"{simulated:.3f} / {real:.3f}")
             print(f"repeat {repeat}, {samplers} samplers: {details[samplers][-1]} groups/s, {durations}", file=sys.stderr)
     for samplers, values in ratios.items():
-        name = f"groups/s with {samplers} samplers, simulated over real"
+        name = f"groups/s on {arguments.config} with {samplers} samplers, simulated over real"
         report(Figure(name, "x", values, 0.85, 1.15, {"simulated / real": "; ".join(details[samplers])}))
 
 
