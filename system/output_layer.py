@@ -1,7 +1,8 @@
 """The output layer without its logits: log-probs of chosen tokens, a chunk of positions at a time, forward and backward.
 
 Materialised, the logits of 4,096 positions over 49,152 tokens are 805 MB in float32, and autograd keeps several copies.
-Here a chunk's logits live only while it is worked on; the backward pass computes them again, in place.
+Here a chunk's logits live only while it is worked on; the backward pass computes them again, in place. Those of the last chunk
+wait for it, since it begins with them: a row of one chunk, as a group's tree mostly is, computes its logits once.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class ChunkedLogProbs(torch.autograd.Function):
     def forward(ctx: Any, hidden_MH: Tensor, head: Head, row_Q: Tensor, column_Q: Tensor) -> Tensor:
         result_Q = torch.empty(len(row_Q), dtype=torch.float32, device=hidden_MH.device)
         lse_M = torch.empty(len(hidden_MH), dtype=torch.float32, device=hidden_MH.device)
+        logits_mC: Tensor | None = None
         for start, low, high in _chunks(len(hidden_MH), head.chunk, row_Q):
             logits_mC = head.logits(hidden_MH, start)
             lse_m = logits_mC.logsumexp(-1)
@@ -54,6 +56,7 @@ class ChunkedLogProbs(torch.autograd.Function):
             lse_M[start : start + head.chunk] = lse_m
         ctx.save_for_backward(hidden_MH, row_Q, column_Q, lse_M)
         ctx.head = head
+        ctx.last = logits_mC if ctx.needs_input_grad[0] else None
         return result_Q
 
     @staticmethod
@@ -64,10 +67,11 @@ class ChunkedLogProbs(torch.autograd.Function):
         head: Head = ctx.head
         gradient_MH = torch.zeros_like(hidden_MH)
         total_M = torch.zeros_like(lse_M).index_add_(0, row_Q, gradient_Q)
-        for start, low, high in _chunks(len(hidden_MH), head.chunk, row_Q):
+        waiting, ctx.last = ctx.last, None
+        for start, low, high in reversed(list(_chunks(len(hidden_MH), head.chunk, row_Q))):
             stop = start + head.chunk
-            logits_mC = head.logits(hidden_MH, start)
-            slope_mC = None
+            logits_mC = head.logits(hidden_MH, start) if waiting is None else waiting
+            waiting, slope_mC = None, None
             if head.softcap:
                 capped = (logits_mC / head.softcap).nan_to_num_(neginf=0.0)
                 slope_mC = 1.0 - capped.square()

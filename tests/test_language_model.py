@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from system.config import ConfigError
 from system.constraints import Constraints
 from system.language_model import LanguageModel, load_pretrained, resolve_device
+from system.output_layer import Head
 from system.prefix_tree import Packed, PrefixTree
 from tests import tiny
 from tests.test_prefix_tree import trajectory
@@ -97,6 +98,25 @@ def test_chunks_change_neither_values_nor_gradients(model: PreTrainedModel) -> N
         results.append((values.detach(), gradient))
     assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
     assert torch.allclose(results[0][1], results[1][1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("chunk", "computed"), [(1000, 1), (20, 3)])
+def test_the_backward_pass_begins_with_the_logits_that_the_forward_pass_ended_with(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, chunk: int, computed: int
+) -> None:
+    logits, calls = Head.logits, []
+    monkeypatch.setattr(Head, "logits", lambda head, *at: calls.append(at) or logits(head, *at))
+    language_model = LanguageModel(model, chunk)
+    hidden = torch.randn(30, model.config.hidden_size, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    calls.clear()
+    values = language_model.log_probs(hidden, np.arange(30), np.arange(30) + 5).square().sum()
+    gradient, again = (torch.autograd.grad(values, hidden, retain_graph=True)[0] for _ in range(2))
+    in_between = -(-30 // chunk)
+    assert len(calls) == computed + in_between, "a second backward pass computes all of them again"
+    assert torch.equal(gradient, again)
+    with torch.no_grad():
+        kept = language_model.log_probs(hidden, np.arange(30), np.arange(30) + 5)
+    assert kept.grad_fn is None
 
 
 def test_gradients_equal_those_of_materialised_logits(model: PreTrainedModel) -> None:
