@@ -177,11 +177,6 @@ class Tracker:
         """Entries that MLflow has not acknowledged."""
         return self._journal.waiting
 
-    @property
-    def refused(self) -> int:
-        """Items that MLflow refused for good. The journal still has them."""
-        return self._courier.state.refused
-
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Ends the run at MLflow, unless it was amended. Waits tracking.close_seconds at most; what then still waits stays in
         the journal."""
@@ -292,7 +287,8 @@ def main() -> None:
         sys.exit(str(error))
     if waiting:
         sys.exit(f"{waiting} entries still wait in {folder}")
-    print(f"MLflow has all of {folder}")
+    refused = State.load(folder / "tracking.json").refused
+    print(f"MLflow has all of {folder}{f' but {refused} items that it refused' if refused else ''}")
 
 
 if __name__ == "__main__":
