@@ -8,7 +8,7 @@ how many samples there were, and logs the metrics to the run in MLflow as heldou
 several data sets stay beside each other. With `--temperature T` the draws are from q^(1/T), token by token, for votes that are
 less spread: these say nothing of the posterior, and only the metrics of the task and the samples' length are left.
 The adapter's samples go to RUN/heldout_samples.jsonl, or to the file of --samples-file: one line a sample, with its prompt's
-id and text, its length in tokens, log q and log R in nats. RUN/heldout.png has both models' bounds by prompt, and the spread of
+id and text, its length in tokens, log q and log R in nats. RUN/heldout.png has the models' bounds by prompt, and the spread of
 their samples' log R, log q and lengths.
 
 For stories that the model told itself (python deploy/self_consistent.py) the true Z is an exact sample of the posterior at
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("headwater")
 
-WHICH = ("base", "adapter")
+WHICH = {"base": "base model", "adapter": "adapter"}
 ROUND = 1_000_003
 """Of the draws: no training evaluation has this number, so no seed is used twice."""
 
@@ -173,9 +173,13 @@ def main(argv: list[str]) -> int:
     replace_text(path, json.dumps(how | {"metrics": kept}, indent=2))
     print(table({which: result.metrics for which, result in results.items()}))
     print(json.dumps(metrics), flush=True)
-    files = [path]
-    if behaviour == ON_POLICY and all(which in results and results[which].samples for which in WHICH):
-        files.append(posterior_plot(run_dir / f"{stem}.png", results["base"], results["adapter"], ("base model", "adapter")))
+    files, plot = [path], run_dir / f"{stem}.png"
+    plotted = {WHICH[which]: result for which, result in results.items() if result.samples}
+    if behaviour == ON_POLICY and plotted:
+        files.append(posterior_plot(plot, plotted))
+    else:
+        # Of an earlier evaluation, beside whose figures it would now stand.
+        plot.unlink(missing_ok=True)
     try:
         _track(run_dir, metrics, files)
     except TrackingError as error:

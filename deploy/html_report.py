@@ -99,6 +99,7 @@ def charts(metrics: Metrics) -> list[Chart]:
     kl = metrics.lines({"exact/kl_target_q": "KL(target ‖ q)", "exact/kl_q_target": "KL(q ‖ target)"})
     bounds = metrics.lines({"posterior/log_z_lower": "evaluation: lower bound"})
     spread = metrics.lines({"posterior/spread": "evaluation"})
+    stop = metrics.lines({"posterior/log_q_stop": "evaluation"})
 
     def of_samples(name: str) -> dict[str, dict[int, float]]:
         return metrics.lines({name: "training samples"})
@@ -109,6 +110,7 @@ def charts(metrics: Metrics) -> list[Chart]:
         Chart("Mean of u, log Z at the posterior", "nats", of_samples("log_z") | bounds, False, frozenset(bounds)),
         Chart("Spread: variance of u", "nats²", of_samples("spread") | spread, True, frozenset(spread)),
         Chart("Effective share of the samples", "", metrics.lines({"ess": "ess"})),
+        Chart("log q of the stop where samples end", "nats", of_samples("log_q_stop") | stop, False, frozenset(stop)),
         Chart("Length of the samples", "tokens", metrics.lines({"length/mean": "mean", "length/max": "longest"})),
         Chart("log R of the samples", "nats", metrics.lines({"log_reward/mean": "mean", "log_reward/max": "best"})),
         Chart("Idle", "share of the time", metrics.lines({"idle/learner": "learner"}) | idle),

@@ -146,7 +146,7 @@ def plots(
         return [_distribution(folder / "distribution.png", problem, labels, before, after)]
     if not before.samples:
         return []
-    return [posterior_plot(folder / "posterior.png", before, after, ("before training", "after training"))]
+    return [posterior_plot(folder / "posterior.png", {"before training": before, "after training": after})]
 
 
 def _distribution(path: Path, problem: Problem, labels: list[str], before: Evaluation, after: Evaluation) -> Path:
@@ -175,15 +175,16 @@ def _label(name: str, evaluation: Evaluation) -> str:
     return f"{name}: KL(target ‖ q) = {evaluation.metrics['exact/kl_target_q']:.3g} nats"
 
 
-def posterior_plot(path: Path, before: Evaluation, after: Evaluation, names: tuple[str, str]) -> Path:
-    """PNG: u by prompt, and log R, log q and the lengths of the samples, of two policies with these names."""
+def posterior_plot(path: Path, policies: Mapping[str, Evaluation]) -> Path:
+    """PNG: u by prompt, and log R, log q and the lengths of the samples, of one policy or two, by name."""
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.8), layout="constrained")
     left, middle, right, last = axes
-    longest = max(row["length"] for result in (before, after) for row in result.samples)
+    longest = max(row["length"] for result in policies.values() for row in result.samples)
     # A prompt whose samples got no reward is in one of the two alone, so a row's number says nothing of its prompt.
-    ordered = [*sorted(before.per_prompt, key=lambda row: row["log_z_lower"]), *after.per_prompt]
+    first, *others = policies.values()
+    ordered = [*sorted(first.per_prompt, key=lambda row: row["log_z_lower"]), *(row for o in others for row in o.per_prompt)]
     place = {prompt: at for at, prompt in enumerate(dict.fromkeys(row["prompt"] for row in ordered))}
-    for result, color, label in zip((before, after), (BASE, TUNED), names, strict=True):
+    for (label, result), color in zip(policies.items(), (BASE, TUNED)[-len(policies) :], strict=True):
         at = [place[row["prompt"]] for row in result.per_prompt]
         lower = [row["log_z_lower"] for row in result.per_prompt]
         deviation = np.sqrt([row["spread"] for row in result.per_prompt])

@@ -26,8 +26,8 @@ from system.evaluation import Evaluation
 from system.language_model import LanguageModel, load_pretrained, load_tokenizer
 from system.models import locate
 from system.posterior import log_mean_exp
-from system.tasks.problem import context_tokens, sampled
-from system.trajectory import Behaviour, Group
+from system.tasks.problem import context_tokens
+from system.trajectory import Behaviour, Group, sampled
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,6 +158,13 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
     names = json.loads(done.stdout.splitlines()[-1]).keys()
     assert {name for name in names if "/task/" not in name} == {"heldout-cold/posterior/length"}
     assert not (run / "heldout-cold.png").exists()
+    # A plot is of what the figures beside it are of.
+    drawn = (run / "heldout.png").read_bytes()
+    for more, there in ((["--samples", "4"], True), (["--temperature", "0.5"], False)):
+        done = command("one", f"task.stories={folder / 'other.jsonl'}", "--only", "adapter", *more)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert (run / "heldout.png").exists() is there
+        assert not there or (run / "heldout.png").read_bytes() != drawn
 
     weights = run / "adapter" / "adapter_model.safetensors"
     data = bytearray(weights.read_bytes())
@@ -168,7 +175,7 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
     monkeypatch.chdir(folder)
     with monkeypatch.context() as patch:
         asked = []
-        only = Evaluation({"posterior/spread": 2.0}, samples=[{"text": "new"}])
+        only = Evaluation({"posterior/spread": 2.0}, samples=[{"text": "new", "length": 1, "log_q": -1.0, "log_reward": -1.0}])
         known: dict[str, float] = {}
 
         def found(_config: Config, run: Path, _samples: int, which: str, _behaviour: Behaviour) -> dict[str, Evaluation]:

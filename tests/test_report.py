@@ -66,7 +66,7 @@ def test_a_prompt_keeps_its_place_in_the_plot_where_others_lost_their_samples(
         result.per_prompt[:] = [row | {"prompt": prompt, "log_z_lower": bound} for prompt, bound in bounds.items()]
     closed = []
     monkeypatch.setattr(report.plt, "close", closed.append)
-    report.posterior_plot(tmp_path / "posterior.png", before, after, ("one", "two"))
+    report.posterior_plot(tmp_path / "posterior.png", {"one": before, "two": after})
     monkeypatch.undo()
     [figure] = closed
     lines = [container.lines[0] for container in figure.axes[0].containers]
