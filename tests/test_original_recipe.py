@@ -14,13 +14,25 @@ from tests.benchmarks.original_recipe import Recipe
 from tests.benchmarks.runs import Run
 
 
+def span(process: int, name: str, start: float, seconds: float, kind: str = "work") -> dict[str, Any]:
+    return {"ph": "X", "pid": process, "cat": kind, "name": name, "ts": start, "dur": seconds}
+
+
+EVENTS = [
+    {"ph": "M", "name": "process_name", "pid": 1},
+    span(1, "update", 10, 4), span(1, "adapter", 14, 1), span(1, "update", 16, 4), span(1, "adapter", 20, 9),
+    span(2, "generate", 9, 9), span(2, "generate", 10, 5), span(3, "generate", 11, 3), span(4, "update", 0, 99, "loop"),
+]  # fmt: skip
+"""Of ten seconds, an evaluation before them, and two samplers."""
+
+
 def jobs(monkeypatch: pytest.MonkeyPatch, *evaluations: dict[str, float]) -> list[tuple[str, ...]]:
     """The arguments of our runs, none of which is started."""
     started: list[tuple[str, ...]] = []
 
     def job(*arguments: str) -> Run:
         started.append(arguments)
-        return Run({"trajectories_per_second": 5.0}, list(evaluations), {})
+        return Run({"trajectories_per_second": 5.0}, list(evaluations), {"traceEvents": EVENTS})
 
     monkeypatch.setattr(original_recipe, "job", job)
     return started
@@ -50,4 +62,9 @@ def test_rates_on_continuation_stand_beside_the_lengths_of_both_sides(
     monkeypatch.setattr(original_recipe, "Recipe", lambda _: recipe)
     jobs(monkeypatch, {"posterior/length": 9.0}, {"posterior/length": 7.5})
     original_recipe.continuation(2, [])
-    assert json.loads(capsys.readouterr().out)["detail"]["mean_lengths"] == "9.0 to 7.5 / 2.0; 9.0 to 7.5 / 2.0"
+    detail = json.loads(capsys.readouterr().out)["detail"]
+    assert detail["mean_lengths"] == "9.0 to 7.5 / 2.0; 9.0 to 7.5 / 2.0"
+    ours, theirs = detail["phases"].split("; ")[0].split(" / ")
+    assert ours == "update 0.80, adapter 0.10, generate 0.40"
+    assert [part.split()[0] for part in theirs.split(", ")] == ["rollout", "reward", "backward"]
+    assert 0.5 < sum(float(part.split()[1]) for part in theirs.split(", ")) < 1.01

@@ -11,7 +11,8 @@ sub-trajectory balance (lambda = 1) along each row; AdamW, no clipping. Support,
 
 `random_number`: seconds of training until the exact KL is at most 0.05; a recipe that is not there at the limit counts
 with the limit, so the ratio is a lower bound. `continuation`: trajectories a second, with the mean lengths of both sides'
-samples beside it: lengths fall in training, and the two are timed over different updates.
+samples beside it (lengths fall in training, and the two are timed over different updates), and what the time goes to: shares of
+our learner's time and of our sampler's, and of the recipe's one process's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,7 @@ from system.functions import import_function
 from system.language_model import load_tokenizer
 from system.models import locate
 from system.posterior import Exact
-from system.task_config import FunctionReward
+from system.reward_config import FunctionReward
 from system.text import decode
 from system.trajectory import Group, Prompt
 from tests.benchmarks.figures import ratio, report
@@ -73,6 +76,7 @@ class Recipe:
         self.step = 0
         self.lengths: list[float] = []
         """Mean tokens of a sample, of each group."""
+        self.seconds = {"rollout": 0.0, "reward": 0.0, "backward": 0.0}
 
     def rollout(self, prompt: Prompt, samples: int, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(tokens [K, T], log q of them, log q(stop) [K, T + 1], lengths [K]), with gradients."""
@@ -126,12 +130,20 @@ class Recipe:
         edges_KT = log_KTV[:, :-1].gather(2, tokens_KT[..., None])[..., 0]
         return torch.nn.functional.pad(edges_KT.cumsum(1), (1, 0)) + log_KTV[..., self.constraints.stop_token]
 
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - started
+
     def update(self) -> int:
         """Trajectories used. As there, the gradients of several groups add up, one after the other."""
         learner, samples = self.learner, self.cfg.sampler.samples_per_prompt
         learner.optimizer.zero_grad(set_to_none=True)
         for _ in range(self.cfg.learner.groups_per_update):
-            self.group_loss(samples).backward()
+            loss = self.group_loss(samples)
+            with self._timed("backward"):
+                loss.backward()
         for group in learner.optimizer.param_groups:
             group["lr"] = lr_at(self.cfg.learner, self.step)
         learner.optimizer.step()
@@ -142,9 +154,11 @@ class Recipe:
         prompt = self.problem.prompts[self.rng.integers(len(self.problem.prompts))]
         tempered = self.cfg.task.kind == "continuation" and self.rng.random() < 0.5
         temperature = float(self.rng.uniform(0.5, 2.0)) if tempered else 1.0
-        tokens_KT, log_q_KT, log_stop_KT, lengths_K = self.rollout(prompt, samples, temperature)
+        with self._timed("rollout"):
+            tokens_KT, log_q_KT, log_stop_KT, lengths_K = self.rollout(prompt, samples, temperature)
         self.lengths.append(float(lengths_K.float().mean()))
-        reward_KT = self.log_reward(prompt, tokens_KT, lengths_K) / self.cfg.learner.reward_temperature.at(self.step)
+        with self._timed("reward"):
+            reward_KT = self.log_reward(prompt, tokens_KT, lengths_K) / self.cfg.learner.reward_temperature.at(self.step)
         at_T = torch.arange(reward_KT.shape[1])
         inside_KT = (at_T <= lengths_K[:, None]) & (at_T >= self.constraints.min_tokens)
         path_KT = torch.nn.functional.pad(log_q_KT.cumsum(1), (1, 0))
@@ -202,21 +216,33 @@ def continuation(repeats: int, overrides: list[str]) -> None:
         config_file.load("deploy/configs/continuation.yaml", ["sampler.samples_per_prompt=20", "learner.threads=2"])
     )
     recipe.update()
-    theirs, ours, lengths = [], [], []
+    theirs, ours, lengths, phases = [], [], [], []
     path = str(Path("deploy/configs/continuation.yaml").resolve())
     for repeat in range(repeats):
         recipe.lengths.clear()
+        recipe.seconds = dict.fromkeys(recipe.seconds, 0.0)
         started = time.perf_counter()
         used = sum(recipe.update() for _ in range(3))
-        theirs.append(used / (time.perf_counter() - started))
+        whole = time.perf_counter() - started
+        theirs.append(used / whole)
         settings = ["sampler.samples_per_prompt=20", "learner.steps=24", "task.limit=24", "learner.evaluation_samples=2"]
         run = job(path, f"seed={repeat}", *settings, *overrides)
         ours.append(run.summary["trajectories_per_second"])
         first, last = (run.evaluations[at]["posterior/length"] for at in (0, -1))
         lengths.append(f"{first:.1f} to {last:.1f} / {statistics.mean(recipe.lengths):.1f}")
-        print(f"repeat {repeat}: {ours[-1]:.2f} against {theirs[-1]:.2f} trajectories/s", file=sys.stderr, flush=True)
+        of_recipe = {phase: seconds / whole for phase, seconds in recipe.seconds.items()}
+        phases.append(f"{_shares(run.shares())} / {_shares(of_recipe)}")
+        print(
+            f"repeat {repeat}: {ours[-1]:.2f} against {theirs[-1]:.2f} trajectories/s, {phases[-1]}",
+            file=sys.stderr,
+            flush=True,
+        )
     name = " ".join(["trajectories/s of the loop on continuation, K = 20, ours over the original recipe", *overrides])
-    report(ratio(name, ours, theirs, 8.0, mean_lengths="; ".join(lengths)))
+    report(ratio(name, ours, theirs, 8.0, mean_lengths="; ".join(lengths), phases="; ".join(phases)))
+
+
+def _shares(of: dict[str, float]) -> str:
+    return ", ".join(f"{name} {share:.2f}" for name, share in of.items() if share >= 0.005)
 
 
 if __name__ == "__main__":

@@ -9,23 +9,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
 from tests.benchmarks.figures import Figure, report
 from tests.benchmarks.runs import ROOT, job
 
 AT_MOST = 0.05
-
-
-def shares(trace: dict[str, Any]) -> dict[str, float]:
-    """Share of the time between the first update's start and the last one's end, by what it is spent on."""
-    spans = [event for event in trace["traceEvents"] if event["ph"] == "X"]
-    updates = [event for event in spans if event["name"] == "update" and event["cat"] == "learner"]
-    start, end = min(event["ts"] for event in updates), max(event["ts"] + event["dur"] for event in updates)
-    inside = [event for event in spans if start <= event["ts"] < end]
-    return {
-        name: sum(event["dur"] for event in inside if event["name"] == name) / (end - start) for name in ("adapter", "install")
-    }
 
 
 def main() -> None:
@@ -41,8 +29,8 @@ def main() -> None:
                 str(ROOT / f"deploy/configs/{config}.yaml"), f"learner.steps={arguments.steps}", f"seed={repeat}",
                 "learner.evaluation_prompts=2", "learner.evaluation_samples=2",
             )  # fmt: skip
-            for name, share in shares(run.trace).items():
-                values[name].append(share)
+            for name, found in values.items():
+                found.append(run.shares()[name])
             print(f"{config}, repeat {repeat}: {values}", file=sys.stderr, flush=True)
         report(
             Figure(f"making a version, share of the learner's time, {config}", "", values["adapter"], at_most=AT_MOST),

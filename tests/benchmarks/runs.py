@@ -23,6 +23,19 @@ class Run:
     trace: dict[str, Any]
     """timeline.json."""
 
+    def shares(self) -> dict[str, float]:
+        """What each kind of work takes of the time from the first update's start to the last one's end: of the learner's time,
+        or of a sampler's, the mean where there are several."""
+        spans = [event for event in self.trace["traceEvents"] if event["ph"] == "X" and event["cat"] != "loop"]
+        updates = [event for event in spans if event["name"] == "update"]
+        start, end = min(event["ts"] for event in updates), max(event["ts"] + event["dur"] for event in updates)
+        found: dict[str, float] = {}
+        for name in dict.fromkeys(event["name"] for event in spans):
+            inside = [event for event in spans if event["name"] == name and start <= event["ts"] < end]
+            processes = len({event["pid"] for event in inside})
+            found[name] = sum(event["dur"] for event in inside) / (end - start) / max(processes, 1)
+        return found
+
 
 def job(*arguments: str) -> Run:
     """Raises CalledProcessError if it fails."""
