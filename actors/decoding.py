@@ -26,8 +26,7 @@ from actors.rewards import Reward
 from actors.stepping import NextTokens
 from system.constraints import Constraints
 from system.posterior import log_mean_exp
-from system.tasks.problem import sampled
-from system.trajectory import Prompt
+from system.trajectory import Prompt, sampled
 
 Tokens = tuple[int, ...]
 

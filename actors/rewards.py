@@ -18,8 +18,8 @@ from system.function_process import FunctionProcess
 from system.functions import import_function
 from system.language_model import LanguageModel
 from system.prefix_tree import Packed, PrefixTree, rows_by_budget
+from system.reward_config import ContrastReward, FunctionReward, LMPosterior, ProductReward, at_ends
 from system.reward_error import RewardError
-from system.task_config import ContrastReward, FunctionReward, LMPosterior, ProductReward, at_ends
 from system.trajectory import Prompt, Trajectory
 
 

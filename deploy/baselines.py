@@ -33,7 +33,7 @@ from deploy.command import command, log_to_stderr  # noqa: E402
 from deploy.runs import adapter_file, find_run, load_adapter, make_folder  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
-from system.task_config import at_ends  # noqa: E402
+from system.reward_config import at_ends  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,8 +124,8 @@ class Baselines:
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         from dataclasses import replace
 
-        from system.tasks.problem import sampled
         from system.text import decode
+        from system.trajectory import sampled
 
         started = time.perf_counter()
         draws = decoder.draw(method, prompt, samples)
@@ -142,7 +142,8 @@ class Baselines:
         if self.diversity is not None:
             metrics["task/diversity"] = self.diversity(texts)
         if self.problem.judge is not None:
-            metrics |= {f"task/{name}": value for name, value in self.problem.judge(prompt, texts).items()}
+            verdict = self.problem.judge(prompt, texts, draws.tokens_K)
+            metrics |= {f"task/{name}": value for name, value in verdict.items()}
         log_weight_K = draws.log_weights(log_reward_K / decoder.reward_temperature)
         metrics |= _bounds(draws, log_weight_K)
         rows = [

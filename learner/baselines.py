@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from system.config import GRPO, MLE, PPO, RLOO, Loss
+from system.learner_config import GRPO, MLE, PPO, RLOO, Loss
 from system.prefix_tree import PrefixTree
 from system.trajectory import Group
 

@@ -28,9 +28,9 @@ from learner.states import node_log_reward, states_of
 from system.adapters import Adapter, Canary
 from system.checkpoint import CheckpointError
 from system.config import Config
-from system.config import Learner as LearnerConfig
 from system.constraints import Constraints
 from system.language_model import resolve_device
+from system.learner_config import Learner as LearnerConfig
 from system.models import locate
 from system.posterior import Bounds
 from system.prefix_tree import Packed, PrefixTree

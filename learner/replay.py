@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from system.config import Replay as ReplayConfig
+from system.learner_config import Replay as ReplayConfig
 from system.trajectory import Behaviour, Group, Trajectory
 
 

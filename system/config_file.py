@@ -13,8 +13,10 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from system.config import Config, ConfigError, Loss
-from system.task_config import Factor, Reward, Task
+from system.config import Config, ConfigError
+from system.learner_config import Loss
+from system.reward_config import Factor, Reward
+from system.task_config import Task
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:

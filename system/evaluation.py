@@ -123,9 +123,10 @@ def judge(
 
     def verdict(group: Group) -> dict[str, float]:
         result = {}
-        texts = [decode(t.tokens_T.tolist()) for t in group.trajectories_K]
+        tokens_K = [trajectory.tokens_T.tolist() for trajectory in group.trajectories_K]
+        texts = [decode(tokens) for tokens in tokens_K]
         if problem.judge is not None:
-            result |= problem.judge(group.prompt, texts)
+            result |= problem.judge(group.prompt, texts, tokens_K)
         if diversity is not None:
             result["diversity"] = diversity(texts)
         if others := problem.alternatives.get(group.prompt.id):

@@ -31,7 +31,7 @@ from system.config import ConfigError
 from system.constraints import Constraints
 from system.output_layer import ChunkedLogProbs, Head
 from system.prefix_tree import Packed, PrefixTree
-from system.trajectory import Trajectory
+from system.trajectory import sampled
 
 logger = logging.getLogger(__name__)
 
@@ -310,12 +310,7 @@ class LanguageModel:
         """Nats, at worst, of two samples that part after a token, in one row and each by itself: layers that mix neighbours
         without asking the mask, as convolutions and recurrences do, show only where a row branches."""
         prompt, paths = tokens[:4], (tokens[4:12], tokens[4:5] + tokens[12:])
-        tree = PrefixTree.of(
-            [
-                Trajectory(np.array(p, np.int32), np.ones(len(p), bool), np.zeros(len(p) + 1, np.float32), "sampled")
-                for p in paths
-            ]
-        )
+        tree = PrefixTree.of([sampled(path) for path in paths])
         [(edge_N, _)] = self.score([Packed.of(tree, prompt)])
         own = [self._own_log_probs([*prompt, *path])[len(prompt) - 1 :] for path in paths]
         return max(float(np.abs(edge_N[nodes_T[1:]] - own_T).max()) for nodes_T, own_T in zip(tree.nodes_K, own, strict=True))

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from system.config import Exploration
+from system.sampler_config import Exploration
 from system.trajectory import ON_POLICY, Behaviour, Prompt, Request
 
 

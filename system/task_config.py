@@ -1,88 +1,15 @@
-"""The sections of a config that say what is sampled: the tasks, and the rewards in proportion to which they are."""
+"""The sections of a config that say what is sampled: the tasks."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from system.reward_config import FUNCTION_PATH, FunctionReward, LMPosterior, ProductReward, Reward
 from system.section import Section
-
-FUNCTION_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
-
-
-class LMPosterior(Section):
-    """log p(Z stop | X), plus log p(Y | X Z stop) where a prompt has evidence Y."""
-
-    kind: Literal["lm_posterior"] = "lm_posterior"
-    every_prefix: bool = True
-    """False: where a trajectory ends alone, which saves the evidence at every other prefix; for `vargrad` or `pooled`."""
-
-
-class FunctionReward(Section):
-    """A python function `f(prompt: Prompt, text: str, tokens: list[int]) -> float` as log R = f / beta, in nats."""
-
-    kind: Literal["function"] = "function"
-    path: str = Field(pattern=FUNCTION_PATH)
-    """Import path, `package.module:function`."""
-    beta: float = Field(default=1.0, gt=0)
-    """Strength of the pull towards the prior, as in p(Z | X) exp(r / beta)."""
-    every_prefix: bool = False
-    """True: called at each prefix that can stop. False: at the end alone, and only `vargrad` or `pooled` can learn."""
-    batch: bool = False
-    """True: called once for all of a group, `f(prompt, texts, tokens) -> list[float]` with a list of texts and one of their
-    tokens, as a reward model computes them or a judge is asked, many at a time."""
-    seconds: float | None = Field(default=10.0, gt=0)
-    """Longest time of a call. The function runs in a process of its own, which is ended when a call takes longer.
-    null: in the sampler's process and without a limit, for a function that is known to end."""
-    start_seconds: float = Field(default=120.0, gt=0)
-    """Longest wait until that process has imported it; what it needs, such as a model, may be loaded then."""
-
-
-class ContrastReward(Section):
-    """(p(Y | X Z stop) / Σ p(Y' | X Z stop))^power, over the evidence Y and those of the task's other labels: how well Z tells
-    the label. Beside `lm_posterior` it sharpens a likelihood that is too soft for the label to matter to Z."""
-
-    kind: Literal["contrast"] = "contrast"
-    power: float = Field(default=1.0, gt=0)
-    """1 for the share itself; more sharpens it."""
-    every_prefix: bool = True
-    """As of `lm_posterior`."""
-
-
-Factor = Annotated[LMPosterior | FunctionReward | ContrastReward, Field(discriminator="kind")]
-
-
-class ProductReward(Section):
-    """The product of rewards: their logs add up. With `lm_posterior` and a verifier: p(Z | X) exp(r / beta)."""
-
-    kind: Literal["product"] = "product"
-    of: tuple[Factor, ...] = Field(min_length=2)
-    """The factors."""
-
-    @property
-    def every_prefix(self) -> bool:
-        return all(factor.every_prefix for factor in self.of)
-
-    @property
-    def contrasts(self) -> bool:
-        return any(isinstance(factor, ContrastReward) for factor in self.of)
-
-
-Reward = Annotated[LMPosterior | FunctionReward | ProductReward, Field(discriminator="kind")]
-
-
-R = TypeVar("R", bound=LMPosterior | FunctionReward | ContrastReward | ProductReward)
-
-
-def at_ends(reward: R) -> R:
-    """The same reward, computed where a sample ends alone."""
-    ends = {"every_prefix": False}
-    if isinstance(reward, ProductReward):
-        return reward.model_copy(update={"of": tuple(factor.model_copy(update=ends) for factor in reward.of)})
-    return reward.model_copy(update=ends)
 
 
 def _check_template(field: str, text: str, /, needed: bool = True, **values: object) -> None:

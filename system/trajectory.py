@@ -98,6 +98,21 @@ class Trajectory:
         return self.tokens_T.astype(np.int32).tobytes()
 
 
+def sampled(
+    tokens: Sequence[int] | np.ndarray, is_action_T: np.ndarray | None = None, *, max_tokens: int | None = None
+) -> Trajectory:
+    """A trajectory as it would be recorded if the policy had drawn it; of actions alone, unless it is said which are.
+
+    At `max_tokens` actions the stop is forced, which a loss over actions leaves out. Without, for what is only to be scored, it
+    counts as drawn.
+    """
+    if is_action_T is None:
+        is_action_T = np.ones(len(tokens), bool)
+    forced = max_tokens is not None and int(is_action_T.sum()) >= max_tokens
+    logp_T = np.zeros(len(tokens) + 1, np.float32)
+    return Trajectory(np.array(tokens, np.int32), is_action_T, logp_T, "forced" if forced else "sampled")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
     """K samples of one prompt with the log-reward of stopping at every prefix."""

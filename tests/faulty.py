@@ -44,6 +44,13 @@ def shouting(prompt: Any, text: str, tokens: list[int]) -> bool:
     return text.isupper()
 
 
+def short(prompt: Any, text: str, tokens: list[int]) -> bool:
+    """Of no token it cannot say."""
+    if not tokens:
+        raise ArithmeticError("nothing to count")
+    return len(tokens) < 3
+
+
 def process_id(prompt: Any, text: str, tokens: list[int]) -> int:
     return os.getpid()
 

@@ -158,13 +158,18 @@ def test_a_rationale_that_is_not_what_the_calculator_computes_is_refused(
 def test_votes_decide_and_what_cannot_be_read_is_wrong() -> None:
     prompt = Prompt("p", (1,), (1,), meta={"answer": 6, "operands": 2})
     right, wrong, none = " 9 - 3 = 6", " 9 - 2 = 7", " 9 - 3 = 6, 6"
-    verdict = judge(prompt, [right, right, wrong])
-    assert verdict == {"accuracy": 1.0, "sample_accuracy": pytest.approx(2 / 3), "worked_out": pytest.approx(2 / 3)}
-    assert judge(prompt, [right, wrong])["accuracy"] == 0.0
-    assert judge(prompt, [wrong, wrong, right])["accuracy"] == 0.0
-    assert judge(prompt, [none, "6", ""]) == {"accuracy": 0.0, "sample_accuracy": 0.0, "worked_out": 0.0}
-    assert judge(prompt, [right, none, none])["accuracy"] == 1.0
-    assert judge(prompt, [" 2 + 2 + 2 = 6"]) == {"accuracy": 1.0, "sample_accuracy": 1.0, "worked_out": 0.0}
+
+    def verdict(*texts: str) -> dict[str, float]:
+        return judge(prompt, texts, [()] * len(texts))
+
+    two_thirds = pytest.approx(2 / 3)
+    assert verdict(right, right, wrong) == {"accuracy": 1.0, "sample_accuracy": two_thirds, "worked_out": two_thirds}
+    assert verdict(right, wrong)["accuracy"] == 0.0
+    assert verdict(wrong, wrong, right)["accuracy"] == 0.0
+    assert verdict(none, "6", "") == {"accuracy": 0.0, "sample_accuracy": 0.0, "worked_out": 0.0}
+    assert verdict(right, none, none)["accuracy"] == 0.0
+    assert verdict(right, right, none)["accuracy"] == 1.0
+    assert verdict(" 2 + 2 + 2 = 6") == {"accuracy": 1.0, "sample_accuracy": 1.0, "worked_out": 0.0}
 
 
 @pytest.mark.parametrize(

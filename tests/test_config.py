@@ -16,9 +16,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from system.config import ConfigError, Exploration, RewardTemperature
+from system.config import ConfigError
 from system.config_file import dump, flatten, load, parse, parse_overrides
+from system.learner_config import RewardTemperature
 from system.requests import explore
+from system.sampler_config import Exploration
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]

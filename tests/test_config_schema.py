@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from system.config import NEEDS_PREFIX_REWARDS, Config, ConfigError
+from system.config import Config, ConfigError
 from system.config_file import parse
+from system.learner_config import NEEDS_PREFIX_REWARDS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = Config.model_json_schema()

@@ -16,8 +16,7 @@ from actors.rewards import Posterior
 from system.constraints import Constraints
 from system.language_model import LanguageModel
 from system.posterior import log_mean_exp
-from system.tasks.problem import sampled
-from system.trajectory import Prompt
+from system.trajectory import Prompt, sampled
 from tests import tiny
 
 STOP, LETTERS = 20, (10, 11, 12)

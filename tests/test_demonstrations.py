@@ -12,8 +12,8 @@ from system.config import ConfigError
 from system.config_file import parse
 from system.constraints import Constraints
 from system.requests import Requests
-from system.tasks.problem import Problem, sampled
-from system.trajectory import Prompt, Trajectory
+from system.tasks.problem import Problem
+from system.trajectory import Prompt, Trajectory, sampled
 from tests.fakes import PROMPTS, FakeSamplers
 
 SHOWN = {"prompt-0": (sampled([3, 4]), sampled([5])), "prompt-2": (sampled([6]),)}

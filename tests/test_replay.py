@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from learner.replay import Replay
-from system.config import Replay as ReplayConfig
+from system.learner_config import Replay as ReplayConfig
 from system.trajectory import Behaviour, Group, Prompt, Trajectory
 
 Sample = tuple[tuple[int, ...], float]

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from system.config import Exploration
 from system.requests import Requests
+from system.sampler_config import Exploration
 from system.trajectory import Behaviour, Prompt
 
 PROMPTS = [Prompt(f"prompt-{index}", (1,), (1,)) for index in range(7)]

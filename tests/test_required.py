@@ -19,9 +19,8 @@ from system.config_file import parse
 from system.constraints import Constraints
 from system.prefix_tree import PrefixTree
 from system.required import Required, has_word
-from system.tasks.problem import sampled
 from system.text import decode
-from system.trajectory import Behaviour, Group, Prompt, Request
+from system.trajectory import Behaviour, Group, Prompt, Request, sampled
 from tests import lora, tiny
 
 TOKENIZER = tiny.tokenizer()
@@ -103,7 +102,7 @@ def test_a_certain_token_is_no_action_of_a_baseline(folder: Path) -> None:
     config = parse({"task": {"kind": "random_number"}, "lora": {"rank": 4}, "loss": {"kind": "mle"}})
     learner = Learner(config, folder, support, "base", list(range(10, 40)))
     samples = [(A, A, SPACE, A, B), (A, B)]
-    trajectories = tuple(sampled(tokens, constraints=support) for tokens in samples)
+    trajectories = tuple(sampled(tokens, max_tokens=support.max_tokens) for tokens in samples)
     group = Group(PROMPT, trajectories, tuple(np.zeros(len(tokens) + 1) for tokens in samples), 0, 0)
     log_q_K = learner.score([group])[0].log_q_K
     # Two choices before ` ab` comes for certain, then the forced stop; and two with a stop that was drawn.
@@ -122,7 +121,7 @@ def scored(folder: Path) -> tuple[Learner, list[Tokens], np.ndarray]:
     learner = Learner(config, folder, support, "base", list(range(10, 40)))
     tiny.perturb(learner.policy.parameters.values())
     samples = list(complete(support))
-    trajectories = tuple(sampled(tokens, constraints=support) for tokens in samples)
+    trajectories = tuple(sampled(tokens, max_tokens=support.max_tokens) for tokens in samples)
     rewards = tuple(np.zeros(len(tokens) + 1) for tokens in samples)
     [score] = learner.score([Group(PROMPT, trajectories, rewards, 0, 0)])
     return learner, samples, score.log_q_K

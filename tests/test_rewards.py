@@ -23,10 +23,9 @@ from system.config_file import parse
 from system.functions import import_function
 from system.language_model import LanguageModel
 from system.prefix_tree import PrefixTree
+from system.reward_config import at_ends
 from system.reward_error import RewardError
-from system.task_config import at_ends
-from system.tasks.problem import sampled
-from system.trajectory import Prompt, Trajectory
+from system.trajectory import Prompt, Trajectory, sampled
 from tests import faulty, tiny
 
 SAMPLES = [[5, 6, 7, 8], [5, 6, 9], [5, 6], [], [5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17], [5, 6], [30]]

@@ -20,8 +20,7 @@ from system.config import ConfigError
 from system.language_model import load_tokenizer
 from system.posterior import log_mean_exp
 from system.tasks.arithmetic import read_questions
-from system.tasks.problem import sampled
-from system.trajectory import Group
+from system.trajectory import Group, sampled
 from tests import fakes, finished, lora, tiny
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -25,10 +25,10 @@ from system.language_model import LanguageModel, load_pretrained, load_tokenizer
 from system.models import locate
 from system.requests import Requests
 from system.reward_error import RewardError
-from system.tasks.problem import Problem, sampled
+from system.tasks.problem import Problem
 from system.tasks.subjectivity import PACKAGED_REVIEWS
 from system.text import decode
-from system.trajectory import Group, Prompt, Request, Trajectory
+from system.trajectory import Group, Prompt, Request, Trajectory, sampled
 from system.voting import preferred, tally
 from tests import tiny
 
@@ -391,7 +391,7 @@ def test_a_vote_whose_reward_cannot_be_had_is_left_out_and_named(
     assert f"{prompt.id} has no vote, as its samples have no reward: log of zero" in caplog.text
 
 
-def first_letters(prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
+def first_letters(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]]) -> dict[str, float]:
     return {"letters": float(len({text[0] for text in texts}))}
 
 

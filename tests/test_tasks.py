@@ -27,11 +27,11 @@ from system.task_config import Continuation
 from system.tasks.constrained import log_constraint, validity
 from system.tasks.continuation import read_prompts, variety
 from system.tasks.infilling import overlap
-from system.tasks.problem import Problem, context_tokens, sampled, single_token
+from system.tasks.problem import Problem, context_tokens, single_token
 from system.tasks.random_number import log_reward, paper_log_reward
 from system.tasks.verifiable import correctness, last_number
 from system.text import decode
-from system.trajectory import Prompt, Trajectory
+from system.trajectory import Prompt, Trajectory, sampled
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer(64)
@@ -388,10 +388,10 @@ def test_a_sampled_trajectory_of_the_most_actions_ends_as_a_draw_does() -> None:
     """The tool's tokens do not count; without constraints nothing is known to be the most."""
     support = Constraints.of(stop_token=0, min_tokens=1, max_tokens=2, vocab_size=9)
     tool = np.array([True, False])
-    stops = [sampled(tokens, constraints=support).stop for tokens in ([3], [3, 4])]
+    stops = [sampled(tokens, max_tokens=support.max_tokens).stop for tokens in ([3], [3, 4])]
     assert stops == ["sampled", "forced"]
-    assert sampled([3, 4], tool, constraints=support).stop == "sampled"
-    assert sampled([3, 4, 5], np.append(tool, True), constraints=support).stop == "forced"
+    assert sampled([3, 4], tool, max_tokens=support.max_tokens).stop == "sampled"
+    assert sampled([3, 4, 5], np.append(tool, True), max_tokens=support.max_tokens).stop == "forced"
     assert sampled([3, 4]).stop == "sampled"
 
 
@@ -658,16 +658,23 @@ def asked(**meta: Any) -> Prompt:
     return Prompt("p", (1,), (1,), meta=meta)
 
 
+def judged(judge: Any, prompt: Prompt, texts: list[str]) -> dict[str, float]:
+    """By a judge that reads texts alone."""
+    return judge(prompt, texts, [[]] * len(texts))
+
+
 def test_an_infilled_sentence_is_compared_with_the_storys_own_without_its_stop() -> None:
     prompt = asked(middle="The cat sat on the mat.", stop=".")
-    same, near, far = (overlap(prompt, [text]) for text in (" The cat sat on the mat", " The dog sat on the mat", " No"))
+    same, near, far = (
+        judged(overlap, prompt, [text]) for text in (" The cat sat on the mat", " The dog sat on the mat", " No")
+    )
     assert same == {"bleu_4": pytest.approx(1.0), "gleu_4": pytest.approx(1.0)}
     # 5/6, 3/5, 2/4 and 1/3 of the n-grams are right; GLEU counts them together.
     assert near["bleu_4"] == pytest.approx((5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
     assert near["gleu_4"] == pytest.approx(11 / 18)
     assert far["bleu_4"] < 0.01
     assert far["gleu_4"] == 0.0
-    both = overlap(prompt, [" The cat sat on the mat", ""])
+    both = judged(overlap, prompt, [" The cat sat on the mat", ""])
     assert both["gleu_4"] == pytest.approx(0.5)
 
 
@@ -679,7 +686,7 @@ def test_a_pattern_that_backtracks_without_end_is_given_up_after_its_time() -> N
         log_constraint(prompt, "a" * 60 + "?", [])
     assert time.monotonic() - started < 10
     assert log_constraint(prompt, "aaa", []) == 0.0
-    assert validity(prompt, ["aaa", "a" * 60 + "?"])["validity"] == 0.5
+    assert judged(validity, prompt, ["aaa", "a" * 60 + "?"])["validity"] == 0.5
 
 
 def test_a_predicate_that_hangs_is_given_up_after_its_time() -> None:
@@ -689,20 +696,24 @@ def test_a_predicate_that_hangs_is_given_up_after_its_time() -> None:
     assert log_constraint(prompt, "fine", []) == 0.0
 
 
+def test_a_predicate_reads_the_tokens_of_what_is_judged_and_what_it_fails_for_is_not_valid() -> None:
+    (prompt,) = problem("constrained", limit=1, predicate="tests.faulty:short").prompts
+    texts, tokens_K = ["ab", "abc", "", "ab"], [[7, 8], [7, 8, 9], [], [7, 8]]
+    assert validity(prompt, texts, tokens_K) == {"validity": 0.5, "distinct": 0.75}
+
+
 def test_a_story_without_its_own_sentence_has_no_overlap() -> None:
-    assert overlap(asked(middle="", stop="."), ["a", "b"]) == {}
+    assert judged(overlap, asked(middle="", stop="."), ["a", "b"]) == {}
 
 
 def test_continuations_are_judged_by_the_share_of_distinct_ones() -> None:
-    assert variety(asked(), ["a", "b", "a", "a"]) == {"distinct": 0.5}
+    assert judged(variety, asked(), ["a", "b", "a", "a"]) == {"distinct": 0.5}
 
 
 def test_constrained_texts_are_judged_by_whether_they_satisfy() -> None:
     constraint = {"keywords": ["cat"], "pattern": None, "predicate": None, "floor": -20.0, "seconds": 1.0}
-    result = validity(asked(constraint=constraint), ["a cat", "a catalogue", "a dog", "Cat!"])
+    result = judged(validity, asked(constraint=constraint), ["a cat", "a catalogue", "a dog", "Cat!"])
     assert result == {"validity": 0.5, "distinct": 1.0}
-    with_tokens = validity(asked(constraint=constraint | {"predicate": "a:b"}), ["a cat", "a dog"])
-    assert "validity" not in with_tokens
 
 
 @pytest.mark.parametrize(
@@ -719,13 +730,13 @@ def test_constrained_texts_are_judged_by_whether_they_satisfy() -> None:
 def test_answers_are_judged_alone_and_by_their_majority(
     texts: list[str], accuracy: float, vote: float, distinct: float
 ) -> None:
-    result = correctness(asked(answer="7"), texts)
+    result = judged(correctness, asked(answer="7"), texts)
     expected = {"accuracy": accuracy, "vote": vote, "distinct_answers": distinct}
     assert result == pytest.approx(expected, nan_ok=True)
 
 
 def test_an_answer_that_is_no_number_gets_no_verdict() -> None:
-    assert correctness(asked(answer="Paris"), ["Paris"]) == {}
+    assert judged(correctness, asked(answer="Paris"), ["Paris"]) == {}
 
 
 @pytest.mark.parametrize(("kind", "judge"), [("continuation", variety), ("infilling", overlap), ("verifiable", correctness)])

@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from system.config import ConfigError
 from system.task_config import Arithmetic
 from system.tasks.files import choose, read_records
-from system.tasks.problem import Problem, context_tokens, sampled, single_token, support
+from system.tasks.problem import Problem, context_tokens, single_token, support
 from system.tools import Calculator, play
-from system.trajectory import Prompt
+from system.trajectory import Prompt, sampled
 from system.voting import wins
 
 QUESTION = re.compile(r"Question: (-?\d+(?: [+-] \d+)+) = \? Answer:", re.ASCII)
@@ -78,7 +78,7 @@ def build(section: Arithmetic, tokenizer: PreTrainedTokenizerBase) -> Problem:
         if question.steps and not constraints.admits(actions):
             undrawable += 1
         elif question.steps:
-            demonstrations[prompt.id] = (sampled(*play(tool, section.tool_tokens, actions), constraints=constraints),)
+            demonstrations[prompt.id] = (sampled(*play(tool, section.tool_tokens, actions), max_tokens=constraints.max_tokens),)
     return Problem(
         prompts=tuple(prompts),
         constraints=constraints,
@@ -261,12 +261,12 @@ def log_correct(prompt: Prompt, text: str, tokens: list[int]) -> float:
     return 0.0 if works_out(text, prompt.meta["operands"], prompt.meta["answer"]) else -20.0
 
 
-def judge(prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
-    """Whether the answer that most texts give is right (a tie, or no number, is wrong), the share of right texts, and of those
-    that work it out."""
+def judge(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Whether the answer that most texts give is right (a tie is not, nor are most without a number), the share of right texts,
+    and of those that work it out."""
     answer = prompt.meta["answer"]
     results = [result(text) for text in texts]
-    won = wins((value for value in results if value is not None), answer)
+    won = wins(results, answer)
     worked = [works_out(text, prompt.meta["operands"], answer) for text in texts]
     right = [value == answer for value in results]
     return {"accuracy": float(won), "sample_accuracy": float(np.mean(right)), "worked_out": float(np.mean(worked))}

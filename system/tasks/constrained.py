@@ -12,7 +12,7 @@ import regex
 from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError
-from system.function_process import function_process
+from system.function_process import FunctionFault, function_process
 from system.required import Required, has_word
 from system.task_config import Constrained
 from system.tasks import continuation
@@ -62,20 +62,17 @@ def build(section: Constrained, tokenizer: PreTrainedTokenizerBase) -> Problem:
     return replace(problem, prompts=prompts, constraints=constraints, judge=validity)
 
 
-def validity(prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
-    """Share of texts that satisfy the constraint, and of distinct ones. A predicate reads tokens too, which are not
-    here: with one, the first is not known."""
-    result = continuation.variety(prompt, texts)
-    if not prompt.meta["constraint"]["predicate"]:
-        result["validity"] = sum(_found(prompt, text) for text in texts) / len(texts)
-    return result
+def validity(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Share of texts that satisfy the constraint, and of distinct ones."""
+    found_K = [_found(prompt, text, list(tokens)) for text, tokens in zip(texts, tokens_K, strict=True)]
+    return continuation.variety(prompt, texts, tokens_K) | {"validity": sum(found_K) / len(found_K)}
 
 
-def _found(prompt: Prompt, text: str) -> bool:
+def _found(prompt: Prompt, text: str, tokens: list[int]) -> bool:
     try:
-        return satisfied(prompt, text, [])
+        return satisfied(prompt, text, tokens)
     # The reward has refused such a sample already: here it only counts as one that does not satisfy.
-    except TimeoutError:
+    except (TimeoutError, FunctionFault):
         return False
 
 

@@ -46,7 +46,7 @@ def build(section: NextSentence, tokenizer: PreTrainedTokenizerBase) -> Problem:
     )
 
 
-def variety(prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
+def variety(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]]) -> dict[str, float]:
     """Share of distinct texts."""
     return {"distinct": len(set(texts)) / len(texts)}
 

@@ -18,9 +18,9 @@ from system.config import ConfigError
 from system.task_config import Infilling
 from system.tasks.continuation import legal_tokens
 from system.tasks.files import choose, read_records
-from system.tasks.problem import Problem, context_tokens, sampled, single_token, support
+from system.tasks.problem import Problem, context_tokens, single_token, support
 from system.text import decode
-from system.trajectory import Prompt
+from system.trajectory import Prompt, sampled
 
 PACKAGED_STORIES = Path(__file__).with_name("stories.jsonl")
 
@@ -57,7 +57,7 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
         if middle is not None and not constraints.admits(middle):
             undrawable += 1
         elif middle is not None:
-            demonstrations[story.id] = (sampled(middle, constraints=constraints),)
+            demonstrations[story.id] = (sampled(middle, max_tokens=constraints.max_tokens),)
             if story.tokens:
                 told.add(story.id)
         prompts.append(Prompt(story.id, policy, context_tokens(tokenizer, story.before), tuple(tokens["after"]), meta))
@@ -72,7 +72,7 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
     )
 
 
-def overlap(prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
+def overlap(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]]) -> dict[str, float]:
     """BLEU-4 and GLEU-4 with the story's own sentence, in 0..1, means over samples; nothing where it is not known.
 
     Neither side has its stop, which all samples would get right. Smoothing is NLTK's method 1, as in the paper's code.

@@ -45,9 +45,9 @@ class Problem:
     choices: tuple[Trajectory, ...] = ()
     """Where the policy answers: all that it may say, the same for all prompts; a prompt's demonstration is what is right.
     Evaluations ask for the likeliest choice; prompts of the same meta["record"] vote."""
-    judge: Callable[[Prompt, Sequence[str]], dict[str, float]] | None = None
-    """Scores the texts of K on-policy samples of one prompt by what the task is about: accuracy, overlap, validity. A
-    function of a module, since it travels between processes. Evaluations log the means over prompts as task/…."""
+    judge: Callable[[Prompt, Sequence[str], Sequence[Sequence[int]]], dict[str, float]] | None = None
+    """Scores K on-policy samples of one prompt, their texts and tokens, by what the task is about: accuracy, overlap, validity.
+    A function of a module, since it travels between processes. Evaluations log the means over prompts as task/…."""
 
     @property
     def trained(self) -> tuple[Prompt, ...]:
@@ -152,18 +152,3 @@ def chat_context(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, st
         raise ConfigError(f"{where}: the model's chat template does not take it: {error}") from error
     # The template has written all special tokens.
     return text, tuple(tokenizer.encode(text, add_special_tokens=False))
-
-
-def sampled(
-    tokens: Sequence[int] | np.ndarray, is_action_T: np.ndarray | None = None, *, constraints: Constraints | None = None
-) -> Trajectory:
-    """A trajectory as it would be recorded if the policy had drawn it; of actions alone, unless it is said which are.
-
-    At the most actions of `constraints` the stop is forced, which a loss over actions leaves out. Without `constraints`, for
-    what is only to be scored, it counts as drawn.
-    """
-    if is_action_T is None:
-        is_action_T = np.ones(len(tokens), bool)
-    forced = constraints is not None and bool(constraints.must_stop(is_action_T.sum()))
-    logp_T = np.zeros(len(tokens) + 1, np.float32)
-    return Trajectory(np.array(tokens, np.int32), is_action_T, logp_T, "forced" if forced else "sampled")

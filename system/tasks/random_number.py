@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError
 from system.constraints import Constraints
-from system.task_config import FunctionReward, RandomNumber
-from system.tasks.problem import Problem, context_tokens, ordinary_tokens, sampled, single_token, support
+from system.reward_config import FunctionReward
+from system.task_config import RandomNumber
+from system.tasks.problem import Problem, context_tokens, ordinary_tokens, single_token, support
 from system.text import decode
-from system.trajectory import Prompt
+from system.trajectory import Prompt, sampled
 
 REST = 1e-4
 """Most mass that everything but the numbers may have, as a share of theirs: nats by which the exact KL can be wrong."""
@@ -39,7 +40,7 @@ def build(section: RandomNumber, tokenizer: PreTrainedTokenizerBase) -> Problem:
         if (text := decode(tokenizer, [token])).isdecimal() and text.isascii():
             pieces.setdefault(text, []).append(token)
     outcomes = tuple(
-        sampled(tokens, constraints=constraints)
+        sampled(tokens, max_tokens=constraints.max_tokens)
         for number in range(section.low, section.high + 1)
         for tokens in _written(str(number), pieces, constraints.max_tokens)
         if decode(tokenizer, tokens) == str(number)  # some tokens read otherwise beside others

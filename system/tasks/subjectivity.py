@@ -18,8 +18,8 @@ from system.constraints import Constraints
 from system.task_config import Subjectivity
 from system.tasks.continuation import legal_tokens
 from system.tasks.files import choose, read_records
-from system.tasks.problem import Problem, context_tokens, sampled, single_token, support
-from system.trajectory import Prompt
+from system.tasks.problem import Problem, context_tokens, single_token, support
+from system.trajectory import Prompt, sampled
 
 PACKAGED_REVIEWS = Path(__file__).with_name("reviews.jsonl")
 
@@ -69,7 +69,7 @@ def _answer(section: Subjectivity, tokenizer: PreTrainedTokenizerBase, records: 
     constraints = Constraints.of(
         stop_token=stop, min_tokens=1, max_tokens=1, vocab_size=len(tokenizer), allowed=list(labels.values())
     )
-    choices = {label: sampled([token], constraints=constraints) for label, token in labels.items()}
+    choices = {label: sampled([token], max_tokens=constraints.max_tokens) for label, token in labels.items()}
     if section.stage == "label":
         texts = {record.id: [section.label_prompt.format(text=record.text)] for record in records}
     else:

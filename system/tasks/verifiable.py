@@ -68,7 +68,7 @@ def _question(record: Any, number: int, section: Verifiable) -> dict[str, Any]:
     raise ConfigError(f'{where}: needs {{"question": text, "answer": text or number}}')
 
 
-def correctness(prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
+def correctness(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]]) -> dict[str, float]:
     """Accuracy of the samples, whether their majority is right (a tie is not, nor are most without a number), and the
     share of distinct texts among the right ones, NaN without any. Nothing for an answer that is no number."""
     try:
