@@ -269,15 +269,15 @@ class Engine:
         rows: Any = done[0].prompt_logprobs
         logp_T = [row[token].logprob for row, token in zip(rows[1:], tokens[1:], strict=True)]
         distance_T = np.abs(np.subtract(logp_T, adapter.canary.logp_T))
-        exact = self.settings.exact
-        typical = float(np.mean(distance_T) if exact else np.median(distance_T))
+        by_mean = self.settings.canary_by_mean
+        typical = float(np.mean(distance_T) if by_mean else np.median(distance_T))
         # Written so that NaN fails too.
         if not typical <= self.settings.canary_tolerance:
             coarse = ", or bfloat16 is too coarse for what was learned: learner.dtype=float32 and sampler.dtype=float32 tell"
             raise AdapterError(
                 f"adapter version {adapter.version}: the engine's canary is {typical:.4g} nats a token away from the "
                 f"learner's, above sampler.canary_tolerance={self.settings.canary_tolerance:g}: these are not the published "
-                f"weights{'' if exact else coarse}"
+                f"weights{'' if by_mean else coarse}"
             )
         return float(np.mean(distance_T))
 

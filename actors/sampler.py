@@ -113,7 +113,7 @@ class Sampler:
             kv_cache_mb=section.kv_cache_mb,
             gpu_memory_utilization=config.gpu_memory_utilization,
             canary_tolerance=config.canary_tolerance,
-            exact=config.exact,
+            canary_by_mean=config.canary_by_mean,
             max_lora_rank=config.lora.rank,
             threads=config.actors.threads,
             seed=config.seed,

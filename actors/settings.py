@@ -63,8 +63,8 @@ class EngineSettings:
     gpu_memory_utilization: float = 0.5
     canary_tolerance: float = 0.005
     """Nats a token."""
-    exact: bool = True
-    """The canary's mean has to be within the tolerance; else its median."""
+    canary_by_mean: bool = True
+    """The mean of the canary's distances has to be within the tolerance; else their median."""
     max_lora_rank: int = 16
     threads: int = 1
     shared_prompts: int = 64

@@ -8,8 +8,8 @@ how many samples there were, and logs the metrics to the run in MLflow as heldou
 several data sets stay beside each other. With `--temperature T` the draws are from q^(1/T), token by token, for votes that are
 less spread: these say nothing of the posterior, and only the metrics of the task and the samples' length are left.
 The adapter's samples go to RUN/heldout_samples.jsonl, or to the file of --samples-file: one line a sample, with its prompt's
-id and text, its length in tokens, log q and log R in nats. RUN/heldout.png has the models' bounds by prompt, and the spread of
-their samples' log R, log q and lengths.
+id and text, its length in tokens, log q and log R in nats. RUN/heldout.png has the bounds by prompt, and the spread of the
+samples' log R, log q and lengths, of the models that were evaluated last.
 
 For stories that the model told itself (python deploy/self_consistent.py) the true Z is an exact sample of the posterior at
 T = 1, so that E[u] over it is an upper bound on log Z: the gap between the bounds is KL(q || p) + KL(p || q), and zero means
@@ -174,9 +174,9 @@ def main(argv: list[str]) -> int:
     print(table({which: result.metrics for which, result in results.items()}))
     print(json.dumps(metrics), flush=True)
     files, plot = [path], run_dir / f"{stem}.png"
-    plotted = {WHICH[which]: result for which, result in results.items() if result.samples}
-    if behaviour == ON_POLICY and plotted:
-        files.append(posterior_plot(plot, plotted))
+    sampled = {which: result for which, result in results.items() if result.samples}
+    if behaviour == ON_POLICY and sampled:
+        files.append(posterior_plot(plot, {label: sampled.get(which) for which, label in WHICH.items()}))
     else:
         # Of an earlier evaluation, beside whose figures it would now stand.
         plot.unlink(missing_ok=True)

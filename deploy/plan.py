@@ -51,8 +51,8 @@ class Durations:
 
     @classmethod
     def of_trace(cls, trace: dict[str, Any], one_thread: bool) -> Durations:
-        """From a run's timeline; medians, and for the engines means, since groups share them. What falls into an evaluation,
-        whose groups have another size, is left out.
+        """From a run's timeline; medians, and for the engines means, since groups share them. Groups of evaluations, which have
+        another size, are left out.
 
         Raises:
             ConfigError: the run was too short to have all kinds of work.
@@ -62,7 +62,12 @@ class Durations:
         work = [event for event in trace["traceEvents"] if event["ph"] == "X"]
         evaluations = [(event["ts"], event["ts"] + event["dur"]) for event in work if event["name"] == "evaluate"]
         for event in work:
-            if event["cat"] == "loop" or any(start <= event["ts"] < end for start, end in evaluations):
+            if event["cat"] == "loop":
+                continue
+            # An engine draws for no group alone, so that only the time tells whom it draws for.
+            if event["name"] == "generate" and any(start <= event["ts"] < end for start, end in evaluations):
+                continue
+            if event["name"] == "reward" and event["args"]["group"] < 0:
                 continue
             # The first of each kind warms up.
             if (event["pid"], event["name"]) not in skipped:

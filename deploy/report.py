@@ -175,16 +175,18 @@ def _label(name: str, evaluation: Evaluation) -> str:
     return f"{name}: KL(target ‖ q) = {evaluation.metrics['exact/kl_target_q']:.3g} nats"
 
 
-def posterior_plot(path: Path, policies: Mapping[str, Evaluation]) -> Path:
-    """PNG: u by prompt, and log R, log q and the lengths of the samples, of one policy or two, by name."""
+def posterior_plot(path: Path, policies: Mapping[str, Evaluation | None]) -> Path:
+    """PNG: u by prompt, and log R, log q and the lengths of the samples, of the two policies of these names, or of the one
+    that is not None."""
+    drawn = [(name, of, color) for (name, of), color in zip(policies.items(), (BASE, TUNED), strict=True) if of is not None]
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.8), layout="constrained")
     left, middle, right, last = axes
-    longest = max(row["length"] for result in policies.values() for row in result.samples)
+    longest = max(row["length"] for _, result, _ in drawn for row in result.samples)
     # A prompt whose samples got no reward is in one of the two alone, so a row's number says nothing of its prompt.
-    first, *others = policies.values()
-    ordered = [*sorted(first.per_prompt, key=lambda row: row["log_z_lower"]), *(row for o in others for row in o.per_prompt)]
+    first, *others = (result.per_prompt for _, result, _ in drawn)
+    ordered = [*sorted(first, key=lambda row: row["log_z_lower"]), *(row for rows in others for row in rows)]
     place = {prompt: at for at, prompt in enumerate(dict.fromkeys(row["prompt"] for row in ordered))}
-    for (label, result), color in zip(policies.items(), (BASE, TUNED)[-len(policies) :], strict=True):
+    for label, result, color in drawn:
         at = [place[row["prompt"]] for row in result.per_prompt]
         lower = [row["log_z_lower"] for row in result.per_prompt]
         deviation = np.sqrt([row["spread"] for row in result.per_prompt])

@@ -102,13 +102,13 @@ class Config(Section):
         return self.sampler.gpu_memory_utilization or 0.5 * (self.actors.gpus or 1.0)
 
     @property
-    def exact(self) -> bool:
-        """Engine and learner give the same log-probs of any token."""
+    def canary_by_mean(self) -> bool:
+        """Engine and learner agree at every token to within rounding, which bfloat16 does not promise."""
         return self.sampler.dtype == self.learner.dtype == "float32"
 
     @property
     def canary_tolerance(self) -> float:
-        return self.sampler.canary_tolerance or (0.005 if self.exact else 0.15)
+        return self.sampler.canary_tolerance or (0.005 if self.canary_by_mean else 0.15)
 
     def warnings(self) -> list[str]:
         """What is allowed and hardly meant. A run may be shortened to have a look at it, so nothing here is an error."""

@@ -118,8 +118,8 @@ def judge(
     rewards: Rewards,
     diversity: Callable[[Sequence[str]], float] | None = None,
 ) -> Judge:
-    """The task's own verdict on a group, from its texts, their diversity where there is a measure of it, and its samples' vote
-    where the evidence has alternatives."""
+    """The task's own verdict on a group, the diversity of its texts where there is a measure of it, and its samples' vote where
+    the evidence has alternatives."""
 
     def verdict(group: Group) -> dict[str, float]:
         result = {}

@@ -117,7 +117,7 @@ class LanguageModel:
     def __init__(
         self, model: PreTrainedModel, logits_chunk: int = 256, attention: Literal["auto", "dense", "block"] = "auto"
     ) -> None:
-        """`attention` as in `system.config.Learner`. What was chosen is the attribute of that name."""
+        """`attention` as in `system.learner_config.Learner`. What was chosen is the attribute of that name."""
         self.model = model
         self.logits_chunk = logits_chunk
         config = model.config.get_text_config()

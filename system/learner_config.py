@@ -153,7 +153,7 @@ class Learner(Section):
     token_budget: int = Field(default=2048, ge=64)
     """Most tokens of one micro-batch: the trees of an update are packed into rows of this length."""
     logits_chunk: int = Field(default=256, ge=1)
-    """Positions whose logits exist at one time."""
+    """Positions whose logits exist at one time; twice as many where a baseline with `kl` asks the base too."""
     attention: Literal["auto", "dense", "block"] = "auto"
     """Of the learner and of the frozen model that scores: a mask for each pair of a row's tokens (`dense`), or FlexAttention
     over the blocks of the prefix trees (`block`). auto: block on CUDA where it works, which is logged where it does not."""

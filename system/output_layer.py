@@ -56,7 +56,7 @@ class ChunkedLogProbs(torch.autograd.Function):
             lse_M[start : start + head.chunk] = lse_m
         ctx.save_for_backward(hidden_MH, row_Q, column_Q, lse_M)
         ctx.head = head
-        ctx.last = logits_mC if ctx.needs_input_grad[0] else None
+        ctx.last = logits_mC
         return result_Q
 
     @staticmethod

@@ -126,7 +126,8 @@ class Constrained(NextSentence):
     pattern: str | None = None
     """A regular expression that must be found in the sentence."""
     predicate: str | None = Field(default=None, pattern=FUNCTION_PATH)
-    """Import path of a function `f(prompt: Prompt, text: str, tokens: list[int]) -> bool` that must be true."""
+    """Import path of a function `f(prompt: Prompt, text: str, tokens: list[int]) -> bool` that must be true. Evaluations ask it
+    once more, for the share of samples that satisfy it."""
     seconds: float = Field(default=10.0, gt=0)
     """Longest time of a search for the pattern, and of a call of the predicate, which runs in a process of its own."""
     floor: float = Field(default=-20.0, le=-5.0)

@@ -288,7 +288,7 @@ def main() -> None:
     if waiting:
         sys.exit(f"{waiting} entries still wait in {folder}")
     refused = State.load(folder / "tracking.json").refused
-    print(f"MLflow has all of {folder}{f' but {refused} items that it refused' if refused else ''}")
+    print(f"MLflow has all of {folder}{f', but for {refused} that it refused' if refused else ''}")
 
 
 if __name__ == "__main__":

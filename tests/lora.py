@@ -1,4 +1,4 @@
-"""Small models that vLLM can run, adapters for them made with PEFT, and the behaviour's log-probs from their definition."""
+"""Adapters for tiny models made with PEFT, and the behaviour's log-probs from their definition."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from system.adapters import Adapter, Canary
 from system.constraints import Constraints
 from system.trajectory import Behaviour, Prompt, Trajectory
-from tests import tiny
 
-VOCABULARY = 64
 NAME = "tiny"
 """What adapters call their base model."""
 CANARY = tuple(range(10, 50, 2))
@@ -24,25 +22,6 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "gpt2": ("c_attn", "c_proj", "c_fc"),
 }
 """Of llama, a part of each fused group: q and v of qkv, up of gate and up."""
-
-
-def folder(parent: Path, kind: str) -> Path:
-    """As `tiny.folder`, with heads of 32 dimensions: the smallest that vLLM computes on CPU."""
-    if kind == "llama":
-        config = LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, max_position_embeddings=tiny.CONTEXT, initializer_range=0.2, bos_token_id=1,
-            eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
-        )  # fmt: skip
-    else:
-        config = GPT2Config(
-            vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=2, n_positions=tiny.CONTEXT, initializer_range=0.2,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return tiny.save(model.eval(), parent / kind)
 
 
 def load(path: Path) -> PreTrainedModel:

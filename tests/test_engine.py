@@ -18,9 +18,9 @@ from system.adapters import Adapter, AdapterError
 from system.constraints import Constraints
 from system.tools import play
 from system.trajectory import Behaviour, Prompt, Request, Trajectory
-from tests import lora
+from tests import lora, tiny
 
-CONSTRAINTS = Constraints.of(stop_token=5, min_tokens=2, max_tokens=6, vocab_size=lora.VOCABULARY, allowed=range(2, 32))
+CONSTRAINTS = Constraints.of(stop_token=5, min_tokens=2, max_tokens=6, vocab_size=tiny.VOCABULARY, allowed=range(2, 32))
 BEHAVIOURS = (Behaviour(), Behaviour(0.5), Behaviour(2.0), Behaviour(1.0, 0.3), Behaviour(1.7, 0.2))
 SHORT = Prompt("short", (1, 7, 9), (1,))
 LONG = Prompt("long", tuple(3 + i % 50 for i in range(80)), (1,))
@@ -58,7 +58,7 @@ class Case:
 @pytest.fixture(scope="module", params=[("llama", "merged"), ("gpt2", "merged"), ("llama", "adapter")], ids="-".join)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     kind, install = request.param
-    folder = lora.folder(tmp_path_factory.mktemp(install), kind)
+    folder = tiny.folder(tmp_path_factory.mktemp(install), kind)
     engine = Engine(
         folder, lora.NAME, CONSTRAINTS, EngineSettings(max_model_len=96, install=install, kv_cache_mb=16, max_lora_rank=4)
     )
@@ -117,7 +117,7 @@ def test_tokens_are_drawn_as_often_as_their_log_probs_say(case: Case) -> None:
     case.engine.install(adapter)
     for behaviour in (Behaviour(), Behaviour(2.0, 0.3)):
         (group,) = case.draw(Request(0, SHORT, (behaviour,) * 1500, 4))
-        counts = np.bincount([trajectory.tokens_T[0] for trajectory in group], minlength=lora.VOCABULARY)
+        counts = np.bincount([trajectory.tokens_T[0] for trajectory in group], minlength=tiny.VOCABULARY)
         due = lora.next_log_probs(model, CONSTRAINTS, SHORT, np.zeros(0, np.int32), behaviour)[0].exp().numpy()
         # The expected total variation of 1500 exact draws over these 29 tokens is at most 0.055.
         assert 0.5 * np.abs(counts / len(group) - due).sum() < 0.08
@@ -246,7 +246,7 @@ def test_single_tokens_of_the_canary_may_be_nats_off_in_bfloat16_alone_and_half_
 
     with pytest.raises(AdapterError, match=rf"canary is {10.0 / len(told):.3g}\S* nats a token .*published weights$"):
         case.engine.install(off_at(2))
-    monkeypatch.setattr(case.engine, "settings", replace(case.engine.settings, exact=False))
+    monkeypatch.setattr(case.engine, "settings", replace(case.engine.settings, canary_by_mean=False))
     assert case.engine.install(off_at(2))["canary_error"] == pytest.approx(10.0 / len(told), abs=1e-3)
     with pytest.raises(AdapterError, match=r"canary is (4\.99|5)\S* nats a token .*bfloat16 is too coarse"):
         case.engine.install(off_at(len(told) // 2 + 1))
@@ -316,8 +316,11 @@ class Doubling:
 
 
 def test_a_tool_writes_into_samples_and_log_q_leaves_it_out(tmp_path: Path) -> None:
-    constraints = replace(CONSTRAINTS, tool_tokens=4)
-    folder = lora.folder(tmp_path, "llama")
+    # Few tokens, so that the tool's comes often.
+    constraints = Constraints.of(
+        stop_token=5, min_tokens=2, max_tokens=6, vocab_size=tiny.VOCABULARY, allowed=range(6, 11), tool_tokens=4
+    )
+    folder = tiny.folder(tmp_path)
     settings = EngineSettings(max_model_len=96, kv_cache_mb=16, max_lora_rank=4)
     engine = Engine(folder, lora.NAME, constraints, settings, Doubling())
     case = Case(folder, "llama", engine)

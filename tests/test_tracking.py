@@ -316,7 +316,7 @@ def test_the_journal_of_a_killed_process_is_whole_and_is_replayed_by_the_command
     assert died.returncode == -signal.SIGKILL
     command = [sys.executable, "-m", "system.tracking", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, timeout=60, capture_output=True, text=True, check=True)
-    assert f"MLflow has all of {tmp_path} but 1 items that it refused" in done.stdout
+    assert f"MLflow has all of {tmp_path}, but for 1 that it refused" in done.stdout
     run = recorded(database, "killed")
     assert run.info.status == "KILLED"
     assert history(database, run, "loss") == [(step, float(step)) for step in range(100)]

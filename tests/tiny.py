@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+VOCABULARY = 64
 CONTEXT = 128
 """Tokens that each model was made for."""
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -37,7 +38,7 @@ def _build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     return model.requires_grad_(False).eval()
 
 
-def llama(vocab_size: int = 64, seed: int = 0) -> PreTrainedModel:
+def llama(vocab_size: int = VOCABULARY, seed: int = 0) -> PreTrainedModel:
     """Rotary positions, grouped-query attention, an output layer of its own."""
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -57,13 +58,13 @@ def llama(vocab_size: int = 64, seed: int = 0) -> PreTrainedModel:
     return _build(config, seed)
 
 
-def gpt2(vocab_size: int = 64, seed: int = 0) -> PreTrainedModel:
+def gpt2(vocab_size: int = VOCABULARY, seed: int = 0) -> PreTrainedModel:
     """Learned absolute positions, Conv1D layers, tied embeddings."""
     config = GPT2Config(
         vocab_size=vocab_size,
-        n_embd=32,
+        n_embd=64,
         n_layer=2,
-        n_head=4,
+        n_head=2,  # of 32 dimensions, the fewest that vLLM's CPU kernels take
         n_positions=CONTEXT,
         initializer_range=0.3,
         resid_pdrop=0.0,
@@ -76,7 +77,7 @@ def gpt2(vocab_size: int = 64, seed: int = 0) -> PreTrainedModel:
     return _build(config, seed)
 
 
-def gemma2(vocab_size: int = 64, seed: int = 0) -> PreTrainedModel:
+def gemma2(vocab_size: int = VOCABULARY, seed: int = 0) -> PreTrainedModel:
     """The logits of attention are capped."""
     config = Gemma2Config(
         vocab_size=vocab_size,
@@ -96,7 +97,7 @@ def gemma2(vocab_size: int = 64, seed: int = 0) -> PreTrainedModel:
     return _build(config, seed)
 
 
-def lfm2(vocab_size: int = 64, seed: int = 0) -> PreTrainedModel:
+def lfm2(vocab_size: int = VOCABULARY, seed: int = 0) -> PreTrainedModel:
     """One layer that convolves neighbouring tokens, one with attention."""
     config = Lfm2Config(
         vocab_size=vocab_size,
@@ -114,7 +115,7 @@ def lfm2(vocab_size: int = 64, seed: int = 0) -> PreTrainedModel:
     return _build(config, seed)
 
 
-def gemma3(vocab_size: int = 64, seed: int = 0) -> PreTrainedModel:
+def gemma3(vocab_size: int = VOCABULARY, seed: int = 0) -> PreTrainedModel:
     """One layer with a sliding window of 8 tokens, one with full attention, tied embeddings, capped logits."""
     config = Gemma3TextConfig(
         vocab_size=vocab_size,
@@ -140,7 +141,7 @@ def gemma3(vocab_size: int = 64, seed: int = 0) -> PreTrainedModel:
 KINDS: dict[str, Callable[..., PreTrainedModel]] = {"llama": llama, "gpt2": gpt2, "gemma3": gemma3}
 
 
-def tokenizer(vocab_size: int = 64) -> PreTrainedTokenizerFast:
+def tokenizer(vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """One token a character, `<s>` in front of a text, and unused tokens `<u0>`, `<u1>`, … up to the vocabulary size."""
     words = [*SPECIAL, *CHARACTERS]
     words += [f"<u{index}>" for index in range(vocab_size - len(words))]
@@ -161,7 +162,7 @@ def save(model: PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
-def folder(tmp_path: Path, kind: str = "llama", vocab_size: int = 64) -> Path:
+def folder(tmp_path: Path, kind: str = "llama", vocab_size: int = VOCABULARY) -> Path:
     """`tmp_path/KIND` with a tiny model and its tokenizer."""
     return save(KINDS[kind](vocab_size), tmp_path / kind)
 

@@ -26,7 +26,7 @@ def build(section: Constrained, tokenizer: PreTrainedTokenizerBase) -> Problem:
     if section.predicate:
         predicate = function_process(section.predicate, "task.predicate", section.seconds)
         predicate.start()
-        predicate.close()  # the driver has no call for it
+        predicate.close()  # until an evaluation asks it
     try:
         regex.compile(section.pattern or "")
     except regex.error as error:  # re, which the config was read with, takes a little that regex does not

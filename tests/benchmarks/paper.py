@@ -1,6 +1,6 @@
 """The experiments of the paper with their baselines: training, supervised fine-tuning and held-out evaluation, over seeds.
 
-    python -m tests.benchmarks.paper TASK --data FOLDER [--seeds 0,1,2] [--output FOLDER] [--validation] [--all key=value …]
+    python -m tests.benchmarks.paper TASK [--data FOLDER] [--seeds 0,1,2] [--output FOLDER] [--validation] [--all key=value …]
                                      [--imitation key=value …] [key=value …]
 
 TASK is one of EXPERIMENTS. FOLDER has the paper's data: `arithmetic/`, `prompts/openwebtext_1000.txt`, `stories/`, `subj/`.
@@ -229,7 +229,8 @@ def verifiable(lab: Lab) -> Rows:
 
 def subjectivity(lab: Lab, labelled: int = 10) -> Rows:
     """`labelled` training sentences and 200 test sentences, with votes of 11, where two labels cannot tie. `+ supervised` is
-    the M-step: labels learnt from the E-step's reasons, which vote."""
+    the M-step: labels learnt from the E-step's reasons, which vote. Few-shot prompts show 20 at most: each is read for every
+    text."""
     train, test = lab.data / f"subj/train.{labelled}.jsonl", lab.data / "subj/test.jsonl"
     known, unknown = f"task.records={train}", (f"task.records={test}", "task.limit=200")
     imitation = (*IMITATION, "learner.groups_per_update=10", "learner.steps=40", *lab.imitation)
@@ -342,13 +343,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the GFlowNet's training")
     parser.add_argument("--imitation", action="append", default=[], metavar="key=value", help="of each supervised training")
     parser.add_argument("--all", action="append", default=[], metavar="key=value", help="of every training")
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="needed by all but random_number")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--validation", action="store_true", help="on a part of the training data, to choose settings")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.imitation and not arguments.task.startswith(IMITATING):
         parser.error(f"--imitation: {arguments.task} has no supervised training; {', '.join(IMITATING)} have")
+    if arguments.data is None and arguments.task != "random_number":
+        parser.error(f"--data: {arguments.task} needs the folder of the paper's data")
     output = (arguments.output or Path(f"{'validation' if arguments.validation else 'paper'}-{arguments.task}")).resolve()
     output.mkdir(parents=True, exist_ok=True)
     kept = output / "results.json"
@@ -364,7 +367,8 @@ def main(argv: list[str]) -> None:
     if (of := {name: content.get(name) for name in asked}) != asked:
         sys.exit(f"{kept} is of {of}, not of {asked}: choose another --output")
     results: dict[str, Rows] = content["by_seed"]
-    data = validation.write(arguments.data, output / "data") if arguments.validation else arguments.data
+    given = arguments.data or output
+    data = validation.write(given, output / "data") if arguments.validation else given
     for seed in map(int, arguments.seeds.split(",")):
         changed, of_all, of_imitation = map(tuple, (arguments.overrides, arguments.all, arguments.imitation))
         lab = Lab(data.resolve(), output, seed, changed, of_all, arguments.validation, of_imitation)

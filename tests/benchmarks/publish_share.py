@@ -29,8 +29,9 @@ def main() -> None:
                 str(ROOT / f"deploy/configs/{config}.yaml"), f"learner.steps={arguments.steps}", f"seed={repeat}",
                 "learner.evaluation_prompts=2", "learner.evaluation_samples=2",
             )  # fmt: skip
+            shares = run.shares()
             for name, found in values.items():
-                found.append(run.shares()[name])
+                found.append(shares.get(name, 0.0))
             print(f"{config}, repeat {repeat}: {values}", file=sys.stderr, flush=True)
         report(
             Figure(f"making a version, share of the learner's time, {config}", "", values["adapter"], at_most=AT_MOST),

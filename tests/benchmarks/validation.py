@@ -10,7 +10,7 @@ from typing import Any
 
 from system.tasks.arithmetic import QUESTION, generate, steps_of
 
-HELD_OUT = {"prompts": 50, "stories": 20, "questions": 40, "texts": 200}
+HELD_OUT = {"prompts": 50, "stories": 20, "questions": 100, "texts": 200}
 """Records of each kind, at least."""
 
 
