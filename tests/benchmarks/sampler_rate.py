@@ -1,9 +1,9 @@
-"""Tokens a second of the sampler against bare `vllm.LLM.generate`, in one process, in turns, on the same engine.
+"""Tokens a second of the sampler against bare `vllm.LLM.generate`, in turns, each in a process of its own.
 
     python -m tests.benchmarks.sampler_rate [--dtype bfloat16] [--threads 2] [--repeats 5]
 
-The bare run asks vLLM for tokens alone. The sampler's has log-probs, seeds, the support and the behaviours in every
-request, a reward that costs nothing, and one caller for each group. Both have each prompt computed once.
+The bare engine has vLLM's own scheduler and nothing of ours, and is asked for tokens alone. The sampler's has log-probs, seeds,
+the support and the behaviours in every request, a reward that costs nothing, and one caller for each group. Both share prompts.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +34,33 @@ BEHAVIOURS = {
     "on_policy": (Behaviour(),) * SAMPLES,
     "exploring": (Behaviour(),) * (SAMPLES // 2) + (Behaviour(1.3, 0.1),) * (SAMPLES // 2),
 }
+
+
+_bare: Any
+
+
+def _start(folder: Path, dtype: Any, threads: int) -> None:
+    global _bare
+    os.environ.update(engine_environment(threads, gpu=False))
+    import vllm
+
+    # Its best on CPU: prompts are cached, and nothing is compiled.
+    _bare = vllm.LLM(
+        str(folder), skip_tokenizer_init=True, dtype=dtype, max_model_len=128, max_num_seqs=64, enforce_eager=True,
+        enable_prefix_caching=True, kv_cache_memory_bytes=512 << 20,
+    )  # fmt: skip
+
+
+def _rate(prompts: Sequence[Prompt]) -> float:
+    """Of SAMPLES for each prompt."""
+    import vllm
+
+    _bare.reset_prefix_cache()
+    params = vllm.SamplingParams(temperature=1.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+    inputs = [{"prompt_token_ids": list(prompt.policy_tokens)} for prompt in prompts for _ in range(SAMPLES)]
+    started = time.perf_counter()
+    outputs = _bare.generate(inputs, params, use_tqdm=False)
+    return sum(len(output.outputs[0].token_ids) for output in outputs) / (time.perf_counter() - started)
 
 
 class Nothing:
@@ -60,8 +90,6 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=4, help=f"groups of {SAMPLES} samples in a measurement")
     arguments = parser.parse_args()
     os.environ.update(engine_environment(arguments.threads, gpu=False))
-    import vllm
-
     folder = locate(Model())
     constraints = Constraints.of(stop_token=2, min_tokens=NEW_TOKENS, max_tokens=NEW_TOKENS, vocab_size=49152)
     engine = Engine(
@@ -73,25 +101,19 @@ def main() -> None:
     sampler.install(adapter)
     prompts = [Prompt(str(i), tuple(rng.integers(100, 40000, PROMPT_TOKENS).tolist()), (1,)) for i in range(arguments.groups)]
 
-    def bare() -> int:
-        params = vllm.SamplingParams(temperature=1.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
-        inputs = [{"prompt_token_ids": list(prompt.policy_tokens)} for prompt in prompts for _ in range(SAMPLES)]
-        outputs = engine._llm.generate(inputs, params, use_tqdm=False)  # type: ignore[arg-type]
-        return sum(len(output.outputs[0].token_ids) for output in outputs)
-
     def sampled(behaviours_K: tuple[Behaviour, ...]) -> int:
         requests = [Request(i, prompt, behaviours_K, seed=i) for i, prompt in enumerate(prompts)]
         with ThreadPoolExecutor(len(requests)) as callers:
             return sum(group.tokens for group in callers.map(lambda request: sampler.sample(request, adapter), requests))
 
-    runs = {"bare": bare} | {name: lambda b=b: sampled(b) for name, b in BEHAVIOURS.items()}
-
-    def rate(run: Callable[[], int]) -> float:
+    def rate(behaviours_K: tuple[Behaviour, ...]) -> float:
         engine._forget_prefixes()
         started = time.perf_counter()
-        return run() / (time.perf_counter() - started)
+        return sampled(behaviours_K) / (time.perf_counter() - started)
 
-    rates = in_turns({name: lambda run=run: rate(run) for name, run in runs.items()}, arguments.repeats)
+    with ProcessPoolExecutor(1, get_context("spawn"), _start, (folder, arguments.dtype, arguments.threads)) as bare:
+        runs = {"bare": lambda: bare.submit(_rate, prompts).result()}
+        rates = in_turns(runs | {name: lambda b=b: rate(b) for name, b in BEHAVIOURS.items()}, arguments.repeats)
     sampler.close()
     what = {"dtype": arguments.dtype, "threads": arguments.threads, "sequences": arguments.groups * SAMPLES}
     for name in BEHAVIOURS:
