@@ -21,7 +21,7 @@ import numpy as np
 
 from actors.engine import Engine
 from actors.sampler import Sampler
-from actors.settings import EngineSettings, engine_environment
+from actors.settings import BLOCK, EngineSettings, engine_environment
 from system.adapters import Adapter, BaseWeights
 from system.config import Model
 from system.constraints import Constraints
@@ -44,10 +44,10 @@ def _start(folder: Path, dtype: Any, threads: int) -> None:
     os.environ.update(engine_environment(threads, gpu=False))
     import vllm
 
-    # Its best on CPU: prompts are cached, and nothing is compiled.
+    # Its best on CPU: nothing is compiled, and prompts are cached, in blocks that are not longer than they are.
     _bare = vllm.LLM(
         str(folder), skip_tokenizer_init=True, dtype=dtype, max_model_len=128, max_num_seqs=64, enforce_eager=True,
-        enable_prefix_caching=True, kv_cache_memory_bytes=512 << 20,
+        enable_prefix_caching=True, block_size=BLOCK, kv_cache_memory_bytes=512 << 20,
     )  # fmt: skip
 
 
