@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from system.learner_config import MLE, NEEDS_PREFIX_REWARDS, RLOO, Clipped, Learner, Loss, Pooled, Replay
+from system.learner_config import MLE, NEEDS_PREFIX_REWARDS, Learner, Loss, PolicyGradient, Pooled, Replay
 from system.reward_config import ProductReward
 from system.sampler_config import Actors, Sampler
 from system.section import ConfigError, Section
@@ -201,7 +201,7 @@ class Config(Section):
             )
         shares = {"replay.fresh": self.replay.fresh, "sampler.exploration.on_policy": self.sampler.exploration.on_policy}
         for field, share in shares.items():
-            if isinstance(self.loss, (Clipped, RLOO)) and share != 1:
+            if isinstance(self.loss, PolicyGradient) and share != 1:
                 raise ValueError(
                     f"loss.kind={self.loss.kind} learns from samples of the policy alone, but {field}={share:g}; set "
                     "sampler.exploration.on_policy=1, sampler.exploration.planted=0 and "

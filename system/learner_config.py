@@ -66,13 +66,16 @@ class SubTB(Section):
     """λ: a pair of states of one sample weighs λ^(d-1), d counting the states from one to the other that can stop."""
 
 
-class Clipped(Section):
-    """What GRPO and PPO share: they maximise the reward instead of sampling in proportion to it, from own samples."""
+class PolicyGradient(Section):
+    """What GRPO, PPO and RLOO share: they maximise the reward instead of sampling in proportion to it, from own samples."""
 
-    clip: float = Field(default=0.2, gt=0, lt=1)
-    """Ratios to the policy that drew a sample count within 1 ± clip."""
     kl: float = Field(default=0.0, ge=0)
     """Weight of the KL divergence to the base model."""
+
+
+class Clipped(PolicyGradient):
+    clip: float = Field(default=0.2, gt=0, lt=1)
+    """Ratios to the policy that drew a sample count within 1 ± clip."""
 
 
 class GRPO(Clipped):
@@ -87,12 +90,10 @@ class PPO(Clipped):
     kind: Literal["ppo"] = "ppo"
 
 
-class RLOO(Section):
+class RLOO(PolicyGradient):
     """A baseline, as GRPO: REINFORCE with the other samples of the group as its baseline."""
 
     kind: Literal["rloo"] = "rloo"
-    kl: float = Field(default=0.0, ge=0)
-    """Weight of the KL divergence to the base model."""
 
 
 class MLE(Section):

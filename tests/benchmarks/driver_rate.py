@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from tests.benchmarks.figures import Figure, report
 from tests.fakes import PROMPTS, FakeLearner, group_for
 from tests.faults import Faults, FaultySampler
 
-GROUPS, SAMPLES = 2000, 20
+GROUPS, SAMPLES, TOGETHER = 2000, 20, 8
 
 
 class Instant:
@@ -52,57 +52,47 @@ class Instant:
         return future
 
 
-class Loop:
-    """On a tracking database in `folder`; `samplers` are made of its config and requests."""
+def config(folder: str) -> Config:
+    settings = [f"sampler.samples_per_prompt={SAMPLES}", f"learner.groups_per_update={TOGETHER}",
+                f"learner.steps={GROUPS // TOGETHER}", "learner.checkpoint_every=1000000", "actors.count=2", "actors.cpus=0.5",
+                "learner.cpus=0.5", f"tracking.uri=sqlite:///{folder}/mlflow.db", f"output_dir={folder}"]  # fmt: skip
+    return config_file.load("deploy/configs/random_number.yaml", settings)
 
-    def __init__(self, folder: Path, samplers: Callable[[Config, Requests], Any]) -> None:
-        settings = [f"sampler.samples_per_prompt={SAMPLES}", "learner.groups_per_update=8", f"learner.steps={GROUPS // 8}",
-                    "learner.checkpoint_every=1000000", f"tracking.uri=sqlite:///{folder}/mlflow.db", f"output_dir={folder}",
-                    "actors.count=2", "actors.cpus=0.5", "learner.cpus=0.5"]  # fmt: skip
-        cfg = config_file.load("deploy/configs/random_number.yaml", settings)
-        requests = Requests(PROMPTS, SAMPLES, cfg.sampler.exploration, cfg.seed)
-        self.tracker = Tracker(folder / "run", cfg)
-        self.samplers = samplers(cfg, requests)
-        self.clocks: list[tuple[float, float]] = []
-        """Seconds on the wall, and of this process on all cores, after each update."""
-        self.loop = Orchestrator(
-            cfg, requests, self.samplers, FakeLearner(), Replay(cfg.replay), self.tracker, folder / "checkpoints", self._tick
-        )
 
-    def _tick(self, *_: Any) -> None:
-        self.clocks.append((time.perf_counter(), time.process_time()))
+def requests_of(cfg: Config) -> Requests:
+    return Requests(PROMPTS, SAMPLES, cfg.sampler.exploration, cfg.seed)
 
-    def milliseconds(self) -> tuple[float, float]:
-        """For a group, on both clocks; the first tenth of the updates warms up."""
-        self.loop.train()
-        self.tracker.close("FINISHED")
-        assert self.loop.counters.groups == GROUPS
-        warm = len(self.clocks) // 10
-        groups = (len(self.clocks) - 1 - warm) * 8
-        wall, cpu = np.subtract(self.clocks[-1], self.clocks[warm]) / groups * 1000
-        return float(wall), float(cpu)
+
+def milliseconds(cfg: Config, samplers: Any) -> tuple[float, float]:
+    """For a group, on the wall and of this process on all cores; the first tenth of the updates warms up."""
+    folder, clocks = Path(cfg.output_dir), []
+    tracker = Tracker(folder / "run", cfg)
+    loop = Orchestrator(
+        cfg, requests_of(cfg), samplers, FakeLearner(), Replay(cfg.replay), tracker, folder / "checkpoints",
+        lambda *_: clocks.append((time.perf_counter(), time.process_time())),
+    )  # fmt: skip
+    loop.train()
+    tracker.close("FINISHED")
+    assert loop.counters.groups == GROUPS
+    warm = len(clocks) // 10
+    wall, cpu = np.subtract(clocks[-1], clocks[warm]) / ((len(clocks) - 1 - warm) * TOGETHER) * 1000
+    return float(wall), float(cpu)
 
 
 def alone() -> float:
     with tempfile.TemporaryDirectory() as folder:
-        return Loop(Path(folder), lambda cfg, requests: Instant(requests)).milliseconds()[0]
+        cfg = config(folder)
+        return milliseconds(cfg, Instant(requests_of(cfg)))[0]
 
 
 def over_ray() -> float:
-    def pool(cfg: Config, requests: Requests) -> RaySamplers:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        cfg = config(folder)
+        stack.callback(ray_cluster.disconnect)
         ray_cluster.connect(cfg)
-        return RaySamplers(cfg, Faults(), actor=FaultySampler)  # type: ignore[arg-type]
-
-    with tempfile.TemporaryDirectory() as folder:
-        loop = None
-        try:
-            loop = Loop(Path(folder), pool)
-            wait_until_ready(loop.samplers)
-            return loop.milliseconds()[1]
-        finally:
-            if loop is not None:
-                loop.samplers.close()
-            ray_cluster.disconnect()
+        samplers = stack.enter_context(closing(RaySamplers(cfg, Faults(), actor=FaultySampler)))  # type: ignore[arg-type]
+        wait_until_ready(samplers)
+        return milliseconds(cfg, samplers)[1]
 
 
 def main() -> None:

@@ -15,10 +15,8 @@ import json
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +27,7 @@ from system.adapters import Adapter, Canary
 from system.config import Model
 from system.models import locate
 from tests.benchmarks.figures import Figure, in_turns, ratio, report
+from tests.benchmarks.worker import Worker
 
 NEW_TOKENS, PROMPT_TOKENS, SAMPLES, PROMPTS = 32, 40, 16, 4
 CONTEXT = 992
@@ -83,34 +82,6 @@ class Drawing:
         output = self.engine._llm.generate(inputs, params, use_tqdm=False, lora_request=self.engine._lora)[0]
         rows: Any = output.prompt_logprobs
         return np.array([row[token].logprob for row, token in zip(rows[1:], tokens[1:], strict=True)])
-
-
-_drawing: Drawing
-
-
-def _start(folder: Path, settings: EngineSettings) -> None:
-    global _drawing
-    _drawing = Drawing(folder, settings)
-
-
-def _call(method: str, *arguments: Any) -> Any:
-    return getattr(_drawing, method)(*arguments)
-
-
-class Worker:
-    """A `Drawing` in a process of its own: vLLM allows one engine in each."""
-
-    def __init__(self, folder: Path, settings: EngineSettings) -> None:
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _start, (folder, settings))
-
-    def __call__(self, method: str, *arguments: Any) -> Any:
-        return self._pool.submit(_call, method, *arguments).result()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
 
 
 # ------------------------------------------------------------------------------------------------- in the main one
@@ -197,7 +168,7 @@ def measure(folder: Path, dtype: Literal["float32", "bfloat16"], repeats: int, t
             settings = EngineSettings(
                 max_model_len=CONTEXT + 32, dtype=dtype, threads=threads, kv_cache_mb=256, canary_tolerance=1e9, **mode
             )  # type: ignore[arg-type]
-            workers[name] = stack.enter_context(Worker(folder, settings))
+            workers[name] = stack.enter_context(Worker(Drawing, folder, settings))
             base_T = workers[name]("log_probs", update.tokens)
             if name != "base":
                 report(*arrived(workers[name], name, dtype, update, base_T))

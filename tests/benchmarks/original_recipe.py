@@ -23,8 +23,6 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +40,7 @@ from system.models import locate
 from system.posterior import Exact
 from system.reward_config import FunctionReward
 from system.text import decode
+from system.timeline import Timeline
 from system.trajectory import Group, Prompt
 from tests.benchmarks.figures import ratio, report
 from tests.benchmarks.runs import job
@@ -76,7 +75,7 @@ class Recipe:
         self.step = 0
         self.lengths: list[float] = []
         """Mean tokens of a sample, of each group."""
-        self.seconds = {"rollout": 0.0, "reward": 0.0, "backward": 0.0}
+        self.timeline = Timeline()
 
     def rollout(self, prompt: Prompt, samples: int, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(tokens [K, T], log q of them, log q(stop) [K, T + 1], lengths [K]), with gradients."""
@@ -130,19 +129,13 @@ class Recipe:
         edges_KT = log_KTV[:, :-1].gather(2, tokens_KT[..., None])[..., 0]
         return torch.nn.functional.pad(edges_KT.cumsum(1), (1, 0)) + log_KTV[..., self.constraints.stop_token]
 
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - started
-
     def update(self) -> int:
         """Trajectories used. As there, the gradients of several groups add up, one after the other."""
         learner, samples = self.learner, self.cfg.sampler.samples_per_prompt
         learner.optimizer.zero_grad(set_to_none=True)
         for _ in range(self.cfg.learner.groups_per_update):
             loss = self.group_loss(samples)
-            with self._timed("backward"):
+            with self.timeline.span("backward", "recipe"):
                 loss.backward()
         for group in learner.optimizer.param_groups:
             group["lr"] = lr_at(self.cfg.learner, self.step)
@@ -154,10 +147,10 @@ class Recipe:
         prompt = self.problem.prompts[self.rng.integers(len(self.problem.prompts))]
         tempered = self.cfg.task.kind == "continuation" and self.rng.random() < 0.5
         temperature = float(self.rng.uniform(0.5, 2.0)) if tempered else 1.0
-        with self._timed("rollout"):
+        with self.timeline.span("rollout", "recipe"):
             tokens_KT, log_q_KT, log_stop_KT, lengths_K = self.rollout(prompt, samples, temperature)
         self.lengths.append(float(lengths_K.float().mean()))
-        with self._timed("reward"):
+        with self.timeline.span("reward", "recipe"):
             reward_KT = self.log_reward(prompt, tokens_KT, lengths_K) / self.cfg.learner.reward_temperature.at(self.step)
         at_T = torch.arange(reward_KT.shape[1])
         inside_KT = (at_T <= lengths_K[:, None]) & (at_T >= self.constraints.min_tokens)
@@ -220,7 +213,7 @@ def continuation(repeats: int, overrides: list[str]) -> None:
     path = str(Path("deploy/configs/continuation.yaml").resolve())
     for repeat in range(repeats):
         recipe.lengths.clear()
-        recipe.seconds = dict.fromkeys(recipe.seconds, 0.0)
+        recipe.timeline.drain()
         started = time.perf_counter()
         used = sum(recipe.update() for _ in range(3))
         whole = time.perf_counter() - started
@@ -230,13 +223,12 @@ def continuation(repeats: int, overrides: list[str]) -> None:
         ours.append(run.summary["trajectories_per_second"])
         first, last = (run.evaluations[at]["posterior/length"] for at in (0, -1))
         lengths.append(f"{first:.1f} to {last:.1f} / {statistics.mean(recipe.lengths):.1f}")
-        of_recipe = {phase: seconds / whole for phase, seconds in recipe.seconds.items()}
+        of_recipe: dict[str, float] = {}
+        for span in recipe.timeline.drain():
+            of_recipe[span.name] = of_recipe.get(span.name, 0.0) + (span.end - span.start) / whole
         phases.append(f"{_shares(run.shares())} / {_shares(of_recipe)}")
-        print(
-            f"repeat {repeat}: {ours[-1]:.2f} against {theirs[-1]:.2f} trajectories/s, {phases[-1]}",
-            file=sys.stderr,
-            flush=True,
-        )
+        rates = f"{ours[-1]:.2f} against {theirs[-1]:.2f} trajectories/s"
+        print(f"repeat {repeat}: {rates}, {phases[-1]}", file=sys.stderr, flush=True)
     name = " ".join(["trajectories/s of the loop on continuation, K = 20, ours over the original recipe", *overrides])
     report(ratio(name, ours, theirs, 8.0, mean_lengths="; ".join(lengths), phases="; ".join(phases)))
 

@@ -12,8 +12,7 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from system.constraints import Constraints
 from system.models import locate
 from system.trajectory import Behaviour, Prompt, Request, Trajectory
 from tests.benchmarks.figures import in_turns, ratio, report
+from tests.benchmarks.worker import Worker
 
 NEW_TOKENS, PROMPT_TOKENS, SAMPLES, RANK = 32, 40, 16, 16
 BEHAVIOURS = {
@@ -36,31 +36,28 @@ BEHAVIOURS = {
 }
 
 
-_bare: Any
+class Bare:
+    """vLLM alone."""
 
+    def __init__(self, folder: Path, dtype: Any) -> None:
+        import vllm
 
-def _start(folder: Path, dtype: Any, threads: int) -> None:
-    global _bare
-    os.environ.update(engine_environment(threads, gpu=False))
-    import vllm
+        # Its best on CPU: nothing is compiled, and prompts are cached, in blocks that are not longer than they are.
+        self._llm = vllm.LLM(
+            str(folder), skip_tokenizer_init=True, dtype=dtype, max_model_len=128, max_num_seqs=64, enforce_eager=True,
+            enable_prefix_caching=True, block_size=BLOCK, kv_cache_memory_bytes=512 << 20,
+        )  # fmt: skip
 
-    # Its best on CPU: nothing is compiled, and prompts are cached, in blocks that are not longer than they are.
-    _bare = vllm.LLM(
-        str(folder), skip_tokenizer_init=True, dtype=dtype, max_model_len=128, max_num_seqs=64, enforce_eager=True,
-        enable_prefix_caching=True, block_size=BLOCK, kv_cache_memory_bytes=512 << 20,
-    )  # fmt: skip
+    def rate(self, prompts: Sequence[Prompt]) -> float:
+        """Of SAMPLES for each prompt."""
+        import vllm
 
-
-def _rate(prompts: Sequence[Prompt]) -> float:
-    """Of SAMPLES for each prompt."""
-    import vllm
-
-    _bare.reset_prefix_cache()
-    params = vllm.SamplingParams(temperature=1.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
-    inputs = [{"prompt_token_ids": list(prompt.policy_tokens)} for prompt in prompts for _ in range(SAMPLES)]
-    started = time.perf_counter()
-    outputs = _bare.generate(inputs, params, use_tqdm=False)
-    return sum(len(output.outputs[0].token_ids) for output in outputs) / (time.perf_counter() - started)
+        self._llm.reset_prefix_cache()
+        params = vllm.SamplingParams(temperature=1.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+        inputs: Any = [{"prompt_token_ids": list(prompt.policy_tokens)} for prompt in prompts for _ in range(SAMPLES)]
+        started = time.perf_counter()
+        outputs = self._llm.generate(inputs, params, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in outputs) / (time.perf_counter() - started)
 
 
 class Nothing:
@@ -89,6 +86,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--groups", type=int, default=4, help=f"groups of {SAMPLES} samples in a measurement")
     arguments = parser.parse_args()
+    # What a process starts with: the child reads it when it imports vLLM.
     os.environ.update(engine_environment(arguments.threads, gpu=False))
     folder = locate(Model())
     constraints = Constraints.of(stop_token=2, min_tokens=NEW_TOKENS, max_tokens=NEW_TOKENS, vocab_size=49152)
@@ -101,19 +99,17 @@ def main() -> None:
     sampler.install(adapter)
     prompts = [Prompt(str(i), tuple(rng.integers(100, 40000, PROMPT_TOKENS).tolist()), (1,)) for i in range(arguments.groups)]
 
-    def sampled(behaviours_K: tuple[Behaviour, ...]) -> int:
-        requests = [Request(i, prompt, behaviours_K, seed=i) for i, prompt in enumerate(prompts)]
-        with ThreadPoolExecutor(len(requests)) as callers:
-            return sum(group.tokens for group in callers.map(lambda request: sampler.sample(request, adapter), requests))
-
     def rate(behaviours_K: tuple[Behaviour, ...]) -> float:
+        requests = [Request(i, prompt, behaviours_K, seed=i) for i, prompt in enumerate(prompts)]
         engine._forget_prefixes()
         started = time.perf_counter()
-        return sampled(behaviours_K) / (time.perf_counter() - started)
+        with ThreadPoolExecutor(len(requests)) as callers:
+            tokens = sum(group.tokens for group in callers.map(lambda request: sampler.sample(request, adapter), requests))
+        return tokens / (time.perf_counter() - started)
 
-    with ProcessPoolExecutor(1, get_context("spawn"), _start, (folder, arguments.dtype, arguments.threads)) as bare:
-        runs = {"bare": lambda: bare.submit(_rate, prompts).result()}
-        rates = in_turns(runs | {name: lambda b=b: rate(b) for name, b in BEHAVIOURS.items()}, arguments.repeats)
+    with Worker(Bare, folder, arguments.dtype) as bare:
+        runs = {"bare": lambda: bare("rate", prompts)} | {name: lambda b=b: rate(b) for name, b in BEHAVIOURS.items()}
+        rates = in_turns(runs, arguments.repeats)
     sampler.close()
     what = {"dtype": arguments.dtype, "threads": arguments.threads, "sequences": arguments.groups * SAMPLES}
     for name in BEHAVIOURS:
