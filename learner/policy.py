@@ -10,14 +10,28 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from learner.low_rank import LowRankLinear
 from learner.ranks import Ranks
 from system.config import ConfigError, Lora
 from system.constraints import Constraints
 from system.language_model import LanguageModel, load_pretrained
 from system.prefix_tree import Packed
+
+
+class LoraLinear(PeftLinear):
+    """PEFT's layer, computed by `LowRankLinear`."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base: Any = self.base_layer
+        if self.disable_adapters:
+            return base(x, *args, **kwargs)
+        [name] = self.active_adapters
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return LowRankLinear.apply(x, base.weight, base.bias, a, b, self.scaling[name])  # type: ignore[no-any-return]
 
 
 class Policy:
@@ -52,6 +66,7 @@ class Policy:
             bias="none",
             task_type="CAUSAL_LM",
         )
+        peft_config._register_custom_module({torch.nn.Linear: LoraLinear})
         try:
             self._peft: PeftModel = get_peft_model(base, peft_config, autocast_adapter_dtype=False)  # type: ignore[assignment]
         except ValueError as error:

@@ -23,7 +23,11 @@ from transformers.masking_utils import sdpa_mask
 BLOCK = 128
 """Positions of a block, in queries and in keys: what FlexAttention's kernels are tuned for."""
 NAME = "prefix_tree"
-"""The attention implementation, in transformers, that takes a BlockMask. Without one it is SDPA."""
+"""The attention implementation, in transformers, that takes a BlockMask, or a dense mask."""
+WRITTEN_OUT = 512**2
+"""Pairs of a query and a key up to which bfloat16 attention on a CPU is written out as products and a softmax, which is faster
+there than torch's fused kernel (`tests/benchmarks/update_parts.py`), but keeps for the backward pass what grows with the square
+of the row."""
 
 
 def padded(length: int) -> int:
@@ -95,9 +99,11 @@ def _attend(
     """transformers' attention interface: [1, heads, L, head size] -> [1, L, heads, head size].
 
     Raises:
-        NotImplementedError: the model's attention has something that this leaves out.
+        NotImplementedError: the model's attention has something that block attention leaves out.
     """
     if not isinstance(attention_mask, BlockMask):
+        if _best_written_out(query, key, attention_mask):
+            return _written_out(query, key, value, attention_mask, options.get("scaling")), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if unknown := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
         raise NotImplementedError(f"{type(module).__name__} has {unknown}, which block attention here does not do")
@@ -106,6 +112,23 @@ def _attend(
     with nullcontext() if query.is_cuda else torch.compiler.set_stance("force_eager"):
         out = call(enable_gqa=query.shape[1] != key.shape[1])
     return out.transpose(1, 2).contiguous(), None
+
+
+def _best_written_out(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    """Of rows with a `dense` mask alone."""
+    on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    ours = mask is not None and mask.dtype == query.dtype and len(query) == 1
+    return on_cpu and ours and query.shape[2] * key.shape[2] <= WRITTEN_OUT
+
+
+def _written_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """With the queries of all heads that share keys as the rows of one product."""
+    _, heads, length, size = query.shape
+    groups = key.shape[1]
+    scale = size**-0.5 if scaling is None else scaling
+    score_GQK = (query * scale).reshape(groups, -1, size) @ key[0].transpose(1, 2)
+    share_GQK = (score_GQK.view(heads, length, -1) + mask[0]).softmax(-1).view_as(score_GQK)
+    return (share_GQK @ value[0]).view(1, heads, length, size).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(NAME, _attend)

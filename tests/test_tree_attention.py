@@ -128,6 +128,40 @@ def test_ordinary_forwards_of_the_model_stay_as_they_are() -> None:
         torch.testing.assert_close(model(input_ids=tokens).logits, before)
 
 
+@pytest.mark.parametrize("before", [0, 3])
+def test_attention_written_out_is_that_of_the_fused_kernel(monkeypatch: pytest.MonkeyPatch, before: int) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Module()
+    layer.num_key_value_groups = 2  # type: ignore[assignment]
+    query, key, value = (torch.randn(1, heads, 6 + more, 8) for heads, more in ((4, 0), (2, before), (2, before)))
+    mask = tree_attention.dense(torch.tensor([6, 6, 4, 4, 6, 6]), torch.arange(6), None, torch.float32)
+    mask = torch.nn.functional.pad(mask, (before, 0))
+
+    def attend(dtype: torch.dtype) -> list[torch.Tensor]:
+        """The output, and the gradients of all three, float32."""
+        given = query_, key_, value_ = [each.to(dtype).requires_grad_() for each in (query, key, value)]
+        out, _ = tree_attention._attend(layer, query_, key_, value_, mask.to(dtype), scaling=0.3)
+        return [out.detach().float(), *(each.float() for each in torch.autograd.grad(out.float().sin().sum(), given))]
+
+    expected, written_out = attend(torch.float32), attend(torch.bfloat16)
+    monkeypatch.setattr(tree_attention, "WRITTEN_OUT", 0)
+    fused = attend(torch.bfloat16)
+    for exact, ours, theirs in zip(expected, written_out, fused, strict=True):
+        assert float((ours - exact).norm() / exact.norm()) < 0.01
+        assert not torch.equal(ours, theirs), "one way was taken twice"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "mask"), [(torch.float32, 1, "dense"), (torch.bfloat16, 2, "dense"), (torch.bfloat16, 1, "bool")]
+)
+def test_what_is_no_packed_row_in_bfloat16_is_left_to_the_fused_kernel(dtype: torch.dtype, rows: int, mask: str) -> None:
+    query = torch.zeros(rows, 4, 6, 8, dtype=dtype)
+    dense = tree_attention.dense(torch.full((6,), 6), torch.arange(6), None, dtype)
+    given = dense if mask == "dense" else dense == 0
+    assert tree_attention._best_written_out(query[:1].bfloat16(), query[:1], dense.bfloat16())
+    assert not tree_attention._best_written_out(query, query, given)
+
+
 def test_what_block_attention_cannot_do_falls_back_or_is_refused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

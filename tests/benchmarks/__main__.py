@@ -21,6 +21,7 @@ from tests.benchmarks.figures import Figure, table
 QUICK = [
     "sampler_rate --threads 1",
     "update_rate",
+    "update_parts",
     "update_memory",
     "rank_rate",
     "publish",

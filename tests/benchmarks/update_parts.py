@@ -1,0 +1,64 @@
+"""What an update of `continuation`, K = 20, gains by the layers that are ours, in one process, in turns.
+
+    python -m tests.benchmarks.update_parts [--dtypes bfloat16 float32] [--repeats 5]
+
+The update as it is against the same one with torch's fused attention in place of `tree_attention`'s, with PEFT's own layer in
+place of `LowRankLinear`, and with both.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+from peft.tuners.lora import Linear
+
+from learner.learner import Learner
+from learner.policy import LoraLinear
+from system import config_file, tasks, tree_attention
+from system.language_model import load_tokenizer
+from system.models import locate
+from tests.benchmarks.figures import Figure, in_turns, ratio, report, seconds
+from tests.benchmarks.update_rate import sentences
+
+OURS = tree_attention.WRITTEN_OUT, LoraLinear.forward
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    for dtype in arguments.dtypes:
+        report(*measure(dtype, arguments.repeats))
+
+
+def measure(dtype: str, repeats: int) -> list[Figure]:
+    cfg = config_file.load("deploy/configs/continuation.yaml", [f"learner.dtype={dtype}"])
+    folder = locate(cfg.model)
+    problem = tasks.build(cfg.task, load_tokenizer(folder))
+    learner = Learner(cfg, folder, problem.constraints, cfg.model.path, problem.prompts[0].policy_tokens)
+    group = sentences(learner, problem, 20, np.random.default_rng(0))
+
+    def update(fused: bool, pefts: bool) -> Callable[[], float]:
+        def run() -> None:
+            tree_attention.WRITTEN_OUT = 0 if fused else OURS[0]
+            LoraLinear.forward = Linear.forward if pefts else OURS[1]  # type: ignore[method-assign]
+            learner.update([group])
+
+        return seconds(run)
+
+    ways = {
+        "torch's fused attention": update(fused=True, pefts=False),
+        "PEFT's layer": update(fused=False, pefts=True),
+        "both": update(fused=True, pefts=True),
+    }
+    times = in_turns(ways | {"ours": update(fused=False, pefts=False)}, repeats)
+    tokens = int(learner.update([group])["tokens/forwarded"])
+    name = f"update on continuation in {dtype}"
+    return [ratio(f"{name}, {way} over ours", times[way], times["ours"], None, tokens=tokens) for way in ways]
+
+
+if __name__ == "__main__":
+    main()
