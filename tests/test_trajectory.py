@@ -1,4 +1,4 @@
-"""The data types: what they refuse, and how groups of one prompt become one."""
+"""The data types: what they refuse, trajectories of given tokens, and how groups of one prompt become one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from system.trajectory import Behaviour, Group, Prompt, Trajectory, merge_by_prompt
+from system.trajectory import Behaviour, Group, Prompt, Trajectory, merge_by_prompt, sampled
 
 
 def trajectory(*tokens: int) -> Trajectory:
@@ -53,6 +53,23 @@ def test_a_prompt_without_a_context_is_refused(contexts: dict[str, Any]) -> None
 def test_a_trajectory_whose_arrays_do_not_fit_is_refused(flags: int, logps: int) -> None:
     with pytest.raises(ValueError, match=f"of 2 tokens has {flags} is_action flags and {logps} log-probs; it needs 2 and 3"):
         Trajectory(np.zeros(2, np.int32), np.ones(flags, bool), np.zeros(logps, np.float32), "forced")
+
+
+def test_a_sampled_trajectory_is_of_actions_alone() -> None:
+    trajectory = sampled([3, 4])
+    assert trajectory.tokens_T.tolist() == [3, 4]
+    assert trajectory.is_action_T.all()
+    assert len(sampled([])) == 0
+
+
+def test_a_sampled_trajectory_of_the_most_actions_ends_as_a_draw_does() -> None:
+    """The tool's tokens do not count; without a number nothing is known to be the most."""
+    tool = np.array([True, False])
+    stops = [sampled(tokens, max_tokens=2).stop for tokens in ([3], [3, 4])]
+    assert stops == ["sampled", "forced"]
+    assert sampled([3, 4], tool, max_tokens=2).stop == "sampled"
+    assert sampled([3, 4, 5], np.append(tool, True), max_tokens=2).stop == "forced"
+    assert sampled([3, 4]).stop == "sampled"
 
 
 def test_a_group_whose_rewards_do_not_fit_is_refused_by_prompt_and_length() -> None:
