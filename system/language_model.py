@@ -175,10 +175,9 @@ class LanguageModel:
             more = tree_attention.padded(length) - length
             ids, positions = np.pad(ids, (0, more)), np.pad(positions, (0, more))
             ends = np.concatenate([ends, np.arange(length, length + more) + 1])
-        mask, cached = self._mask(ends, positions), {"use_cache": False}
+        mask, cached = self._mask(ends, positions, context.length if context else 0), {"use_cache": False}
         if context is not None:
             positions = positions + context.length
-            mask = torch.nn.functional.pad(mask, (context.length, 0))
             cached = {"use_cache": True, "past_key_values": context.cache}
         decoder: Any = self.model.base_model
         output = decoder(input_ids=self._put(ids)[None], position_ids=self._put(positions)[None], attention_mask=mask, **cached)
@@ -255,13 +254,13 @@ class LanguageModel:
         # What came through Ray's object store is read-only, which torch does not take.
         return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(self.device, non_blocking=True)
 
-    def _mask(self, end_L: np.ndarray, position_L: np.ndarray) -> Any:
+    def _mask(self, end_L: np.ndarray, position_L: np.ndarray, context: int) -> Any:
         """What the decoder takes as its mask; models with windows in some layers take one of each kind."""
 
         def mask(window: int | None) -> Any:
             if self.attention == "block":
                 return tree_attention.blocks(end_L, position_L, window, self.device)
-            return tree_attention.dense(self._put(end_L), self._put(position_L), window, self._head.weight_CH.dtype)
+            return tree_attention.dense(end_L, position_L, window, self._head.weight_CH.dtype, self.device, context)
 
         if self._window is not None and len(self._layer_types) > 1:
             return {"full_attention": mask(None), "sliding_attention": mask(self._window)}

@@ -1,14 +1,17 @@
-"""Which positions of a packed row see which, for the attention kernels: as one dense mask, or as the blocks that hold any.
+"""Which positions of a packed row see which, and attention by it: with one dense mask, or by blocks, so that what is not seen
+costs nothing.
 
 The rule is that of `system.prefix_tree`, key k is visible to query q iff k <= q < end[k], and with a sliding window iff
 also position[q] < position[k] + window: a window reaches back a number of tokens on the path, not in the row. A dense
 mask grows with the square of the row; of the blocks there are 128² = 16,384 times fewer, and those that nothing of
-is visible in, between pieces or branches, cost nothing.
+is visible in, between pieces or branches, cost nothing. On a CPU each block of queries takes the keys that any of it sees.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -23,11 +27,29 @@ from transformers.masking_utils import sdpa_mask
 BLOCK = 128
 """Positions of a block, in queries and in keys: what FlexAttention's kernels are tuned for."""
 NAME = "prefix_tree"
-"""The attention implementation, in transformers, that takes a BlockMask, or a dense mask."""
+"""The attention implementation, in transformers, that takes a BlockMask or a TreeMask. With any other it is SDPA."""
 WRITTEN_OUT = 512**2
-"""Pairs of a query and a key up to which bfloat16 attention on a CPU is written out as products and a softmax, which is faster
-there than torch's fused kernel (`tests/benchmarks/update_parts.py`), but keeps for the backward pass what grows with the square
-of the row."""
+"""Pairs of a query and a key up to which bfloat16 attention on a CPU is written out as products and a softmax. torch's fused
+kernel takes twice as long there, but does not keep the pairs for the backward pass."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stretch:
+    """A block of queries, and the keys that any of them sees."""
+
+    queries: slice
+    keys_S: Tensor
+    """int64, ascending."""
+    mask_QS: Tensor
+    """Additive."""
+
+
+class TreeMask(Tensor):
+    """A dense mask, as models hand one through, with the stretches that stand for the same."""
+
+    stretches: tuple[Stretch, ...] = ()
+    # What is computed from it is a plain tensor.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
 def padded(length: int) -> int:
@@ -39,13 +61,34 @@ def padded(length: int) -> int:
     return max(2, -(-length // BLOCK)) * BLOCK
 
 
-def dense(end_L: Tensor, position_L: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Additive [1, 1, L, L]."""
-    at = torch.arange(len(end_L), device=end_L.device)
-    seen = (at[None, :] <= at[:, None]) & (at[:, None] < end_L[None, :])
+def dense(
+    end_L: np.ndarray,
+    position_L: np.ndarray,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    context: int = 0,
+) -> Tensor:
+    """Additive [1, 1, L, context + L]; all see the keys of the context. On a CPU a TreeMask."""
+    end, position = (torch.from_numpy(array).to(device, non_blocking=True) for array in (end_L, position_L))
+    at = torch.arange(len(end), device=device)
+    seen = (at[None, :] <= at[:, None]) & (at[:, None] < end[None, :])
     if window is not None:
-        seen &= position_L[:, None] < position_L[None, :] + window
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[None, None]
+        seen &= position[:, None] < position[None, :] + window
+    mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
+    mask = torch.nn.functional.pad(mask, (context, 0))[None, None]
+    if device.type != "cpu":
+        return mask
+    stretches = []
+    for first in range(0, len(end_L), BLOCK):
+        queries = slice(first, min(first + BLOCK, len(end_L)))
+        # Without the window, which can only make them fewer.
+        keys = np.flatnonzero(end_L[: queries.stop] > first) + context
+        keys_S = torch.from_numpy(np.concatenate([np.arange(context), keys]))
+        stretches.append(Stretch(queries, keys_S, mask[0, 0, queries].index_select(1, keys_S)))
+    result = mask.as_subclass(TreeMask)
+    result.stretches = tuple(stretches)
+    return result
 
 
 def blocks(end_L: np.ndarray, position_L: np.ndarray, window: int | None, device: torch.device) -> BlockMask:
@@ -101,11 +144,12 @@ def _attend(
     Raises:
         NotImplementedError: the model's attention has something that block attention leaves out.
     """
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
+    if isinstance(attention_mask, TreeMask) and not unknown:
+        return _by_stretches(query, key, value, attention_mask.stretches, options.get("scaling")), None
     if not isinstance(attention_mask, BlockMask):
-        if _best_written_out(query, key, attention_mask):
-            return _written_out(query, key, value, attention_mask, options.get("scaling")), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if unknown := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
+    if unknown:
         raise NotImplementedError(f"{type(module).__name__} has {unknown}, which block attention here does not do")
     call: Any = partial(_compiled, query, key, value, block_mask=attention_mask, scale=options.get("scaling"))
     # Without a GPU there is no kernel with gradients. The plain computation shows what the masks mean, and is slow.
@@ -114,21 +158,25 @@ def _attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _best_written_out(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
-    """Of rows with a `dense` mask alone."""
-    on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    ours = mask is not None and mask.dtype == query.dtype and len(query) == 1
-    return on_cpu and ours and query.shape[2] * key.shape[2] <= WRITTEN_OUT
-
-
-def _written_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
-    """With the queries of all heads that share keys as the rows of one product."""
-    _, heads, length, size = query.shape
+def _by_stretches(query: Tensor, key: Tensor, value: Tensor, stretches: Sequence[Stretch], scaling: float | None) -> Tensor:
+    """As `_attend`. The queries of all heads that share keys are the rows of one product."""
+    heads, _, size = query.shape[1:]
     groups = key.shape[1]
     scale = size**-0.5 if scaling is None else scaling
-    score_GQK = (query * scale).reshape(groups, -1, size) @ key[0].transpose(1, 2)
-    share_GQK = (score_GQK.view(heads, length, -1) + mask[0]).softmax(-1).view_as(score_GQK)
-    return (share_GQK @ value[0]).view(1, heads, length, size).transpose(1, 2).contiguous()
+    pairs = sum(stretch.mask_QS.numel() for stretch in stretches)
+    written_out = query.dtype == torch.bfloat16 and pairs <= WRITTEN_OUT
+    query_GHLD = query[0].unflatten(0, (groups, heads // groups))
+    outs = []
+    for stretch in stretches:
+        query_GRD = query_GHLD[:, :, stretch.queries].reshape(groups, -1, size)
+        key_GSD, value_GSD = (each[0].index_select(1, stretch.keys_S) for each in (key, value))
+        mask_RS = stretch.mask_QS.repeat(heads // groups, 1)
+        if written_out:
+            out = torch.baddbmm(mask_RS, query_GRD, key_GSD.transpose(1, 2), alpha=scale).softmax(-1) @ value_GSD
+        else:
+            out = scaled_dot_product_attention(query_GRD[None], key_GSD[None], value_GSD[None], attn_mask=mask_RS, scale=scale)
+        outs.append(out.view(heads, -1, size))
+    return torch.cat(outs, 1).transpose(0, 1)[None]
 
 
 AttentionInterface.register(NAME, _attend)

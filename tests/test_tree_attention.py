@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_the_blocks_hold_what_the_dense_mask_shows(window: int | None, pieces: i
     end, position = laid_out(row(pieces, pieces))
     mask = tree_attention.blocks(end, position, window, CPU)
     partial, full = chosen(mask.kv_num_blocks, mask.kv_indices), chosen(mask.full_kv_num_blocks, mask.full_kv_indices)
-    seen = tree_attention.dense(torch.from_numpy(end), torch.from_numpy(position), window, torch.float32)[0, 0] == 0
+    seen = tree_attention.dense(end, position, window, torch.float32, CPU)[0, 0] == 0
     at = torch.arange(len(end))
     assert torch.equal(mask.mask_mod(at[:1], at[:1], at[:, None], at[None, :]), seen)
     side = len(end) // tree_attention.BLOCK
@@ -128,38 +129,74 @@ def test_ordinary_forwards_of_the_model_stay_as_they_are() -> None:
         torch.testing.assert_close(model(input_ids=tokens).logits, before)
 
 
-@pytest.mark.parametrize("before", [0, 3])
-def test_attention_written_out_is_that_of_the_fused_kernel(monkeypatch: pytest.MonkeyPatch, before: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("window", "context"), [(None, 0), (8, 0), (None, 5)])
+def test_attention_by_stretches_is_that_of_the_dense_mask(dtype: torch.dtype, window: int | None, context: int) -> None:
     torch.manual_seed(0)
+    end, position = laid_out(row(0, 5))
+    mask = tree_attention.dense(end, position, window, dtype, CPU, context)
+    assert isinstance(mask, tree_attention.TreeMask)
+    assert sum(stretch.mask_QS.numel() for stretch in mask.stretches) < 0.6 * mask.numel()
+    shapes = ((4, len(end)), (2, context + len(end)), (2, context + len(end)))
+    query, key, value = (torch.randn(1, heads, length, 8, dtype=dtype).requires_grad_() for heads, length in shapes)
     layer = torch.nn.Module()
     layer.num_key_value_groups = 2  # type: ignore[assignment]
-    query, key, value = (torch.randn(1, heads, 6 + more, 8) for heads, more in ((4, 0), (2, before), (2, before)))
-    mask = tree_attention.dense(torch.tensor([6, 6, 4, 4, 6, 6]), torch.arange(6), None, torch.float32)
-    mask = torch.nn.functional.pad(mask, (before, 0))
 
-    def attend(dtype: torch.dtype) -> list[torch.Tensor]:
+    def attend(mask: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
         """The output, and the gradients of all three, float32."""
-        given = query_, key_, value_ = [each.to(dtype).requires_grad_() for each in (query, key, value)]
-        out, _ = tree_attention._attend(layer, query_, key_, value_, mask.to(dtype), scaling=0.3)
-        return [out.detach().float(), *(each.float() for each in torch.autograd.grad(out.float().sin().sum(), given))]
+        out, _ = tree_attention._attend(layer, query.to(dtype), key.to(dtype), value.to(dtype), mask.to(dtype), scaling=0.3)
+        return [
+            out.detach().float(),
+            *(each.float() for each in torch.autograd.grad(out.float().sin().sum(), (query, key, value))),
+        ]
 
-    expected, written_out = attend(torch.float32), attend(torch.bfloat16)
+    found, expected = attend(mask, dtype), attend(mask.as_subclass(torch.Tensor), torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert float((one - other).norm() / other.norm()) < (1e-5 if dtype == torch.float32 else 0.01)
+
+
+def test_long_bfloat16_rows_keep_no_pairs_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    end, position = laid_out(row(0))
+    mask = tree_attention.dense(end, position, None, torch.bfloat16, CPU)
+    query, key, value = (torch.randn(1, 2, len(end), 8, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+
+    def kept() -> int:
+        """Of the largest tensor, numbers."""
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (sizes.append(tensor.numel()), tensor)[1], lambda t: t):
+            tree_attention._attend(torch.nn.Module(), query, key, value, mask)
+        return max(sizes)
+
+    assert isinstance(mask, tree_attention.TreeMask)
+    pairs = max(stretch.mask_QS.numel() for stretch in mask.stretches)
+    assert kept() == 2 * pairs
     monkeypatch.setattr(tree_attention, "WRITTEN_OUT", 0)
-    fused = attend(torch.bfloat16)
-    for exact, ours, theirs in zip(expected, written_out, fused, strict=True):
-        assert float((ours - exact).norm() / exact.norm()) < 0.01
-        assert not torch.equal(ours, theirs), "one way was taken twice"
+    assert kept() <= pairs
 
 
-@pytest.mark.parametrize(
-    ("dtype", "rows", "mask"), [(torch.float32, 1, "dense"), (torch.bfloat16, 2, "dense"), (torch.bfloat16, 1, "bool")]
-)
-def test_what_is_no_packed_row_in_bfloat16_is_left_to_the_fused_kernel(dtype: torch.dtype, rows: int, mask: str) -> None:
-    query = torch.zeros(rows, 4, 6, 8, dtype=dtype)
-    dense = tree_attention.dense(torch.full((6,), 6), torch.arange(6), None, dtype)
-    given = dense if mask == "dense" else dense == 0
-    assert tree_attention._best_written_out(query[:1].bfloat16(), query[:1], dense.bfloat16())
-    assert not tree_attention._best_written_out(query, query, given)
+def test_a_mask_that_a_model_cuts_stands_for_itself() -> None:
+    mask = tree_attention.dense(np.array([3, 3, 3]), np.arange(3), None, torch.float32, CPU)
+    assert isinstance(mask, tree_attention.TreeMask)
+    assert type(mask[..., :2]) is torch.Tensor
+
+
+def test_rows_on_a_cpu_are_attended_by_stretches_with_a_context_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+
+    def spy(query: torch.Tensor, key: torch.Tensor, *rest: Any) -> torch.Tensor:
+        lengths.append(key.shape[2])
+        return by_stretches(query, key, *rest)
+
+    by_stretches = tree_attention._by_stretches
+    monkeypatch.setattr(tree_attention, "_by_stretches", spy)
+    model = LanguageModel(tiny.llama(VOCAB))
+    [piece] = row(0, 1)
+    context = model.read([1, 2, 3, 4])
+    assert context is not None
+    lengths.clear()
+    model.score([piece])
+    model.score([piece], context)
+    assert set(lengths) == {len(piece), 4 + len(piece)}
 
 
 def test_what_block_attention_cannot_do_falls_back_or_is_refused(

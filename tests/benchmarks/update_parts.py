@@ -1,9 +1,9 @@
-"""What an update of `continuation`, K = 20, gains by the layers that are ours, in one process, in turns.
+"""What an update of `continuation`, prompts of 60 tokens, gains by the layers that are ours, in one process, in turns.
 
-    python -m tests.benchmarks.update_parts [--dtypes bfloat16 float32] [--repeats 5]
+    python -m tests.benchmarks.update_parts [--dtypes bfloat16 float32] [--samples 20 48] [--repeats 5]
 
-The update as it is against the same one with torch's fused attention in place of `tree_attention`'s, with PEFT's own layer in
-place of `LowRankLinear`, and with both.
+The update as it is against the same one with torch's fused attention under a dense mask in place of `tree_attention`'s, with
+PEFT's own layer in place of `LowRankLinear`, and with both.
 """
 
 from __future__ import annotations
@@ -22,29 +22,31 @@ from system.models import locate
 from tests.benchmarks.figures import Figure, in_turns, ratio, report, seconds
 from tests.benchmarks.update_rate import sentences
 
-OURS = tree_attention.WRITTEN_OUT, LoraLinear.forward
+OURS = LoraLinear.forward
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--samples", nargs="+", type=int, default=[20, 48])
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     for dtype in arguments.dtypes:
-        report(*measure(dtype, arguments.repeats))
+        for samples in arguments.samples:
+            report(*measure(dtype, samples, arguments.repeats))
 
 
-def measure(dtype: str, repeats: int) -> list[Figure]:
+def measure(dtype: str, samples: int, repeats: int) -> list[Figure]:
     cfg = config_file.load("deploy/configs/continuation.yaml", [f"learner.dtype={dtype}"])
     folder = locate(cfg.model)
     problem = tasks.build(cfg.task, load_tokenizer(folder))
     learner = Learner(cfg, folder, problem.constraints, cfg.model.path, problem.prompts[0].policy_tokens)
-    group = sentences(learner, problem, 20, np.random.default_rng(0))
+    group = sentences(learner, problem, samples, np.random.default_rng(0))
 
     def update(fused: bool, pefts: bool) -> Callable[[], float]:
         def run() -> None:
-            tree_attention.WRITTEN_OUT = 0 if fused else OURS[0]
-            LoraLinear.forward = Linear.forward if pefts else OURS[1]  # type: ignore[method-assign]
+            learner.policy.language_model.model.set_attn_implementation("sdpa" if fused else tree_attention.NAME)
+            LoraLinear.forward = Linear.forward if pefts else OURS  # type: ignore[method-assign]
             learner.update([group])
 
         return seconds(run)
@@ -56,8 +58,8 @@ def measure(dtype: str, repeats: int) -> list[Figure]:
     }
     times = in_turns(ways | {"ours": update(fused=False, pefts=False)}, repeats)
     tokens = int(learner.update([group])["tokens/forwarded"])
-    name = f"update on continuation in {dtype}"
-    return [ratio(f"{name}, {way} over ours", times[way], times["ours"], None, tokens=tokens) for way in ways]
+    name = f"update on continuation, {tokens} tokens, in {dtype}"
+    return [ratio(f"{name}, {way} over ours", times[way], times["ours"], None) for way in ways]
 
 
 if __name__ == "__main__":
