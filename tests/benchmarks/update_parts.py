@@ -12,17 +12,14 @@ import argparse
 from collections.abc import Callable
 
 import numpy as np
-from peft.tuners.lora import Linear
 
 from learner.learner import Learner
-from learner.policy import LoraLinear
-from system import config_file, tasks, tree_attention
+from system import config_file, tasks
 from system.language_model import load_tokenizer
 from system.models import locate
 from tests.benchmarks.figures import Figure, in_turns, ratio, report, seconds
+from tests.benchmarks.plain import plain
 from tests.benchmarks.update_rate import sentences
-
-OURS = LoraLinear.forward
 
 
 def main() -> None:
@@ -43,20 +40,19 @@ def measure(dtype: str, samples: int, repeats: int) -> list[Figure]:
     learner = Learner(cfg, folder, problem.constraints, cfg.model.path, problem.prompts[0].policy_tokens)
     group = sentences(learner, problem, samples, np.random.default_rng(0))
 
-    def update(fused: bool, pefts: bool) -> Callable[[], float]:
+    def update(*, attention: bool, lora: bool) -> Callable[[], float]:
         def run() -> None:
-            learner.policy.language_model.model.set_attn_implementation("sdpa" if fused else tree_attention.NAME)
-            LoraLinear.forward = Linear.forward if pefts else OURS  # type: ignore[method-assign]
-            learner.update([group])
+            with plain(learner, attention=attention, lora=lora):
+                learner.update([group])
 
         return seconds(run)
 
     ways = {
-        "torch's fused attention": update(fused=True, pefts=False),
-        "PEFT's layer": update(fused=False, pefts=True),
-        "both": update(fused=True, pefts=True),
+        "torch's fused attention": update(attention=True, lora=False),
+        "PEFT's layer": update(attention=False, lora=True),
+        "both": update(attention=True, lora=True),
     }
-    times = in_turns(ways | {"ours": update(fused=False, pefts=False)}, repeats)
+    times = in_turns(ways | {"ours": update(attention=False, lora=False)}, repeats)
     tokens = int(learner.update([group])["tokens/forwarded"])
     name = f"update on continuation, {tokens} tokens, in {dtype}"
     return [ratio(f"{name}, {way} over ours", times[way], times["ours"], None) for way in ways]
