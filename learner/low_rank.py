@@ -27,7 +27,7 @@ class LowRankLinear(torch.autograd.Function):
         y_LO = linear(x_LI, weight_OI, bias_O).addmm_(low_LR, b.T)
         ctx.save_for_backward(x_LI, weight_OI, a, b, low_LR)
         ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (a_RI.dtype, b_OR.dtype)
-        return y_LO.view(*x.shape[:-1], -1)
+        return y_LO.view(*x.shape[:-1], len(weight_OI))
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:

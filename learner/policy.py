@@ -23,12 +23,12 @@ from system.prefix_tree import Packed
 
 
 class LoraLinear(PeftLinear):
-    """PEFT's layer, computed by `LowRankLinear`."""
+    """PEFT's layer, computed by `LowRankLinear` where the base is a plain linear layer, as quantised ones are not."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base: Any = self.base_layer
-        if self.disable_adapters:
-            return base(x, *args, **kwargs)
+        if self.disable_adapters or type(base) is not torch.nn.Linear:
+            return super().forward(x, *args, **kwargs)
         [name] = self.active_adapters
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         return LowRankLinear.apply(x, base.weight, base.bias, a, b, self.scaling[name])  # type: ignore[no-any-return]
@@ -66,6 +66,7 @@ class Policy:
             bias="none",
             task_type="CAUSAL_LM",
         )
+        # Private in PEFT, which has no other way; layers of other kinds stay PEFT's own.
         peft_config._register_custom_module({torch.nn.Linear: LoraLinear})
         try:
             self._peft: PeftModel = get_peft_model(base, peft_config, autocast_adapter_dtype=False)  # type: ignore[assignment]

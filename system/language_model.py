@@ -132,7 +132,7 @@ class LanguageModel:
         self._head = Head(head.weight, getattr(head, "bias", None), softcap)
         self._selected: tuple[Constraints, Head] | None = None
         self.attention = "dense"
-        if self.model.config._attn_implementation == "sdpa":
+        if self.device.type == "cpu" and self.model.config._attn_implementation == "sdpa":
             self.model.set_attn_implementation(tree_attention.NAME)
         if attention == "block" or (attention == "auto" and self.device.type == "cuda"):
             self._use_blocks(required=attention == "block")

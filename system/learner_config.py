@@ -150,14 +150,15 @@ class Learner(Section):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto: CUDA where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the base weights and activations. LoRA weights and the loss are float32."""
+    """Of the base weights and activations. LoRA weights are kept, and the loss computed, in float32."""
     token_budget: int = Field(default=2048, ge=64)
     """Most tokens of one micro-batch: the trees of an update are packed into rows of this length."""
     logits_chunk: int = Field(default=256, ge=1)
     """Positions whose logits exist at one time; twice as many where a baseline with `kl` asks the base too."""
     attention: Literal["auto", "dense", "block"] = "auto"
-    """Of the learner and of the frozen model that scores: a mask for each pair of a row's tokens (`dense`), or FlexAttention
-    over the blocks of the prefix trees (`block`). auto: block on CUDA where it works, which is logged where it does not."""
+    """Of the learner and of the frozen model that scores: a mask for each pair of a row's tokens (`dense`; on a CPU what nobody
+    sees is left out), or FlexAttention over the blocks of the prefix trees (`block`). auto: block on CUDA where it works, which
+    is logged where it does not."""
     gradient_checkpointing: bool = False
     """Keep no activations of a layer for the backward pass and compute them again: less memory, a third more work."""
     ranks: int = Field(default=1, ge=1)

@@ -4,7 +4,7 @@ costs nothing.
 The rule is that of `system.prefix_tree`, key k is visible to query q iff k <= q < end[k], and with a sliding window iff
 also position[q] < position[k] + window: a window reaches back a number of tokens on the path, not in the row. A dense
 mask grows with the square of the row; of the blocks there are 128² = 16,384 times fewer, and those that nothing of
-is visible in, between pieces or branches, cost nothing. On a CPU each block of queries takes the keys that any of it sees.
+is visible in, between pieces or branches, cost nothing. On a CPU stretches of queries do the same.
 """
 
 from __future__ import annotations
@@ -26,22 +26,21 @@ from transformers.masking_utils import sdpa_mask
 
 BLOCK = 128
 """Positions of a block, in queries and in keys: what FlexAttention's kernels are tuned for."""
+STRETCH = 64
+"""Queries of a stretch on a CPU: fewer see fewer keys that are not theirs, more make larger products."""
 NAME = "prefix_tree"
 """The attention implementation, in transformers, that takes a BlockMask or a TreeMask. With any other it is SDPA."""
-WRITTEN_OUT = 512**2
-"""Pairs of a query and a key up to which bfloat16 attention on a CPU is written out as products and a softmax. torch's fused
-kernel takes twice as long there, but does not keep the pairs for the backward pass."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stretch:
-    """A block of queries, and the keys that any of them sees."""
+    """Neighbouring queries, and the keys that any of them sees."""
 
     queries: slice
-    keys_S: Tensor
-    """int64, ascending."""
-    mask_QS: Tensor
-    """Additive."""
+    keys: slice | Tensor
+    """A slice where they are neighbours too, else int64, ascending."""
+    mask: Tensor
+    """Additive float32 [queries, keys]."""
 
 
 class TreeMask(Tensor):
@@ -80,12 +79,14 @@ def dense(
     if device.type != "cpu":
         return mask
     stretches = []
-    for first in range(0, len(end_L), BLOCK):
-        queries = slice(first, min(first + BLOCK, len(end_L)))
+    for first in range(0, len(end_L), STRETCH):
+        queries = slice(first, min(first + STRETCH, len(end_L)))
         # Without the window, which can only make them fewer.
-        keys = np.flatnonzero(end_L[: queries.stop] > first) + context
-        keys_S = torch.from_numpy(np.concatenate([np.arange(context), keys]))
-        stretches.append(Stretch(queries, keys_S, mask[0, 0, queries].index_select(1, keys_S)))
+        seen_by_any = np.flatnonzero(end_L[: queries.stop] > first) + context
+        keys_S = np.concatenate([np.arange(context), seen_by_any])
+        together = keys_S[-1] - keys_S[0] < len(keys_S)
+        keys = slice(int(keys_S[0]), int(keys_S[-1]) + 1) if together else torch.from_numpy(keys_S)
+        stretches.append(Stretch(queries, keys, mask[0, 0, queries][:, keys].float()))
     result = mask.as_subclass(TreeMask)
     result.stretches = tuple(stretches)
     return result
@@ -159,24 +160,18 @@ def _attend(
 
 
 def _by_stretches(query: Tensor, key: Tensor, value: Tensor, stretches: Sequence[Stretch], scaling: float | None) -> Tensor:
-    """As `_attend`. The queries of all heads that share keys are the rows of one product."""
-    heads, _, size = query.shape[1:]
+    """As `_attend`. In float32: on a CPU torch's fused kernel is slower in bfloat16, with gradients by a factor of three."""
     groups = key.shape[1]
-    scale = size**-0.5 if scaling is None else scaling
-    pairs = sum(stretch.mask_QS.numel() for stretch in stretches)
-    written_out = query.dtype == torch.bfloat16 and pairs <= WRITTEN_OUT
-    query_GHLD = query[0].unflatten(0, (groups, heads // groups))
+    # Heads that share keys are a dimension of their own, along which keys and values are not copied.
+    query_, key_, value_ = (each[0].float().unflatten(0, (groups, -1)) for each in (query, key, value))
     outs = []
     for stretch in stretches:
-        query_GRD = query_GHLD[:, :, stretch.queries].reshape(groups, -1, size)
-        key_GSD, value_GSD = (each[0].index_select(1, stretch.keys_S) for each in (key, value))
-        mask_RS = stretch.mask_QS.repeat(heads // groups, 1)
-        if written_out:
-            out = torch.baddbmm(mask_RS, query_GRD, key_GSD.transpose(1, 2), alpha=scale).softmax(-1) @ value_GSD
-        else:
-            out = scaled_dot_product_attention(query_GRD[None], key_GSD[None], value_GSD[None], attn_mask=mask_RS, scale=scale)
-        outs.append(out.view(heads, -1, size))
-    return torch.cat(outs, 1).transpose(0, 1)[None]
+        shared = (key_[:, :, stretch.keys], value_[:, :, stretch.keys])
+        seen, given = (each.expand(-1, query_.shape[1], -1, -1) for each in shared)
+        outs.append(
+            scaled_dot_product_attention(query_[:, :, stretch.queries], seen, given, attn_mask=stretch.mask, scale=scaling)
+        )
+    return torch.cat(outs, 2).flatten(0, 1).transpose(0, 1)[None].to(query.dtype)
 
 
 AttentionInterface.register(NAME, _attend)

@@ -9,7 +9,6 @@ from peft.tuners.lora import Linear
 
 from learner.learner import Learner
 from learner.policy import LoraLinear
-from system import tree_attention
 
 OURS = LoraLinear.forward
 
@@ -18,6 +17,7 @@ OURS = LoraLinear.forward
 def plain(learner: Learner, *, attention: bool = True, lora: bool = True) -> Iterator[None]:
     """Inside, the learner's model has torch's fused attention under dense masks, and PEFT's own layer; or one of the two."""
     model = learner.policy.language_model.model
+    before = str(model.config._attn_implementation)
     if attention:
         model.set_attn_implementation("sdpa")
     if lora:
@@ -25,5 +25,5 @@ def plain(learner: Learner, *, attention: bool = True, lora: bool = True) -> Ite
     try:
         yield
     finally:
-        model.set_attn_implementation(tree_attention.NAME)
+        model.set_attn_implementation(before)
         LoraLinear.forward = OURS  # type: ignore[method-assign]

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.update_rate [--repeats 5]
 
-The padded update has the same policy, support, loss and optimizer, and attention and LoRA as transformers and PEFT have them;
-each sample is a row with the whole prompt in front.
+The padded update has the same policy, support, loss and optimizer, and torch's fused attention; each sample is a row with the
+whole prompt in front.
 Both give the same log q, which is checked first. Beside the ratio, how much of the arithmetic that this machine can do the
 packed update does.
 """
@@ -69,7 +69,7 @@ class Padded:
         return torch.where(inside_KT, token_KT, 0.0), stop_KT
 
     def update(self, group: Group) -> None:
-        with plain(self.learner):
+        with plain(self.learner, lora=False):
             self._update(group)
 
     def _update(self, group: Group) -> None:
