@@ -1,0 +1,89 @@
+"""The policy's layers: LoRA as one operation where that is known, and everywhere what PEFT's own layers compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft.tuners.lora import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from learner.policy import LoraLinear, Policy
+from system.config import Lora
+from system.constraints import Constraints
+from tests import tiny
+from tests.test_language_model import VOCAB
+from tests.test_tree_attention import CPU, row
+
+CONSTRAINTS = Constraints.of(stop_token=4, min_tokens=0, max_tokens=20, vocab_size=VOCAB)
+
+
+def policy_of(folder: Path, dtype: torch.dtype = torch.float32, *, checkpointing: bool = False) -> Policy:
+    torch.manual_seed(0)
+    policy = Policy(folder, Lora(rank=4), CONSTRAINTS, dtype=dtype, device=CPU, gradient_checkpointing=checkpointing)
+    tiny.perturb(policy.parameters.values())
+    return policy
+
+
+def log_q(policy: Policy) -> torch.Tensor:
+    pieces = row(1, suffix=())
+    return torch.cat([v for pair in policy.log_q(pieces, [np.ones(len(p.tree), bool) for p in pieces]) for v in pair])
+
+
+def trained(policy: Policy) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log q of a row's nodes, the gradients of all LoRA weights)."""
+    values = log_q(policy)
+    values.square().mean().backward()
+    gradients = [parameter.grad for parameter in policy.parameters.values()]
+    return values.detach(), torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
+
+
+@pytest.mark.parametrize(("kind", "ours"), [("llama", True), ("gpt2", False)])
+def test_layers_that_are_linear_are_one_operation_and_others_are_pefts(tmp_path: Path, kind: str, ours: bool) -> None:
+    model = policy_of(tiny.folder(tmp_path, kind, VOCAB)).language_model.model
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert adapted
+    assert all(isinstance(module, LoraLinear) is ours for module in adapted)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_log_q_and_gradients_are_those_of_pefts_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype, checkpointing: bool
+) -> None:
+    folder = tiny.folder(tmp_path, kind, VOCAB)
+    found = trained(policy_of(folder, dtype, checkpointing=checkpointing))
+    monkeypatch.setattr(LoraLinear, "forward", Linear.forward)
+    expected = trained(policy_of(folder, dtype, checkpointing=checkpointing))
+    for ours, pefts in zip(found, expected, strict=True):
+        assert float((ours - pefts).norm() / pefts.norm()) < (1e-5 if dtype == torch.float32 else 0.03)
+
+
+def test_without_the_adapter_q_is_the_base(tmp_path: Path) -> None:
+    folder = tiny.folder(tmp_path, "llama", VOCAB)
+    policy = policy_of(folder)
+    base = Policy(folder, Lora(rank=4), CONSTRAINTS, dtype=torch.float32, device=CPU)  # B = 0
+    with torch.no_grad(), policy.base():
+        torch.testing.assert_close(log_q(policy), log_q(base))
+    assert not torch.allclose(log_q(policy), log_q(base))
+
+
+def test_a_base_layer_of_another_kind_computes_for_itself(tmp_path: Path) -> None:
+    """As quantised layers, whose weight is not what a product takes."""
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    policy = policy_of(tiny.folder(tmp_path, "llama", VOCAB))
+    layer = next(module for module in policy.language_model.model.modules() if isinstance(module, LoraLinear))
+    linear = layer.base_layer
+    assert isinstance(linear, torch.nn.Linear)
+    x = torch.randn(3, linear.in_features)
+    with torch.no_grad():
+        plain, base = layer(x), linear(x)
+        linear.__class__ = Doubled
+        torch.testing.assert_close(layer(x), plain + base)
