@@ -1,10 +1,9 @@
-"""Which positions of a packed row see which, and attention by it: with one dense mask, or by blocks, so that what is not seen
-costs nothing.
+"""Which positions of a packed row see which, and attention that leaves out what nobody sees.
 
 The rule is that of `system.prefix_tree`, key k is visible to query q iff k <= q < end[k], and with a sliding window iff
 also position[q] < position[k] + window: a window reaches back a number of tokens on the path, not in the row. A dense
 mask grows with the square of the row; of the blocks there are 128² = 16,384 times fewer, and those that nothing of
-is visible in, between pieces or branches, cost nothing. On a CPU stretches of queries do the same.
+is visible in, between pieces or branches, cost nothing. On a CPU each stretch of queries takes the keys that any of them sees.
 """
 
 from __future__ import annotations
@@ -82,10 +81,9 @@ def dense(
     for first in range(0, len(end_L), STRETCH):
         queries = slice(first, min(first + STRETCH, len(end_L)))
         # Without the window, which can only make them fewer.
-        seen_by_any = np.flatnonzero(end_L[: queries.stop] > first) + context
-        keys_S = np.concatenate([np.arange(context), seen_by_any])
-        together = keys_S[-1] - keys_S[0] < len(keys_S)
-        keys = slice(int(keys_S[0]), int(keys_S[-1]) + 1) if together else torch.from_numpy(keys_S)
+        visible = np.concatenate([np.arange(context), np.flatnonzero(end_L[: queries.stop] > first) + context])
+        together = visible[-1] - visible[0] < len(visible)
+        keys = slice(int(visible[0]), int(visible[-1]) + 1) if together else torch.from_numpy(visible)
         stretches.append(Stretch(queries, keys, mask[0, 0, queries][:, keys].float()))
     result = mask.as_subclass(TreeMask)
     result.stretches = tuple(stretches)
