@@ -250,7 +250,7 @@ class RaySamplers:
             num_gpus=actors.gpus,
             max_concurrency=self._threads,
             scheduling_strategy="SPREAD",
-            runtime_env={"env_vars": engine_environment(actors.threads, gpu=actors.gpus > 0)},
+            runtime_env={"env_vars": ray_cluster.ONE_ARENA | engine_environment(actors.threads, gpu=actors.gpus > 0)},
             **ray_cluster.preferring(self._learner_node(), avoid=True),
         ).remote(self.config, self._problem)
         member = _Member(name, actor, actor.ready.remote(), time.monotonic())

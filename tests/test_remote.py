@@ -74,6 +74,12 @@ def handles(running: Config, problem: Problem) -> Iterator[tuple[RayLearner, Ray
     samplers.close()
 
 
+def test_actors_begin_with_one_arena(handles: tuple[RayLearner, RaySamplers]) -> None:
+    learner, samplers = handles
+    for pid in ray.get([*samplers.ready(), learner.ready()[-1]]):
+        assert b"MALLOC_ARENA_MAX=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+
+
 def test_a_killed_sampler_is_replaced_and_every_group_counts_once(
     running: Config, problem: Problem, handles: tuple[RayLearner, RaySamplers], tmp_path: Path
 ) -> None:

@@ -7,8 +7,8 @@ updates, is that of lines through ten windows of the last half of the updates (t
 and the third and the eighth. A step shows in one window and in the memory at last, a leak in all. Fails where the third is
 above LIMIT, and where a process has too few readings.
 
-With more than one arena glibc's allocator gives each thread memory of its own, which fills up with gaps for long; `--arenas 0`
-leaves that as it is.
+With more than one arena glibc's allocator gives each thread memory of its own, which fills up with gaps for long. Actors have
+one in every run; `--arenas 0` leaves the driver's as they are.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=4000)
     parser.add_argument("--limit", type=float, default=0.5, help="MiB for 1,000 updates")
-    parser.add_argument("--arenas", type=int, default=1, help="of glibc's allocator in each process; 0: as many as it likes")
+    parser.add_argument("--arenas", type=int, default=1, help="of glibc's allocator in the driver; 0: as many as it likes")
     arguments = parser.parse_args()
     arenas = {"MALLOC_ARENA_MAX": str(arguments.arenas)} if arguments.arenas else {}
     with tempfile.TemporaryDirectory() as name:
