@@ -28,10 +28,10 @@ logger = logging.getLogger("headwater")
 
 ROOT = Path(__file__).resolve().parents[1]
 NODE_ID = "ray.io/node-id"
+"""The label that Ray gives every node."""
 ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 """Environment of actors, which live long: with memory for each thread of its own, as glibc has it, they grow for thousands of
 updates by gaps that are never given back."""
-"""The label that Ray gives every node."""
 REACH_SECONDS = 10.0
 """For a named cluster to take a connection."""
 

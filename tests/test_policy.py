@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from peft.tuners.lora import Linear
@@ -15,7 +14,7 @@ from system.config import Lora
 from system.constraints import Constraints
 from tests import tiny
 from tests.test_language_model import VOCAB
-from tests.test_tree_attention import CPU, row
+from tests.test_tree_attention import CPU, log_q, trained
 
 CONSTRAINTS = Constraints.of(stop_token=4, min_tokens=0, max_tokens=20, vocab_size=VOCAB)
 
@@ -25,19 +24,6 @@ def policy_of(folder: Path, dtype: torch.dtype = torch.float32, *, checkpointing
     policy = Policy(folder, Lora(rank=4), CONSTRAINTS, dtype=dtype, device=CPU, gradient_checkpointing=checkpointing)
     tiny.perturb(policy.parameters.values())
     return policy
-
-
-def log_q(policy: Policy) -> torch.Tensor:
-    pieces = row(1, suffix=())
-    return torch.cat([v for pair in policy.log_q(pieces, [np.ones(len(p.tree), bool) for p in pieces]) for v in pair])
-
-
-def trained(policy: Policy) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log q of a row's nodes, the gradients of all LoRA weights)."""
-    values = log_q(policy)
-    values.square().mean().backward()
-    gradients = [parameter.grad for parameter in policy.parameters.values()]
-    return values.detach(), torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
 
 
 @pytest.mark.parametrize(("kind", "ours"), [("llama", True), ("gpt2", False)])

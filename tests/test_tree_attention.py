@@ -35,6 +35,21 @@ def row(seed: int, pieces: int = 3, suffix: tuple[int, ...] = (11, 12, 13)) -> l
     return [Packed.of(PrefixTree.of(random_samples(rng, 12)), CONTEXTS[i % 2], suffix) for i in range(pieces)]
 
 
+def log_q(policy: Policy) -> torch.Tensor:
+    """Of a row's edges and stops, end to end."""
+    pieces = row(1, suffix=())
+    pairs = policy.log_q(pieces, [np.ones(len(piece.tree), bool) for piece in pieces])
+    return torch.cat([values for pair in pairs for values in pair])
+
+
+def trained(policy: Policy) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log q of a row, the gradients of all LoRA weights)."""
+    values = log_q(policy)
+    values.square().mean().backward()
+    gradients = [parameter.grad for parameter in policy.parameters.values()]
+    return values.detach(), torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
+
+
 def laid_out(pieces: list[Packed]) -> tuple[np.ndarray, np.ndarray]:
     """(end_L, position_L) of a whole row, padded."""
     offsets = np.cumsum([0, *map(len, pieces)])
@@ -97,7 +112,6 @@ def test_blocks_and_dense_masks_score_alike(kind: str) -> None:
 def test_blocks_and_dense_masks_train_alike(tmp_path: Path, kind: str, checkpointing: bool) -> None:
     folder = tiny.folder(tmp_path, kind, VOCAB)
     constraints = Constraints.of(stop_token=4, min_tokens=0, max_tokens=20, vocab_size=VOCAB)
-    pieces = row(1, suffix=())
     results = []
     for way in ("dense", "block"):
         torch.manual_seed(0)
@@ -107,10 +121,7 @@ def test_blocks_and_dense_masks_train_alike(tmp_path: Path, kind: str, checkpoin
         )  # fmt: skip
         assert policy.language_model.attention == way
         tiny.perturb(policy.parameters.values())
-        log_q = [values for pair in policy.log_q(pieces, [np.ones(len(p.tree), bool) for p in pieces]) for values in pair]
-        torch.cat(log_q).square().mean().backward()
-        gradients = torch.cat([p.grad.flatten() for p in policy.parameters.values() if p.grad is not None])
-        results.append((torch.cat(log_q).detach(), gradients))
+        results.append(trained(policy))
     (log_q, gradients), (block_log_q, block_gradients) = results
     assert float(gradients.abs().max()) > 0.1
     torch.testing.assert_close(block_log_q, log_q, rtol=0, atol=1e-5)

@@ -132,7 +132,7 @@ class Recipe:
 
     def update(self) -> int:
         """Trajectories used. As there, the gradients of several groups add up, one after the other."""
-        with plain(self.learner):
+        with plain(self.learner, attention=False):
             return self._update()
 
     def _update(self) -> int:

@@ -15,7 +15,8 @@ OURS = LoraLinear.forward
 
 @contextmanager
 def plain(learner: Learner, *, attention: bool = True, lora: bool = True) -> Iterator[None]:
-    """Inside, the learner's model has torch's fused attention under dense masks, and PEFT's own layer; or one of the two."""
+    """Inside, the learner's model has torch's fused attention under dense masks, as rows that are no trees always have it, and
+    PEFT's own layer; or one of the two."""
     model = learner.policy.language_model.model
     before = str(model.config._attn_implementation)
     if attention:

@@ -1,6 +1,6 @@
 """What an update of `continuation`, prompts of 60 tokens, gains by the layers that are ours, in one process, in turns.
 
-    python -m tests.benchmarks.update_parts [--dtypes bfloat16 float32] [--samples 20 48] [--repeats 5]
+    python -m tests.benchmarks.update_parts [--dtypes bfloat16 float32] [--samples 20 80] [--repeats 5]
 
 The update as it is against the same one with torch's fused attention under a dense mask in place of `tree_attention`'s, with
 PEFT's own layer in place of `LowRankLinear`, and with both.
@@ -25,7 +25,7 @@ from tests.benchmarks.update_rate import sentences
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--samples", nargs="+", type=int, default=[20, 48])
+    parser.add_argument("--samples", nargs="+", type=int, default=[20, 80])
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     for dtype in arguments.dtypes:

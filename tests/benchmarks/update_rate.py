@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.update_rate [--repeats 5]
 
-The padded update has the same policy, support, loss and optimizer, and torch's fused attention; each sample is a row with the
-whole prompt in front.
+The padded update has the same policy, support, loss and optimizer, and, as its rows are no trees, torch's fused attention; each
+sample is a row with the whole prompt in front.
 Both give the same log q, which is checked first. Beside the ratio, how much of the arithmetic that this machine can do the
 packed update does.
 """
@@ -26,7 +26,6 @@ from system.models import locate
 from system.tasks.problem import Problem
 from system.trajectory import Behaviour, Group, Prompt, Trajectory
 from tests.benchmarks.figures import Figure, in_turns, ratio, report, seconds
-from tests.benchmarks.plain import plain
 from tests.benchmarks.work import operations, peak
 
 PROMPT_TOKENS = 60
@@ -69,10 +68,6 @@ class Padded:
         return torch.where(inside_KT, token_KT, 0.0), stop_KT
 
     def update(self, group: Group) -> None:
-        with plain(self.learner, lora=False):
-            self._update(group)
-
-    def _update(self, group: Group) -> None:
         learner = self.learner
         learner.optimizer.zero_grad(set_to_none=True)
         token_KT, stop_KT = self.log_q(group)
