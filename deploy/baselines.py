@@ -20,7 +20,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from actors.decoding import Decoder, Draws
-    from system.trajectory import Prompt
+    from system.trajectory import Prompt, Trajectory
 
 logger = logging.getLogger("headwater")
 
@@ -68,8 +69,10 @@ class Baselines:
         from actors.build import build_reward
         from actors.decoding import Settings
         from deploy.prepare import prepare
+        from system import evaluation
         from system.diversity import diversity_measure
         from system.language_model import LanguageModel, load_pretrained, resolve_device
+        from system.text import decode
 
         # All methods score whole sequences: evidence after every prefix would be charged to them for nothing.
         config = config.model_copy(update={"task": config.task.model_copy(update={"reward": at_ends(config.task.reward)})})
@@ -89,7 +92,8 @@ class Baselines:
         if rewards.needs_language_model(config.task.reward):
             self.likelihood = rewards.Posterior(frozen, self.problem.reward_stop, config.sampler.token_budget)
         self.tuned = self._adapted(run_dir) if run_dir else None
-        self.diversity = diversity_measure()
+        self.text_of = lambda tokens: decode(self.tokenizer, tokens)
+        self.judge = evaluation.judge(self.problem, self.text_of, self, diversity_measure())
 
     def _adapted(self, run_dir: Path) -> Any:
         import torch
@@ -104,6 +108,12 @@ class Baselines:
         policy = Policy(self.folder, run.lora, self.problem.constraints, dtype=dtype, device=self.device)
         load_adapter(policy, path, run.model.path, run.lora)
         return policy.language_model.model.eval()
+
+    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
+        """The rewards that `evaluation.judge` asks."""
+        answer: Future[list[np.ndarray]] = Future()
+        answer.set_result(self.reward.score(prompt, trajectories_K))
+        return answer
 
     def measure(self, method: str, samples: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """(metrics, one row a sample) of a method of `actors.decoding`, or of `gflownet`."""
@@ -124,31 +134,28 @@ class Baselines:
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         from dataclasses import replace
 
-        from system.text import decode
-        from system.trajectory import sampled
+        import numpy as np
+
+        from system.trajectory import Group, sampled
 
         started = time.perf_counter()
         draws = decoder.draw(method, prompt, samples)
         metrics = {"model_tokens": float(draws.model_tokens), "seconds": time.perf_counter() - started}
-        texts = [decode(self.tokenizer, tokens) for tokens in draws.tokens_K]
-        log_reward_K = decoder.log_target(prompt, draws.tokens_K) * decoder.reward_temperature
+        trajectories_K = tuple(sampled(list(tokens)) for tokens in draws.tokens_K)
+        group = Group(prompt, trajectories_K, tuple(self.reward.score(prompt, trajectories_K)), 0, 0)
+        log_reward_K = np.array([log_reward_T[-1] for log_reward_T in group.log_reward_K])
         metrics |= {"task/max_log_reward": float(log_reward_K.max()), "task/mean_log_reward": float(log_reward_K.mean())}
         if self.likelihood is not None:
-            trajectories_K = [sampled(list(tokens)) for tokens in draws.tokens_K]
             scores = self.likelihood.score(replace(prompt, evidence_tokens=None), trajectories_K)
             log_p_K = [float(score_T[-1]) for score_T in scores]
             metrics |= {"task/max_log_likelihood": max(log_p_K), "task/mean_log_likelihood": sum(log_p_K) / len(log_p_K)}
         metrics["task/distinct"] = len(set(draws.tokens_K)) / len(draws.tokens_K)
-        if self.diversity is not None:
-            metrics["task/diversity"] = self.diversity(texts)
-        if self.problem.judge is not None:
-            verdict = self.problem.judge(prompt, texts, draws.tokens_K)
-            metrics |= {f"task/{name}": value for name, value in verdict.items()}
+        metrics |= {f"task/{name}": value for name, value in self.judge(group).items()}
         log_weight_K = draws.log_weights(log_reward_K / decoder.reward_temperature)
         metrics |= _bounds(draws, log_weight_K)
         rows = [
-            {"prompt": prompt.id, "text": text, "tokens": list(tokens), "log_reward": float(log_reward)}
-            for text, tokens, log_reward in zip(texts, draws.tokens_K, log_reward_K, strict=True)
+            {"prompt": prompt.id, "text": self.text_of(tokens), "tokens": list(tokens), "log_reward": float(log_reward)}
+            for tokens, log_reward in zip(draws.tokens_K, log_reward_K, strict=True)
         ]
         for row, log_weight in zip(
             rows, [] if log_weight_K is None else log_weight_K.tolist(), strict=log_weight_K is not None

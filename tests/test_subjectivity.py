@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.build import build_reward
 from actors.rewards import Posterior
+from deploy import baselines
 from learner.learner import Learner
 from system import demonstrations, evaluation, tasks
 from system.config import Config, ConfigError
@@ -389,6 +390,21 @@ def test_a_vote_whose_reward_cannot_be_had_is_left_out_and_named(
     judge = evaluation.judge(replace(problem, judge=first_letters), text_of, samplers)
     assert judge(group) == {"letters": 3}
     assert f"{prompt.id} has no vote, as its samples have no reward: log of zero" in caplog.text
+
+
+def test_reasons_that_are_sampled_without_training_vote_too(tmp_path: Path, folder: Path) -> None:
+    cfg, _, problem = built(folder, section(tmp_path))
+    metrics, rows = baselines.Baselines(cfg, {}, None).measure("ancestral", 4)
+    assert {"task/accuracy", "task/sample_accuracy", "task/votes_agree"} <= set(metrics)
+    model = load_pretrained(folder, torch.float32, torch.device("cpu"))
+    right = []
+    for row in rows:
+        [prompt] = [prompt for prompt in problem.prompts if prompt.id == row["prompt"]]
+        context = [*prompt.reward_tokens, *row["tokens"], *problem.reward_stop]
+        own, other = (log_prob(model, context, TOKENIZER.encode(f" so-{label}.", add_special_tokens=False))
+                      for label in (prompt.meta["label"], *({"x", "y"} - {prompt.meta["label"]})))  # fmt: skip
+        right.append(own > other)
+    assert metrics["task/sample_accuracy"] == pytest.approx(np.mean(right))
 
 
 def first_letters(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]]) -> dict[str, float]:
