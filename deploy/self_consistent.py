@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("headwater")
 
+FIRST = 4
+"""Samples at once for each story that is wanted: most beginnings need no more."""
 BATCH = 64
-"""Samples at once."""
+"""Samples at once of those that do, and at most."""
 MOST_TRIES = 4000
 """Samples for each story that is wanted of a beginning; then it has fewer, or none."""
 
@@ -62,16 +64,16 @@ def draw(config: Config, per_story: int, ending: int, seed: int) -> list[dict[st
     for number, prompt in enumerate(problem.prompts, 1):
         found: list[dict[str, Any]] = []
         beginning = teller.start(prompt.reward_tokens)
-        for _ in range(0, MOST_TRIES * per_story, BATCH):
-            if len(found) >= per_story:
-                break
-            for middle, after in _tell(beginning, BATCH, support, ending):
+        tries, batch = 0, min(FIRST * per_story, BATCH)
+        while len(found) < per_story and tries < MOST_TRIES * per_story:
+            for middle, after in _tell(beginning, batch, support, ending):
                 text = decode(tokenizer, after).strip()
                 # What is asked of Y alone leaves Z, given Y, a posterior draw.
                 if text and not set(after) & special and len(found) < per_story:
                     sentence = decode(tokenizer, [*middle, support.stop_token]).strip()
                     tokens = {"middle": middle, "after": after}
                     found.append({"before": prompt.meta["before"], "middle": sentence, "after": text, "tokens": tokens})
+            tries, batch = tries + batch, BATCH
         stories += [{"id": f"{prompt.id}/{index}", **story} for index, story in enumerate(found)]
         logger.info("%d of %d beginnings, %d stories", number, len(problem.prompts), len(stories))
     return stories
