@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,10 +59,15 @@ class Policy:
         # A base that fits no single device goes there layer by layer, as shards.
         base = load_pretrained(folder, dtype, torch.device("cpu") if ranks else device)
         targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+        layers = base.config.get_text_config().num_hidden_layers
+        frozen = "|".join(map(str, range(layers - math.ceil(lora.layers * layers))))
         peft_config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
             target_modules=targets,
+            # Of a module's name, such as model.layers.3.mlp.up_proj, the first number is its layer's. (PEFT's
+            # layers_to_transform does not go with all-linear.)
+            exclude_modules=rf"\D*\.({frozen})\..*" if frozen else None,
             lora_dropout=0.0,
             bias="none",
             task_type="CAUSAL_LM",
@@ -89,6 +95,8 @@ class Policy:
         if gradient_checkpointing:
             # Checkpointing acts in training mode alone; there is no dropout to be turned on by it.
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # Gradients of embeddings are for reentrant checkpoints; they would go back through layers that are not adapted.
+            base.disable_input_require_grads()
             base.train()
         self.constraints = constraints
         self.scale = lora.alpha / lora.rank

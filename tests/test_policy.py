@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,10 @@ from tests.test_tree_attention import CPU, log_q, trained
 CONSTRAINTS = Constraints.of(stop_token=4, min_tokens=0, max_tokens=20, vocab_size=VOCAB)
 
 
-def policy_of(folder: Path, dtype: torch.dtype = torch.float32, *, checkpointing: bool = False) -> Policy:
+def policy_of(folder: Path, dtype: torch.dtype = torch.float32, *, checkpointing: bool = False, layers: float = 1.0) -> Policy:
     torch.manual_seed(0)
-    policy = Policy(folder, Lora(rank=4), CONSTRAINTS, dtype=dtype, device=CPU, gradient_checkpointing=checkpointing)
+    lora = Lora(rank=4, layers=layers)
+    policy = Policy(folder, lora, CONSTRAINTS, dtype=dtype, device=CPU, gradient_checkpointing=checkpointing)
     tiny.perturb(policy.parameters.values())
     return policy
 
@@ -46,6 +48,36 @@ def test_log_q_and_gradients_are_those_of_pefts_layers(
     expected = trained(policy_of(folder, dtype, checkpointing=checkpointing))
     for ours, pefts in zip(found, expected, strict=True):
         assert float((ours - pefts).norm() / pefts.norm()) < (1e-5 if dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
+def test_a_share_of_the_layers_are_the_last_ones_with_the_gradients_that_they_have_among_all(
+    tmp_path: Path, kind: str, checkpointing: bool
+) -> None:
+    """Of two layers; the first of the policy that has both is as in the base."""
+    folder = tiny.folder(tmp_path, kind, VOCAB)
+    part, whole = (policy_of(folder, checkpointing=checkpointing, layers=layers) for layers in (0.5, 1.0))
+    first = {name for name in whole.parameters if re.search(r"\D\.0\.", name)}
+    assert 0 < len(first) < len(whole.parameters)
+    assert part.parameters.keys() == whole.parameters.keys() - first
+    with torch.no_grad():
+        for name, parameter in whole.parameters.items():
+            parameter.copy_(part.parameters[name] if name in part.parameters else torch.zeros(()))
+    outputs: list[torch.Tensor] = []
+    for name, module in part.language_model.model.named_modules():
+        if re.search(r"\D\.0$", name):
+            module.register_forward_hook(lambda module, given, result: outputs.append(result))
+    torch.testing.assert_close(trained(part)[0], trained(whole)[0])
+    for name, parameter in part.parameters.items():
+        torch.testing.assert_close(parameter.grad, whole.parameters[name].grad)
+    [output] = outputs
+    assert not output.requires_grad, "an update goes back through a layer that has no adapter"
+
+
+def test_the_smallest_share_is_one_layer(tmp_path: Path) -> None:
+    folder = tiny.folder(tmp_path, "llama", VOCAB)
+    assert policy_of(folder, layers=0.01).parameters.keys() == policy_of(folder, layers=0.5).parameters.keys()
 
 
 def test_without_the_adapter_q_is_the_base(tmp_path: Path) -> None:

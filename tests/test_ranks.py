@@ -40,13 +40,15 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "fewer groups than ranks": {"sizes": UNEVEN[-1:]},
     "a KL to the base": {"sizes": UNEVEN, "loss": {"kind": "grpo", "kl": 0.5}, "learner": {"token_budget": 64}},
     "checkpointed activations": {"sizes": UNEVEN[:3], "learner": {"token_budget": 64, "gradient_checkpointing": True}},
+    "the last layer alone": {"sizes": UNEVEN, "lora": {"layers": 0.5}},
 }
 
 
 def config(seed: int = 0, **scenario: Any) -> Config:
     learner = {"lr": 0.01, "steps": 20, "warmup_steps": 0, "groups_per_update": 8} | scenario.get("learner", {})
     sections = {"loss": scenario.get("loss", {"kind": "pooled"}), "learner": learner, "seed": seed}
-    return parse(ON_POLICY | sections | {"task": {"kind": "random_number"}, "lora": {"rank": 4, "alpha": 8}})
+    lora = {"rank": 4, "alpha": 8} | scenario.get("lora", {})
+    return parse(ON_POLICY | sections | {"task": {"kind": "random_number"}, "lora": lora})
 
 
 def groups(sizes: tuple[tuple[int, int], ...], seed: int) -> list[Group]:

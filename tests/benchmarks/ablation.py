@@ -1,4 +1,4 @@
-"""Losses, exploration, staleness, learning rate and placement by their time to the posterior, several seeds each.
+"""Losses, exploration, staleness, learning rate, layers and placement by their time to the posterior, several seeds each.
 
     python -m tests.benchmarks.ablation random_number [--seeds 0,1,2] [--steps 40] [--only loss]
     python -m tests.benchmarks.ablation continuation  [--seeds 0,1,2] [--steps 60] [--only loss]
@@ -38,6 +38,9 @@ SETTINGS: dict[str, list[str]] = {
     "learning rate 2e-3": ["learner.lr=2e-3"],
     "learning rate 2e-3, warm-up 2": ["learner.lr=2e-3", "learner.warmup_steps=2"],
     "learning rate 4e-3": ["learner.lr=4e-3"],
+    "layers, two thirds": ["lora.layers=0.66"],
+    "layers, half": ["lora.layers=0.5"],
+    "layers, a third": ["lora.layers=0.33"],
     "placement, two threads for the learner": ["learner.threads=2"],
     "placement, two threads for the sampler": ["actors.cpus=2"],
     "placement, two threads for each": ["learner.threads=2", "actors.cpus=2"],

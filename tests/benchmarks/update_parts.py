@@ -1,9 +1,9 @@
-"""What an update of `continuation`, prompts of 60 tokens, gains by the layers that are ours, in one process, in turns.
+"""What an update of `continuation`, prompts of 60 tokens, gains by the layers that are ours, and by adapting fewer of them.
 
     python -m tests.benchmarks.update_parts [--dtypes bfloat16 float32] [--samples 20 80] [--repeats 5]
 
-The update as it is against the same one with torch's fused attention under a dense mask in place of `tree_attention`'s, with
-PEFT's own layer in place of `LowRankLinear`, and with both.
+In one process, in turns: the update as it is against the same one with torch's fused attention under a dense mask in place of
+`tree_attention`'s, with PEFT's own layer in place of `LowRankLinear`, with both, and with `lora.layers=0.5`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ def measure(dtype: str, samples: int, repeats: int) -> list[Figure]:
     cfg = config_file.load("deploy/configs/continuation.yaml", [f"learner.dtype={dtype}"])
     folder = locate(cfg.model)
     problem = tasks.build(cfg.task, load_tokenizer(folder))
-    learner = Learner(cfg, folder, problem.constraints, cfg.model.path, problem.prompts[0].policy_tokens)
+    half = cfg.model_copy(update={"lora": cfg.lora.model_copy(update={"layers": 0.5})})
+    learner, of_half = (
+        Learner(settings, folder, problem.constraints, cfg.model.path, problem.prompts[0].policy_tokens)
+        for settings in (cfg, half)
+    )
     group = sentences(learner, problem, samples, np.random.default_rng(0))
 
     def update(*, attention: bool, lora: bool) -> Callable[[], float]:
@@ -52,10 +56,12 @@ def measure(dtype: str, samples: int, repeats: int) -> list[Figure]:
         "PEFT's layer": update(attention=False, lora=True),
         "both": update(attention=True, lora=True),
     }
-    times = in_turns(ways | {"ours": update(attention=False, lora=False)}, repeats)
+    of_all, of_the_last = update(attention=False, lora=False), seconds(lambda: of_half.update([group]))
+    times = in_turns(ways | {"ours": of_all, "half": of_the_last}, repeats)
     tokens = int(learner.update([group])["tokens/forwarded"])
     name = f"update on continuation, {tokens} tokens, in {dtype}"
-    return [ratio(f"{name}, {way} over ours", times[way], times["ours"], None) for way in ways]
+    figures = [ratio(f"{name}, {way} over ours", times[way], times["ours"], None) for way in ways]
+    return [*figures, ratio(f"{name}, all layers over the last half", times["ours"], times["half"], None)]
 
 
 if __name__ == "__main__":
