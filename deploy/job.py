@@ -208,13 +208,13 @@ def keep_config(config: Config, run_dir: Path) -> Path:
 
 
 def start_from(weights: np.ndarray, learner: LearnerHandle, lora: Lora) -> None:
-    """Raises ConfigError for weights of another model or rank than the learner's."""
+    """Raises ConfigError for weights of another model, rank or share of the layers than the learner's."""
     try:
         learner.restore(weights, 0)
     except CheckpointError as error:
         raise ConfigError(
-            f"lora.start={lora.start!r} is not of this model with lora.rank={lora.rank} and lora.targets={lora.targets}: "
-            f"{plain(error)}"
+            f"lora.start={lora.start!r} is not of this model with lora.rank={lora.rank}, lora.layers={lora.layers:g} and "
+            f"lora.targets={lora.targets}: {plain(error)}"
         ) from error
 
 
