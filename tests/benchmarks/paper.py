@@ -99,13 +99,13 @@ class Lab:
             self._run("export", str(run), "--merge", str(folder))
         return folder
 
-    def self_consistent(self, name: str, stories: Path, limit: int, per_story: int) -> Path:
-        """Stories that the model told itself for each of the first beginnings in a file; the same for every seed."""
+    def self_consistent(self, name: str, stories: Path, limit: int) -> Path:
+        """Two stories that the model told itself for each of the first beginnings in a file; the same for every seed."""
         result = self.output / f"{name}.jsonl"
         if not result.exists():
             config = str(ROOT / "deploy/configs/infilling.yaml")
             settings = (f"task.stories={stories}", f"task.limit={limit}", *self.shared)
-            self._run("self_consistent", config, str(result), *settings, "--per-story", str(per_story))
+            self._run("self_consistent", config, str(result), *settings, "--per-story", "2")
         return result
 
     def _run(self, script: str, *arguments: str) -> str:
@@ -164,7 +164,7 @@ def infilling(lab: Lab) -> Rows:
     going_on = (f"task.stories={_sentences(written, lab.output / 'sentences.jsonl')}", "task.prompt='{after} {before}'")
     teller = lab.export(replace(lab, seed=0).train("teller", "infilling", *going_on, *imitation))
     lab = replace(lab, shared=(*lab.shared, f"model.path={teller}"))
-    told = lab.self_consistent("told-train", written, 88, 8)
+    told = lab.self_consistent("told-train", written, 44)
     both = lab.output / "both.jsonl"
     both.write_text(written.read_text(encoding="utf-8") + told.read_text(encoding="utf-8"), encoding="utf-8")
     runs = {
@@ -174,7 +174,7 @@ def infilling(lab: Lab) -> Rows:
     others = {
         "": (lab.data / "stories/test.jsonl", ("task/bleu_4", "task/gleu_4", "posterior/length")),
         "-told": (
-            lab.self_consistent("told-test", lab.data / "stories/test.jsonl", 20, 2),
+            lab.self_consistent("told-test", lab.data / "stories/test.jsonl", 20),
             ("posterior/log_z", "posterior/symmetrised_kl"),
         ),
     }
