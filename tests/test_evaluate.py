@@ -102,6 +102,16 @@ def test_bounds_from_self_consistent_stories_enclose_the_exact_log_z(folder: Pat
     assert metrics["posterior/symmetrised_kl"] == pytest.approx(np.mean(gaps), rel=0.35)
 
 
+def test_few_stories_are_told_by_few_samples_and_a_beginning_that_has_none_is_given_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(self_consistent, "MOST_TRIES", 100)
+    monkeypatch.setattr(self_consistent, "_tell", lambda beginning, tries, *_: asked.append(tries) or [])
+    assert self_consistent.draw(config_file.parse(settings(folder)), per_story=2, ending=2, seed=0) == []
+    assert asked == [8, 64, 64, 64]
+
+
 def test_a_process_of_its_own_takes_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cfg = config_file.parse({"task": {"kind": "continuation"}})
