@@ -19,10 +19,10 @@ from tests import finished, lora
 TOKENS = [1, 14, 15, 16, 20, 30, 17, 18]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
-def test_the_merged_weights_are_pefts_model(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "layers"), [("llama", 1.0), ("gpt2", 1.0), ("gemma3", 1.0), ("llama", 0.5)])
+def test_the_merged_weights_are_pefts_model(kind: str, layers: float, tmp_path: Path) -> None:
     """GPT-2 keeps its weights transposed and its embeddings tied; Gemma's output is capped."""
-    run_dir, config = finished.run(tmp_path, kind=kind)
+    run_dir, config = finished.run(tmp_path, kind=kind, lora={"rank": 4, "alpha": 8, "layers": layers})
     base = Path(config.model.path)
     before = hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
     out = tmp_path / "new" / "merged"

@@ -38,6 +38,7 @@ SETTINGS: dict[str, list[str]] = {
     "learning rate 2e-3": ["learner.lr=2e-3"],
     "learning rate 2e-3, warm-up 2": ["learner.lr=2e-3", "learner.warmup_steps=2"],
     "learning rate 4e-3": ["learner.lr=4e-3"],
+    "layers, all": ["lora.layers=1"],
     "layers, two thirds": ["lora.layers=0.66"],
     "layers, half": ["lora.layers=0.5"],
     "layers, a third": ["lora.layers=0.33"],

@@ -30,7 +30,7 @@ SAMPLES, LIMIT, LR = 20, 24, 1e-6
 CONFIG = "deploy/configs/continuation.yaml"
 OVERRIDES = [
     f"sampler.samples_per_prompt={SAMPLES}", f"task.limit={LIMIT}", "loss.kind=grpo",
-    *NO_REPLAY, *ON_POLICY, f"learner.lr={LR}", "learner.evaluation_samples=2",
+    *NO_REPLAY, *ON_POLICY, f"learner.lr={LR}", "learner.evaluation_samples=2", "lora.layers=1",
     "learner.reward_temperature={start: 1, end: 1, horizon: 0}",
 ]  # fmt: skip
 

@@ -5,9 +5,9 @@
 
 The recipe: one process; K rows with the whole prompt each; tokens drawn one at a time with a KV cache, gradients kept
 through all steps; logits over the whole vocabulary; for a language-model reward a frozen pass over the padded rows;
-sub-trajectory balance (lambda = 1) along each row; AdamW, no clipping; PEFT's own LoRA layer. Support, K, learning rate and
-LoRA's rank are ours; with `--settings paper` they are the paper's: the whole vocabulary, eight groups of 8 an update, rank 512
-on keys and values. `key=value` goes to our run alone.
+sub-trajectory balance (lambda = 1) along each row; AdamW, no clipping; PEFT's own LoRA layer, in all layers. Support, K,
+learning rate and LoRA's rank are ours; with `--settings paper` they are the paper's: the whole vocabulary, eight groups of 8 an
+update, rank 512 on keys and values. `key=value` goes to our run alone.
 
 `random_number`: seconds of training until the exact KL is at most 0.05; a recipe that is not there at the limit counts
 with the limit, so the ratio is a lower bound. `continuation`: trajectories a second, with the mean lengths of both sides'
@@ -211,7 +211,9 @@ def random_number(settings: str, seeds: list[int], limit: float, overrides: list
 
 def continuation(repeats: int, overrides: list[str]) -> None:
     recipe = Recipe(
-        config_file.load("deploy/configs/continuation.yaml", ["sampler.samples_per_prompt=20", "learner.threads=2"])
+        config_file.load(
+            "deploy/configs/continuation.yaml", ["sampler.samples_per_prompt=20", "learner.threads=2", "lora.layers=1"]
+        )
     )
     recipe.update()
     theirs, ours, lengths, phases = [], [], [], []

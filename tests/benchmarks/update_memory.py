@@ -79,7 +79,7 @@ def measure(variant: str) -> int:
 
     cfg = config_file.load(
         "deploy/configs/continuation.yaml",
-        ["learner.threads=2", "learner.gradient_checkpointing=true", f"learner.token_budget={2 * TOKENS}"],
+        ["learner.threads=2", "learner.gradient_checkpointing=true", f"learner.token_budget={2 * TOKENS}", "lora.layers=1"],
     )
     constraints = Constraints.of(stop_token=30, min_tokens=1, max_tokens=LENGTH + 1, vocab_size=49152)
     rng = np.random.default_rng(0)

@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def measure(dtype: str, samples: int, repeats: int) -> list[Figure]:
-    cfg = config_file.load("deploy/configs/continuation.yaml", [f"learner.dtype={dtype}"])
+    cfg = config_file.load("deploy/configs/continuation.yaml", [f"learner.dtype={dtype}", "lora.layers=1"])
     folder = locate(cfg.model)
     problem = tasks.build(cfg.task, load_tokenizer(folder))
     half = cfg.model_copy(update={"lora": cfg.lora.model_copy(update={"layers": 0.5})})

@@ -137,7 +137,7 @@ def main() -> None:
 
 
 def measure(name: str, samples: int, wanted: float, repeats: int, rng: np.random.Generator) -> list[Figure]:
-    cfg = config_file.load(f"deploy/configs/{name}.yaml", ["learner.threads=2"])
+    cfg = config_file.load(f"deploy/configs/{name}.yaml", ["learner.threads=2", "lora.layers=1"])
     folder = locate(cfg.model)
     problem = tasks.build(cfg.task, load_tokenizer(folder))
     learner = Learner(cfg, folder, problem.constraints, cfg.model.path, problem.prompts[0].policy_tokens)
