@@ -7,6 +7,7 @@ samples, its MLflow run), for `deploy/compare.py`. All metrics are means over pr
     task/{max,mean}_log_reward       log R of the K samples, untempered, nats
     task/{max,mean}_log_likelihood   log p(Z stop | X) of the frozen model, nats, where the reward needs one
     task/diversity, task/distinct    1 - mean cosine of sentence embeddings; share of distinct samples
+    task/…                           what the task's own judge says, and the samples' vote where the evidence has alternatives
     posterior/…                      bounds on log Z at the config's last reward temperature, where the method has weights
     model_tokens, seconds            what K samples of a prompt cost: tokens read by policy and reward, and time
 """
@@ -110,7 +111,7 @@ class Baselines:
         return policy.language_model.model.eval()
 
     def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
-        """The rewards that `evaluation.judge` asks."""
+        """log R at every prefix, K arrays float64 [T + 1], nats. Raises RewardError for samples that have none."""
         answer: Future[list[np.ndarray]] = Future()
         answer.set_result(self.reward.score(prompt, trajectories_K))
         return answer
@@ -118,7 +119,7 @@ class Baselines:
     def measure(self, method: str, samples: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """(metrics, one row a sample) of a method of `actors.decoding`, or of `gflownet`."""
         from actors.decoding import Decoder
-        from system.evaluation import means
+        from system import evaluation
 
         model, temperature = self.base, self.config.learner.reward_temperature.end
         if method == TUNED:
@@ -126,7 +127,7 @@ class Baselines:
             method, model = "ancestral", self.tuned
         decoder = Decoder(model, self.problem.constraints, self.reward, temperature, self.settings, self.config.seed)
         results = [self._prompt(decoder, method, prompt, samples) for prompt in self.problem.evaluated]
-        metrics = means([metrics for metrics, _ in results], MEANS)
+        metrics = evaluation.means([metrics for metrics, _ in results], MEANS)
         return metrics, [row for _, rows in results for row in rows]
 
     def _prompt(

@@ -60,8 +60,8 @@ def evaluate(
     """{"base": …, "adapter": …}, or one of them.
 
     Raises:
-        ConfigError: the run has no adapter, or it is not of this model and rank; `behaviour` is another than the policy's
-            own, and the task is evaluated without samples.
+        ConfigError: the run has no adapter, or it is not of this model and lora section; `behaviour` is another than the
+            policy's own, and the task is evaluated without samples.
     """
     from deploy.local import opened
     from system import evaluation

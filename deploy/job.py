@@ -214,7 +214,7 @@ def start_from(weights: np.ndarray, learner: LearnerHandle, lora: Lora) -> None:
     except CheckpointError as error:
         raise ConfigError(
             f"lora.start={lora.start!r} is not of this model with lora.rank={lora.rank}, lora.layers={lora.layers:g} and "
-            f"lora.targets={lora.targets}: {plain(error)}"
+            f"lora.targets={lora.targets}; set them to those of the run that it is from: {plain(error)}"
         ) from error
 
 

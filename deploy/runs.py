@@ -91,7 +91,9 @@ def load_adapter(policy: Policy, path: Path, model: str, lora: Lora) -> None:
 
 
 def _misfit(path: Path, lora: Lora, error: Exception) -> ConfigError:
-    return ConfigError(f"{path} does not fit lora.rank={lora.rank}: {error}")
+    return ConfigError(
+        f"{path} does not fit lora.rank={lora.rank}, lora.layers={lora.layers:g}, lora.targets={lora.targets}: {error}"
+    )
 
 
 def _check_scale(folder: Path, lora: Lora) -> None:

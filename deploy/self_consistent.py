@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("headwater")
 
 FIRST = 4
-"""Samples at once for each story that is wanted: most beginnings need no more."""
+"""Of samples that are drawn first, for each story that is wanted."""
 BATCH = 64
-"""Samples at once of those that do, and at most."""
+"""Samples at once where those were too few, and at most."""
 MOST_TRIES = 4000
 """Samples for each story that is wanted of a beginning; then it has fewer, or none."""
 

@@ -266,7 +266,7 @@ class Learner:
         return np.frombuffer(safetensors.numpy.save(tensors, {"base_model": self.base_model}), np.uint8)
 
     def restore(self, saved: np.ndarray, step: int) -> None:
-        """Continues from `save`. Raises CheckpointError if it is of another model, LoRA rank, scale or step."""
+        """Continues from `save`. Raises CheckpointError if it is of another model, lora section or step."""
         tensors = safetensors.numpy.load(saved.tobytes())
         if (its_own := int(tensors.get("step", step))) != step:
             raise CheckpointError(f"the checkpoint of step {step} has the weights of step {its_own}: it cannot be gone on from")
@@ -278,7 +278,9 @@ class Learner:
         try:
             self.policy.load_adapter(adapter)
         except ValueError as error:
-            raise CheckpointError(f"the checkpoint of step {step} has another lora section than this run: {error}") from error
+            raise CheckpointError(
+                f"the checkpoint of step {step} has another lora section than this run: {error}; give it its own"
+            ) from error
         scale = float(tensors.get("scale", self.policy.scale))
         if not math.isclose(scale, self.policy.scale):
             raise CheckpointError(

@@ -35,11 +35,20 @@ class LoraLinear(PeftLinear):
         return LowRankLinear.apply(x, base.weight, base.bias, a, b, self.scaling[name])  # type: ignore[no-any-return]
 
 
+def outside(layers: int, share: float) -> str:
+    """A regular expression of the names of all modules but those inside the last `share` of so many layers, rounded up.
+
+    A layer's number is the first part of a name that is one, as 3 in model.layers.3.mlp.experts.0.up_proj.
+    """
+    kept = "|".join(map(str, range(layers - math.ceil(share * layers), layers)))
+    return rf"(?!(?:[^.]*[^.\d][^.]*\.)*(?:{kept})\.).*"
+
+
 class Policy:
     """Base + LoRA. The base is frozen; the LoRA weights are float32, and B = 0 at first, so q starts as the base.
 
     Raises:
-        ConfigError: lora.targets names no linear module of the model.
+        ConfigError: lora.targets names no linear module of the model, or none in the share of its layers that is adapted.
     """
 
     def __init__(
@@ -59,15 +68,12 @@ class Policy:
         # A base that fits no single device goes there layer by layer, as shards.
         base = load_pretrained(folder, dtype, torch.device("cpu") if ranks else device)
         targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-        layers = base.config.get_text_config().num_hidden_layers
-        frozen = "|".join(map(str, range(layers - math.ceil(lora.layers * layers))))
         peft_config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
             target_modules=targets,
-            # Of a module's name, such as model.layers.3.mlp.up_proj, the first number is its layer's. (PEFT's
-            # layers_to_transform does not go with all-linear.)
-            exclude_modules=rf"\D*\.({frozen})\..*" if frozen else None,
+            # PEFT's layers_to_transform does not go with all-linear.
+            exclude_modules=outside(base.config.get_text_config().num_hidden_layers, lora.layers) if lora.layers < 1 else None,
             lora_dropout=0.0,
             bias="none",
             task_type="CAUSAL_LM",
@@ -77,7 +83,8 @@ class Policy:
         try:
             self._peft: PeftModel = get_peft_model(base, peft_config, autocast_adapter_dtype=False)  # type: ignore[assignment]
         except ValueError as error:
-            raise ConfigError(f"lora.targets={lora.targets!r}: {error}") from error
+            where = f" in the last lora.layers={lora.layers:g} of the layers" if lora.layers < 1 else ""
+            raise ConfigError(f"lora.targets={lora.targets!r}{where}: {error}") from error
         for name, layer in (("output", base.get_output_embeddings()), ("input", base.get_input_embeddings())):
             if isinstance(layer, BaseTunerLayer):
                 raise ConfigError(
@@ -152,7 +159,7 @@ class Policy:
         return {name: tensor.detach().cpu().numpy().copy() for name, tensor in get_peft_model_state_dict(self._peft).items()}
 
     def load_adapter(self, tensors: dict[str, np.ndarray]) -> None:
-        """Takes LoRA weights under PEFT's names. Raises ValueError if they are those of another model or another rank."""
+        """Takes LoRA weights under PEFT's names. Raises ValueError if they are of another model, rank, targets or layers."""
         own = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(self._peft).items()}
         given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if own != given:

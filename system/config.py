@@ -39,8 +39,8 @@ class Lora(Section):
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """Names of the linear modules that are adapted, as PEFT takes them. There is no dropout: log q must be exact."""
     layers: float = Field(default=1.0, gt=0, le=1)
-    """Share of the model's layers that are adapted, the last ones. An update goes back through these alone, and a version
-    merges these alone, so that half of them saves a quarter of an update; the others stay the base's."""
+    """Share of the model's layers that are adapted, the last ones, rounded up to whole layers. An update goes back through
+    these alone, and a version merges these alone; the others stay the base's."""
     start: str | None = Field(default=None, min_length=1)
     """A run, or a PEFT folder, whose adapter training starts from, such as one of supervised fine-tuning; by default from the
     base model. The frozen model of the reward stays the base."""

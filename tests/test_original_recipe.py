@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from system.config import Config
 from tests import finished
 from tests.benchmarks import original_recipe
 from tests.benchmarks.original_recipe import Recipe
@@ -59,9 +60,11 @@ def test_rates_on_continuation_stand_beside_the_lengths_of_both_sides(
     recipe = Recipe(config)
     assert recipe.update() == 4
     assert recipe.lengths == [2.0]
-    monkeypatch.setattr(original_recipe, "Recipe", lambda _: recipe)
+    asked: list[Config] = []
+    monkeypatch.setattr(original_recipe, "Recipe", lambda cfg: asked.append(cfg) or recipe)
     jobs(monkeypatch, {"posterior/length": 9.0}, {"posterior/length": 7.5})
     original_recipe.continuation(2, [])
+    assert [cfg.lora.layers for cfg in asked] == [1.0], "the recipe adapts all layers, whatever ours does"
     detail = json.loads(capsys.readouterr().out)["detail"]
     assert detail["mean_lengths"] == "9.0 to 7.5 / 2.0; 9.0 to 7.5 / 2.0"
     ours, theirs = detail["phases"].split("; ")[0].split(" / ")

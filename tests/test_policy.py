@@ -10,8 +10,8 @@ import torch
 from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from learner.policy import LoraLinear, Policy
-from system.config import Lora
+from learner.policy import LoraLinear, Policy, outside
+from system.config import ConfigError, Lora
 from system.constraints import Constraints
 from tests import tiny
 from tests.test_language_model import VOCAB
@@ -75,9 +75,23 @@ def test_a_share_of_the_layers_are_the_last_ones_with_the_gradients_that_they_ha
     assert not output.requires_grad, "an update goes back through a layer that has no adapter"
 
 
-def test_the_smallest_share_is_one_layer(tmp_path: Path) -> None:
-    folder = tiny.folder(tmp_path, "llama", VOCAB)
-    assert policy_of(folder, layers=0.01).parameters.keys() == policy_of(folder, layers=0.5).parameters.keys()
+@pytest.mark.parametrize(("share", "first"), [(0.01, 11), (0.34, 7), (0.5, 6), (0.99, 0)])
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.{}.mlp.up_proj", "transformer.h.{}.attn.c_attn", "model.language_model.layers.{}.self_attn.q_proj",
+     "layers.{}.mlp.experts.0.up_proj", "model.decoder2.layers.{}.fc1"],
+)  # fmt: skip
+def test_the_layers_that_are_adapted_are_the_last_ones_of_any_model(name: str, share: float, first: int) -> None:
+    adapted = [layer for layer in range(12) if not re.fullmatch(outside(12, share), name.format(layer))]
+    assert adapted == list(range(first, 12))
+    assert re.fullmatch(outside(12, share), "model.decoder.project_in")
+
+
+def test_targets_that_the_last_layers_have_not_are_named_with_their_share(tmp_path: Path) -> None:
+    lora = Lora(rank=4, targets=("layers.0.mlp.up_proj",), layers=0.5)
+    message = r"lora.targets=\('layers.0.mlp.up_proj',\) in the last lora.layers=0.5 of the layers: "
+    with pytest.raises(ConfigError, match=message):
+        Policy(tiny.folder(tmp_path, "llama", VOCAB), lora, CONSTRAINTS, dtype=torch.float32, device=CPU)
 
 
 def test_without_the_adapter_q_is_the_base(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from deploy import runs
+from deploy.job import start_from
 from learner.learner import Learner
 from system.adapters import MANIFEST
 from system.checkpoint import CheckpointError
@@ -24,8 +25,8 @@ def config(rank: int = 4, model: str = "base", **lora: Any) -> Config:
     return parse({"task": {"kind": "random_number"}, "lora": section, "model": {"path": model}})
 
 
-def learner(folder: Path, rank: int = 4) -> Learner:
-    return Learner(config(rank), folder, CONSTRAINTS, "base", list(range(10, 40)))
+def learner(folder: Path, rank: int = 4, **lora: Any) -> Learner:
+    return Learner(config(rank, **lora), folder, CONSTRAINTS, "base", list(range(10, 40)))
 
 
 def test_a_run_without_an_adapter_is_named_with_what_it_has(tmp_path: Path) -> None:
@@ -91,8 +92,14 @@ def test_an_adapter_is_loaded_with_its_own_scale_alone(tmp_path: Path) -> None:
     runs.load_adapter(first.policy, path, "base", config().lora)
     with pytest.raises(ConfigError, match=r"adapter_model.safetensors .*lora_alpha / r = 2, .*= 16 / 4; set lora.alpha=8"):
         runs.load_adapter(first.policy, path, "base", config(alpha=16).lora)
-    with pytest.raises(ConfigError, match=r"lora.rank=8: .*does not fit the policy"):
+    with pytest.raises(ConfigError, match=r"lora.rank=8, .*does not fit the policy"):
         runs.load_adapter(learner(tmp_path / "llama", 8).policy, path, "base", config(8).lora)
+    half, start = learner(tmp_path / "llama", layers=0.5), str(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"lora.layers=0.5, .*does not fit the policy"):
+        runs.load_adapter(half.policy, path, "base", config(layers=0.5).lora)
+    asked = config(layers=0.5, start=start)
+    with pytest.raises(ConfigError, match=r"lora.start='.*run' .* lora.layers=0.5 .*; set them to those of the run"):
+        start_from(runs.starting_weights(asked), half, asked.lora)  # type: ignore[arg-type]  # it answers without futures
 
 
 def test_a_start_that_is_not_there_or_damaged_is_named(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def main(dtype: str, run: Path | None) -> None:
 
     settings = [f"sampler.dtype={dtype}", "task.limit=4", "sampler.canary_tolerance=100", "learner.dtype=float32"]
     file = run / "config.yaml" if run else ROOT / "deploy/configs/continuation.yaml"
-    cfg = config_file.load(file, settings if run else [*settings, "task.max_tokens=20"])
+    cfg = config_file.load(file, settings if run else [*settings, "task.max_tokens=20", "lora.layers=1"])
     folder = locate(cfg.model)
     problem = tasks.build(cfg.task, load_tokenizer(folder))
 

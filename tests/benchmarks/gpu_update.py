@@ -95,6 +95,7 @@ def learner_of(folder: Path, way: str, dtype: str, device: torch.device, size: S
     overrides = [
         f"learner.attention={way}", f"learner.dtype={dtype}", f"learner.device={device}", "learner.threads=2",
         f"learner.token_budget={tokens}", "learner.logits_chunk=2048", f"learner.gradient_checkpointing={checkpointing}",
+        "lora.layers=1",
     ]  # fmt: skip
     cfg = config_file.load("deploy/configs/continuation.yaml", overrides)
     vocab_size = AutoConfig.from_pretrained(folder).vocab_size

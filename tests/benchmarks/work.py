@@ -17,7 +17,7 @@ from tests.benchmarks.figures import seconds
 def operations(learner: Learner, groups: Sequence[Group]) -> float:
     """Floating-point operations of a forward pass over each token once and of its gradients: those of the activations, and
     of LoRA's own weights, since the base is frozen. The output layer counts where something is predicted, and attention by
-    the pairs that see each other."""
+    the pairs that see each other; with all layers adapted."""
     model: Any = learner.policy.language_model.model
     config = model.config
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
