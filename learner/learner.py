@@ -279,7 +279,8 @@ class Learner:
             self.policy.load_adapter(adapter)
         except ValueError as error:
             raise CheckpointError(
-                f"the checkpoint of step {step} has another lora section than this run: {error}; give it its own"
+                f"the checkpoint of step {step} has another lora section than this run: {error}; set lora to what the run "
+                "began with"
             ) from error
         scale = float(tensors.get("scale", self.policy.scale))
         if not math.isclose(scale, self.policy.scale):

@@ -397,12 +397,12 @@ def test_reasons_that_are_sampled_without_training_vote_too(tmp_path: Path, fold
     metrics, rows = baselines.Baselines(cfg, {}, None).measure("ancestral", 4)
     assert {"task/accuracy", "task/sample_accuracy", "task/votes_agree"} <= set(metrics)
     model = load_pretrained(folder, torch.float32, torch.device("cpu"))
+    prompts = {prompt.id: prompt for prompt in problem.prompts}
     right = []
     for row in rows:
-        [prompt] = [prompt for prompt in problem.prompts if prompt.id == row["prompt"]]
+        prompt = prompts[row["prompt"]]
         context = [*prompt.reward_tokens, *row["tokens"], *problem.reward_stop]
-        own, other = (log_prob(model, context, TOKENIZER.encode(f" so-{label}.", add_special_tokens=False))
-                      for label in (prompt.meta["label"], *({"x", "y"} - {prompt.meta["label"]})))  # fmt: skip
+        own, other = (log_prob(model, context, y) for y in problem.evidences[prompt.id])
         right.append(own > other)
     assert metrics["task/sample_accuracy"] == pytest.approx(np.mean(right))
 

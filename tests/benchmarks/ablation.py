@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.benchmarks.figures import Figure, report
 from tests.benchmarks.original_recipe import TARGET
-from tests.benchmarks.runs import NO_REPLAY, ON_POLICY, ROOT, job
+from tests.benchmarks.runs import ALL_LAYERS, NO_REPLAY, ON_POLICY, ROOT, job
 
 SETTINGS: dict[str, list[str]] = {
     "loss pooled (default)": [],
@@ -38,7 +38,7 @@ SETTINGS: dict[str, list[str]] = {
     "learning rate 2e-3": ["learner.lr=2e-3"],
     "learning rate 2e-3, warm-up 2": ["learner.lr=2e-3", "learner.warmup_steps=2"],
     "learning rate 4e-3": ["learner.lr=4e-3"],
-    "layers, all": ["lora.layers=1"],
+    "layers, all": ALL_LAYERS,
     "layers, two thirds": ["lora.layers=0.66"],
     "layers, half": ["lora.layers=0.5"],
     "layers, a third": ["lora.layers=0.33"],

@@ -17,7 +17,7 @@ import numpy as np
 
 from actors.settings import engine_environment
 from tests.benchmarks.figures import Figure, report
-from tests.benchmarks.runs import ROOT
+from tests.benchmarks.runs import ALL_LAYERS, ROOT
 
 BOUND = {"float32": 1e-3, "bfloat16": 0.06}
 
@@ -35,7 +35,7 @@ def main(dtype: str, run: Path | None) -> None:
 
     settings = [f"sampler.dtype={dtype}", "task.limit=4", "sampler.canary_tolerance=100", "learner.dtype=float32"]
     file = run / "config.yaml" if run else ROOT / "deploy/configs/continuation.yaml"
-    cfg = config_file.load(file, settings if run else [*settings, "task.max_tokens=20", "lora.layers=1"])
+    cfg = config_file.load(file, settings if run else [*settings, "task.max_tokens=20", *ALL_LAYERS])
     folder = locate(cfg.model)
     problem = tasks.build(cfg.task, load_tokenizer(folder))
 

@@ -32,6 +32,7 @@ from system.models import locate
 from system.trajectory import Group, Prompt
 from tests import tiny
 from tests.benchmarks.figures import Figure, in_turns, ratio, report, seconds
+from tests.benchmarks.runs import ALL_LAYERS
 from tests.benchmarks.update_memory import PeakMemory
 from tests.benchmarks.update_rate import group_of
 from tests.benchmarks.work import operations, peak, wait
@@ -95,7 +96,7 @@ def learner_of(folder: Path, way: str, dtype: str, device: torch.device, size: S
     overrides = [
         f"learner.attention={way}", f"learner.dtype={dtype}", f"learner.device={device}", "learner.threads=2",
         f"learner.token_budget={tokens}", "learner.logits_chunk=2048", f"learner.gradient_checkpointing={checkpointing}",
-        "lora.layers=1",
+        *ALL_LAYERS,
     ]  # fmt: skip
     cfg = config_file.load("deploy/configs/continuation.yaml", overrides)
     vocab_size = AutoConfig.from_pretrained(folder).vocab_size

@@ -24,13 +24,13 @@ from system import config_file, tasks
 from system.language_model import load_pretrained, load_tokenizer
 from system.models import locate
 from tests.benchmarks.figures import ratio, report
-from tests.benchmarks.runs import NO_REPLAY, ON_POLICY, job
+from tests.benchmarks.runs import ALL_LAYERS, NO_REPLAY, ON_POLICY, job
 
 SAMPLES, LIMIT, LR = 20, 24, 1e-6
 CONFIG = "deploy/configs/continuation.yaml"
 OVERRIDES = [
     f"sampler.samples_per_prompt={SAMPLES}", f"task.limit={LIMIT}", "loss.kind=grpo",
-    *NO_REPLAY, *ON_POLICY, f"learner.lr={LR}", "learner.evaluation_samples=2", "lora.layers=1",
+    *NO_REPLAY, *ON_POLICY, f"learner.lr={LR}", "learner.evaluation_samples=2", *ALL_LAYERS,
     "learner.reward_temperature={start: 1, end: 1, horizon: 0}",
 ]  # fmt: skip
 

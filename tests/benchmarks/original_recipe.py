@@ -44,7 +44,7 @@ from system.timeline import Timeline
 from system.trajectory import Group, Prompt
 from tests.benchmarks.figures import ratio, report
 from tests.benchmarks.plain import plain
-from tests.benchmarks.runs import job
+from tests.benchmarks.runs import ALL_LAYERS, job
 
 TARGET = 0.05
 
@@ -212,7 +212,7 @@ def random_number(settings: str, seeds: list[int], limit: float, overrides: list
 def continuation(repeats: int, overrides: list[str]) -> None:
     recipe = Recipe(
         config_file.load(
-            "deploy/configs/continuation.yaml", ["sampler.samples_per_prompt=20", "learner.threads=2", "lora.layers=1"]
+            "deploy/configs/continuation.yaml", ["sampler.samples_per_prompt=20", "learner.threads=2", *ALL_LAYERS]
         )
     )
     recipe.update()

@@ -13,6 +13,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 NO_REPLAY = ["replay={fresh: 1, prioritised: 0, uniform: 0}"]
 ON_POLICY = ["sampler.exploration.on_policy=1"]
+ALL_LAYERS = ["lora.layers=1"]
+"""Whatever the config has: for what is compared with others, who adapt all, or counted as if all were."""
 
 
 @dataclass(frozen=True)

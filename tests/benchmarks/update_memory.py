@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from tests.benchmarks.figures import ratio, report
+from tests.benchmarks.runs import ALL_LAYERS
 
 TOKENS, PROMPT, LENGTH = 4096, 64, 63
 
@@ -79,7 +80,7 @@ def measure(variant: str) -> int:
 
     cfg = config_file.load(
         "deploy/configs/continuation.yaml",
-        ["learner.threads=2", "learner.gradient_checkpointing=true", f"learner.token_budget={2 * TOKENS}", "lora.layers=1"],
+        ["learner.threads=2", "learner.gradient_checkpointing=true", f"learner.token_budget={2 * TOKENS}", *ALL_LAYERS],
     )
     constraints = Constraints.of(stop_token=30, min_tokens=1, max_tokens=LENGTH + 1, vocab_size=49152)
     rng = np.random.default_rng(0)

@@ -19,6 +19,7 @@ from system.language_model import load_tokenizer
 from system.models import locate
 from tests.benchmarks.figures import Figure, in_turns, ratio, report, seconds
 from tests.benchmarks.plain import plain
+from tests.benchmarks.runs import ALL_LAYERS
 from tests.benchmarks.update_rate import sentences
 
 
@@ -34,7 +35,7 @@ def main() -> None:
 
 
 def measure(dtype: str, samples: int, repeats: int) -> list[Figure]:
-    cfg = config_file.load("deploy/configs/continuation.yaml", [f"learner.dtype={dtype}", "lora.layers=1"])
+    cfg = config_file.load("deploy/configs/continuation.yaml", [f"learner.dtype={dtype}", *ALL_LAYERS])
     folder = locate(cfg.model)
     problem = tasks.build(cfg.task, load_tokenizer(folder))
     half = cfg.model_copy(update={"lora": cfg.lora.model_copy(update={"layers": 0.5})})

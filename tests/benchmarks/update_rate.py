@@ -26,6 +26,7 @@ from system.models import locate
 from system.tasks.problem import Problem
 from system.trajectory import Behaviour, Group, Prompt, Trajectory
 from tests.benchmarks.figures import Figure, in_turns, ratio, report, seconds
+from tests.benchmarks.runs import ALL_LAYERS
 from tests.benchmarks.work import operations, peak
 
 PROMPT_TOKENS = 60
@@ -137,7 +138,7 @@ def main() -> None:
 
 
 def measure(name: str, samples: int, wanted: float, repeats: int, rng: np.random.Generator) -> list[Figure]:
-    cfg = config_file.load(f"deploy/configs/{name}.yaml", ["learner.threads=2", "lora.layers=1"])
+    cfg = config_file.load(f"deploy/configs/{name}.yaml", ["learner.threads=2", *ALL_LAYERS])
     folder = locate(cfg.model)
     problem = tasks.build(cfg.task, load_tokenizer(folder))
     learner = Learner(cfg, folder, problem.constraints, cfg.model.path, problem.prompts[0].policy_tokens)
