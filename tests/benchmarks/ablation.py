@@ -42,6 +42,8 @@ SETTINGS: dict[str, list[str]] = {
     "layers, two thirds": ["lora.layers=0.66"],
     "layers, half": ["lora.layers=0.5"],
     "layers, a third": ["lora.layers=0.33"],
+    "layers, a fifth": ["lora.layers=0.2"],
+    "layers, a tenth": ["lora.layers=0.1"],
     "placement, two threads for the learner": ["learner.threads=2"],
     "placement, two threads for the sampler": ["actors.cpus=2"],
     "placement, two threads for each": ["learner.threads=2", "actors.cpus=2"],
