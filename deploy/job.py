@@ -213,8 +213,8 @@ def start_from(weights: np.ndarray, learner: LearnerHandle, lora: Lora) -> None:
         learner.restore(weights, 0)
     except CheckpointError as error:
         raise ConfigError(
-            f"lora.start={lora.start!r} is not of this model with lora.rank={lora.rank}, lora.layers={lora.layers:g} and "
-            f"lora.targets={lora.targets}; set them to those of the run that it is from: {plain(error)}"
+            f"lora.start={lora.start!r} is not of this model with {lora.shape}; set them to those of the run that it is from: "
+            f"{plain(error)}"
         ) from error
 
 

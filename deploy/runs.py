@@ -91,9 +91,7 @@ def load_adapter(policy: Policy, path: Path, model: str, lora: Lora) -> None:
 
 
 def _misfit(path: Path, lora: Lora, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"{path} does not fit lora.rank={lora.rank}, lora.layers={lora.layers:g}, lora.targets={lora.targets}: {error}"
-    )
+    return ConfigError(f"{path} does not fit {lora.shape}: {error}")
 
 
 def _check_scale(folder: Path, lora: Lora) -> None:

@@ -45,6 +45,12 @@ class Lora(Section):
     """A run, or a PEFT folder, whose adapter training starts from, such as one of supervised fine-tuning; by default from the
     base model. The frozen model of the reward stays the base."""
 
+    @property
+    def shape(self) -> str:
+        """What the weights of an adapter have to be made for, as settings."""
+        targets = self.targets if isinstance(self.targets, str) else f"[{','.join(self.targets)}]"
+        return f"lora.rank={self.rank} lora.layers={self.layers:g} lora.targets={targets}"
+
 
 # ---------------------------------------------------------------------------------------------- around the run
 

@@ -171,9 +171,9 @@ class Learner(Section):
     """CPUs reserved for each rank."""
     gpus: float = Field(default=0, ge=0)
     """GPUs reserved for each rank."""
-    publish_every: int = Field(default=1, ge=1)
+    publish_every: int = Field(default=4, ge=1)
     """Updates between two adapter versions."""
-    max_staleness: int = Field(default=1, ge=0)
+    max_staleness: int = Field(default=6, ge=0)
     """Largest number of updates between the adapter that drew a group and the update that uses it fresh. 0: synchronous."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Updates between two checkpoints: at most so many are done again after a fault."""
@@ -200,7 +200,8 @@ class Learner(Section):
         if self.max_staleness < self.publish_every - 1:
             raise ValueError(
                 f"max_staleness={self.max_staleness} is below publish_every - 1 = {self.publish_every - 1}: "
-                f"no sample would be fresh enough between two versions; set max_staleness >= {self.publish_every - 1}"
+                f"no sample would be fresh enough between two versions; set max_staleness >= {self.publish_every - 1} or "
+                f"publish_every <= {self.max_staleness + 1}"
             )
         if self.warmup_steps >= self.steps:
             raise ValueError(

@@ -218,6 +218,7 @@ def _run(fault: Fault, injections: int, folder: Path, cluster: Cluster | None) -
             "learner": {
                 "steps": steps,
                 "warmup_steps": 0,
+                "publish_every": 1,
                 "max_staleness": 3,
                 "checkpoint_every": CHECKPOINT_EVERY,
                 "answer_seconds": 10,

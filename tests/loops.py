@@ -16,7 +16,14 @@ from tests.fakes import PROMPTS, FakeLearner, FakeSamplers, FakeTracker
 
 
 def config(**learner: Any) -> Config:
-    settings = {"steps": 12, "warmup_steps": 0, "groups_per_update": 2, "checkpoint_every": 5, "max_staleness": 0} | learner
+    settings = {
+        "steps": 12,
+        "warmup_steps": 0,
+        "groups_per_update": 2,
+        "checkpoint_every": 5,
+        "publish_every": 1,
+        "max_staleness": 0,
+    } | learner
     return parse({"task": {"kind": "random_number"}, "learner": settings, "sampler": {"samples_per_prompt": 3}})
 
 

@@ -125,7 +125,13 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_as_the_same_mlflow_r
                 "lora": {"rank": 4},
                 "task": {"kind": "continuation", "prompts": "prompts.txt", "max_tokens": 6, "held_out": 2},
                 "sampler": {"samples_per_prompt": 4, "kv_cache_mb": 16},
-                "learner": {"steps": 100000, "max_staleness": 1, "checkpoint_every": 50, "evaluation_samples": 4},
+                "learner": {
+                    "steps": 100000,
+                    "publish_every": 1,
+                    "max_staleness": 1,
+                    "checkpoint_every": 50,
+                    "evaluation_samples": 4,
+                },
                 "tracking": {"sample_table_every": 1},
             }
         )

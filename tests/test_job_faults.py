@@ -72,8 +72,8 @@ class Runner:
             "sampler": {"samples_per_prompt": 4, "kv_cache_mb": 16},
             "replay": {"fresh": 0.5, "prioritised": 0.25, "uniform": 0.25},
             "learner": {
-                "steps": STEPS, "groups_per_update": GROUPS, "max_staleness": 0, "checkpoint_every": 5, "evaluation_prompts": 2,
-                "evaluation_samples": 4,
+                "steps": STEPS, "groups_per_update": GROUPS, "publish_every": 1, "max_staleness": 0, "checkpoint_every": 5,
+                "evaluation_prompts": 2, "evaluation_samples": 4,
             },
             "tracking": {"sample_table_every": 1, "system_metrics_seconds": 1},
         }  # fmt: skip

@@ -11,7 +11,8 @@ import pytest
 from system import config_file
 from system.tasks.arithmetic import generate
 from tests.benchmarks import paper, validation
-from tests.benchmarks.paper import EXPERIMENTS, Lab, table
+from tests.benchmarks.lab import Lab
+from tests.benchmarks.paper import EXPERIMENTS, table
 
 COMMANDS: list[tuple[str, ...]] = []
 METRICS = {"heldout/task/accuracy": 0.9, "heldout/base/task/accuracy": 0.1}

@@ -39,7 +39,7 @@ def config(folder: Path, actors: dict[str, Any], steps: int = 12, **cluster: Any
             "task": {"kind": "random_number"},
             "sampler": {"samples_per_prompt": 3},
             "actors": actors,
-            "learner": {"steps": steps, "warmup_steps": 0, "max_staleness": 2, "checkpoint_every": 100},
+            "learner": {"steps": steps, "warmup_steps": 0, "publish_every": 1, "max_staleness": 2, "checkpoint_every": 100},
             "cluster": {"local_cpus": 5} | cluster,
             "output_dir": str(folder),
         }

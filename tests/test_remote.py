@@ -41,7 +41,7 @@ def config(folder: Path, **changes: object) -> Config:
         "task": {"kind": "random_number", "high": 20},
         "sampler": {"samples_per_prompt": 8, "kv_cache_mb": 16},
         "actors": {"count": 2},
-        "learner": {"steps": 12, "warmup_steps": 0, "max_staleness": 2, "checkpoint_every": 100, "cpus": 1},
+        "learner": {"steps": 12, "warmup_steps": 0, "publish_every": 1, "max_staleness": 2, "checkpoint_every": 100, "cpus": 1},
         "cluster": {"local_cpus": 4},
         "output_dir": str(folder),
     }

@@ -92,10 +92,10 @@ def test_an_adapter_is_loaded_with_its_own_scale_alone(tmp_path: Path) -> None:
     runs.load_adapter(first.policy, path, "base", config().lora)
     with pytest.raises(ConfigError, match=r"adapter_model.safetensors .*lora_alpha / r = 2, .*= 16 / 4; set lora.alpha=8"):
         runs.load_adapter(first.policy, path, "base", config(alpha=16).lora)
-    with pytest.raises(ConfigError, match=r"lora.rank=8, .*does not fit the policy"):
+    with pytest.raises(ConfigError, match=r"lora.rank=8 .*does not fit the policy"):
         runs.load_adapter(learner(tmp_path / "llama", 8).policy, path, "base", config(8).lora)
     half, start = learner(tmp_path / "llama", layers=0.5), str(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"lora.layers=0.5, .*does not fit the policy"):
+    with pytest.raises(ConfigError, match=r"lora.layers=0.5 .*does not fit the policy"):
         runs.load_adapter(half.policy, path, "base", config(layers=0.5).lora)
     asked = config(layers=0.5, start=start)
     with pytest.raises(ConfigError, match=r"lora.start='.*run' .* lora.layers=0.5 .*; set them to those of the run"):

@@ -18,101 +18,25 @@ import argparse
 import hashlib
 import json
 import random
-import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deploy.compare import Entry, held_out, markdown, rows
+from deploy.compare import Entry, markdown, rows
 from system.tasks.arithmetic import generate
+from tests.benchmarks import lab as lab_module
 from tests.benchmarks import validation
+from tests.benchmarks.lab import Lab, Metrics, Rows
 from tests.benchmarks.runs import NO_REPLAY, ON_POLICY, ROOT
-
-Metrics = dict[str, float]
-Rows = dict[str, Metrics]
-"""Method -> its metrics, means over held-out prompts."""
 
 POLICY_GRADIENT = (*ON_POLICY, *NO_REPLAY)
 IMITATION = ("loss.kind=mle", *NO_REPLAY, "learner.lr=5e-4", "learner.threads=2")
 """The sampler rests meanwhile."""
-FEW = ("learner.evaluation_prompts=8", "learner.evaluation_samples=8")
-"""What the job's own evaluations before and after need: the held-out ones say more."""
 PAPERS_INFILLING = "Beginning: {before}\nEnding: {after}\nMiddle:"
 """The prompt of the paper's code."""
-
-
-@dataclass(frozen=True)
-class Lab:
-    """Runs commands of `deploy/` for one seed and keeps what they find."""
-
-    data: Path
-    output: Path
-    seed: int
-    overrides: tuple[str, ...]
-    shared: tuple[str, ...] = ()
-    validation: bool = False
-    """`data` has no test data: what an experiment makes itself is to be held out of the training half, too."""
-    imitation: tuple[str, ...] = ()
-
-    def train(self, name: str, config: str, *overrides: str) -> Path:
-        """The folder of a finished run."""
-        folder = self.output / f"{name}-{self.seed}"
-        if not (done := list(folder.glob("*/adapter"))):
-            settings = [*FEW, *overrides, *self.shared, f"seed={self.seed}", f"name={name}", f"output_dir={folder}"]
-            self._run("job", str(ROOT / f"deploy/configs/{config}.yaml"), *settings)
-            done = list(folder.glob("*/adapter"))
-        return done[-1].parent
-
-    def evaluate(
-        self, name: str, run: Path, *overrides: str, samples: int, only: str | None = "adapter"
-    ) -> tuple[Metrics, Metrics]:
-        """(of the base model, of the run's adapter), one of them empty unless `only` is None."""
-        result = self.output / f"{name}-{self.seed}.json"
-        if not result.exists():
-            drawn = ("--samples", str(samples), "--samples-file", str(self.samples(name)))
-            which = ("--only", only) if only else ()
-            result.write_text(self._run("evaluate", str(run), *overrides, *drawn, *which).splitlines()[-1], encoding="utf-8")
-        return held_out(json.loads(result.read_text(encoding="utf-8")))
-
-    def samples(self, name: str) -> Path:
-        """The samples of the evaluation of that name."""
-        return self.output / f"{name}-{self.seed}.jsonl"
-
-    def baselines(self, run: Path, *overrides: str, methods: str, samples: int) -> Rows:
-        """Methods without training, and the run's adapter, under the run's own config."""
-        folder = self.output / f"baselines-{self.seed}"
-        # The adapter comes last: a folder without it is what an interruption left.
-        if not list(folder.glob("*/gflownet")):
-            settings = [*overrides, f"output_dir={folder}", "--methods", methods, "--samples", str(samples), "--run", str(run)]
-            self._run("baselines", str(run / "config.yaml"), *settings)
-        [adapter] = folder.glob("*/gflownet")
-        return json.loads((adapter.parent / "baselines.json").read_text(encoding="utf-8"))["methods"]
-
-    def export(self, run: Path) -> Path:
-        """A run's base and adapter as one model."""
-        folder = run.parent / f"{run.name}-merged"
-        if not folder.exists():
-            self._run("export", str(run), "--merge", str(folder))
-        return folder
-
-    def self_consistent(self, name: str, stories: Path, limit: int) -> Path:
-        """Two stories that the model told itself for each of the first beginnings in a file; the same for every seed."""
-        result = self.output / f"{name}.jsonl"
-        if not result.exists():
-            config = str(ROOT / "deploy/configs/infilling.yaml")
-            settings = (f"task.stories={stories}", f"task.limit={limit}", *self.shared)
-            self._run("self_consistent", config, str(result), *settings, "--per-story", "2")
-        return result
-
-    def _run(self, script: str, *arguments: str) -> str:
-        """Its standard output. Raises CalledProcessError if it fails."""
-        command = [sys.executable, str(ROOT / f"deploy/{script}.py"), *arguments]
-        print("$", shlex.join(["python", *command[1:]]), file=sys.stderr, flush=True)
-        return subprocess.run(command, cwd=self.output, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def random_number(lab: Lab) -> Rows:
@@ -131,11 +55,12 @@ def continuation(lab: Lab, config: str = "continuation") -> Rows:
     return lab.baselines(run, *others, methods=methods, samples=8)
 
 
-def constrained(lab: Lab) -> Rows:
-    """As `continuation`, with a keyword that must be in the sentence."""
+def constrained(lab: Lab, asked: tuple[str, ...] = ()) -> Rows:
+    """As `continuation`, with a keyword that must be in the sentence, or what `asked` says, which nothing guides or plants."""
     known, others = _prompts(lab)
     long = ("learner.steps=600", "task.floor=-30")
-    run = lab.train("gflownet", "constrained", *known, *long, *lab.overrides)
+    alone = (*asked, "task.keywords=[]", "task.guided=false", "sampler.exploration.planted=0") if asked else ()
+    run = lab.train("gflownet", "constrained", *known, *long, *alone, *lab.overrides)
     rows = lab.baselines(run, *others, methods="ancestral,best_of_n,sir,smc", samples=8)
     # More samples than a comparison at equal cost allows: a share of 1 % is to be seen.
     _, more = lab.evaluate("more", run, *others, samples=32)
@@ -311,6 +236,8 @@ EXPERIMENTS: dict[str, Callable[[Lab], Rows]] = {
     "continuation": continuation,
     "continuation_length": partial(continuation, config="continuation_length"),
     "constrained": constrained,
+    "constrained_pattern": partial(constrained, asked=(r"task.pattern=\d",)),
+    "constrained_predicate": partial(constrained, asked=("task.predicate=tests.benchmarks.predicates:eight_words",)),
     "infilling": infilling,
     "verifiable": verifiable,
     "subjectivity": subjectivity,
@@ -325,7 +252,7 @@ IMITATING = ("infilling", "subjectivity", "arithmetic")
 
 def version(task: str) -> str:
     """Of an experiment: another one where its steps or its settings are not the same."""
-    files = [Path(__file__), *sorted((ROOT / "deploy/configs").glob(f"{task.split('_')[0]}*.yaml"))]
+    files = [Path(__file__), Path(lab_module.__file__), *sorted((ROOT / "deploy/configs").glob(f"{task.split('_')[0]}*.yaml"))]
     written = [path.read_text(encoding="utf-8") for path in files]
     return hashlib.sha256("\n".join(written).encode()).hexdigest()[:12]
 
