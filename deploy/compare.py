@@ -5,8 +5,9 @@ Reads the folders of runs (summary.json, heldout*.json) and of `deploy/baselines
 
 A row is a run or a method: at the end of training, and on held-out prompts where `deploy/evaluate.py` was run, the base model
 beside it. Runs that differ in nothing but the seed, evaluated in the same way, are one row: their mean, with the least and the
-largest. `--mlflow` prints the addresses, at the tracking server, of the compare view with all of them and of views of their
-experiments, which it saves there: the columns that say how near to the posterior runs are, and how fast.
+largest. Rows that would have one name say what they differ in. `--mlflow` prints the addresses, at the tracking server, of the
+compare view with all of them and of views of their experiments, which it saves there: the columns that say how near to the
+posterior runs are, and how fast.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Entry:
     """One result, in the units that its metrics have: nats, tokens, seconds."""
 
     name: str
-    key: str
-    """Equal for results that differ in the seed alone."""
+    settings: dict[str, Any]
+    """By dotted names; equal for results that differ in the seed alone."""
     seed: int
     metrics: dict[str, float]
 
@@ -79,18 +80,15 @@ def read(folder: Path) -> list[Entry]:
             f"{folder} has no baselines.json, no heldout.json, and no summary.json of a run that came to its end: "
             "--resume it first"
         )
-    return [
-        Entry(name, json.dumps([name, same], sort_keys=True), config.seed, {k: float(v) for k, v in metrics.items()})
-        for name, same, metrics in found
-    ]
+    return [Entry(name, settings, config.seed, {k: float(v) for k, v in metrics.items()}) for name, settings, metrics in found]
 
 
 def _kept(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a config two repetitions have in common."""
-    return {name: value for name, value in config.items() if name not in INCIDENTAL}
+    """What of a config two repetitions have in common, by dotted names."""
+    return config_file.leaves({name: value for name, value in config.items() if name not in INCIDENTAL})
 
 
-def _results(folder: Path, run: str, config: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, float]]]:
+def _results(folder: Path, run: str, config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, float]]]:
     """(row's name, what it has in common with its repetitions, metrics)."""
 
     def content(name: str) -> dict[str, Any]:
@@ -108,14 +106,22 @@ def _results(folder: Path, run: str, config: dict[str, Any]) -> Iterator[tuple[s
         of = f", {name}" if dash else ""
         base, tuned = held_out(heldout["metrics"])
         evaluated = config_file.load(folder / "config.yaml", heldout["overrides"])
-        same = [config, _kept(evaluated.model_dump(mode="json")), heldout["samples"], heldout.get("temperature", 1.0)]
+        there = _kept(evaluated.model_dump(mode="json"))
+        changed = {field: there.get(field) for field in (*config, *there) if there.get(field) != config.get(field)}
+        drawn = {"samples": heldout["samples"], "temperature": heldout.get("temperature", 1.0)}
+        same = config | _under("evaluated", changed) | drawn
         if base:
             yield f"{run}: held out{of}, base", same, base
         if tuned:
             yield f"{run}: held out{of}", same, tuned
     for method, metrics in baselines.get("methods", {}).items():
-        adapter = _kept(baselines["adapter_config"]) if method == TUNED else None
-        yield f"{run}: {method}", [config, adapter, baselines["samples"], baselines["settings"]], metrics
+        adapter = _kept(baselines["adapter_config"]) if method == TUNED else {}
+        same = config | _under("adapter", adapter) | baselines["settings"] | {"samples": baselines["samples"]}
+        yield f"{run}: {method}", same, metrics
+
+
+def _under(section: str, fields: dict[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{field}": value for field, value in fields.items()}
 
 
 def held_out(content: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
@@ -129,13 +135,21 @@ def rows(entries: Sequence[Entry]) -> list[Row]:
     """Entries of equal key as one, in the order in which they were first given."""
     grouped: dict[str, list[Entry]] = {}
     for entry in entries:
-        grouped.setdefault(entry.key, []).append(entry)
+        grouped.setdefault(json.dumps([entry.name, entry.settings], sort_keys=True), []).append(entry)
     result = []
     for same in grouped.values():
         names = dict.fromkeys(name for entry in same for name in entry.metrics)
         values = {name: tuple(e.metrics[name] for e in same if name in e.metrics) for name in names}
-        result.append(Row(same[0].name, tuple(entry.seed for entry in same), values))
+        others = [of[0].settings for of in grouped.values() if of[0].name == same[0].name]
+        result.append(Row(same[0].name + _difference(same[0].settings, others), tuple(entry.seed for entry in same), values))
     return result
+
+
+def _difference(settings: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
+    """What tells a row from others of its name."""
+    fields = dict.fromkeys(field for other in (settings, *others) for field in other)
+    differing = [field for field in fields if any(other.get(field) != settings.get(field) for other in others)]
+    return f" ({', '.join(f'{field}={settings.get(field)}' for field in differing)})" if differing else ""
 
 
 def metrics_of(table: Sequence[Row], wanted: Sequence[str]) -> list[str]:
@@ -168,7 +182,8 @@ def markdown(table: Sequence[Row], metrics: Sequence[str]) -> str:
     lines = ["| run | runs | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 2) + "|"]
     for row in table:
         cells = [cell(row.values.get(name, ())) for name in metrics]
-        lines.append(f"| {row.name} | {len(row.seeds)} | " + " | ".join(cells) + " |")
+        name = row.name.replace("|", "\\|")
+        lines.append(f"| {name} | {len(row.seeds)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -176,14 +176,19 @@ def dump(config: Config) -> str:
 
 def flatten(config: Config) -> dict[str, Any]:
     """`{"learner.lr": 0.001, ...}`: the leaves of the tree, for a tracker."""
+    return leaves(config.model_dump(mode="json"))
 
-    def leaves(prefix: str, node: Any) -> Iterable[tuple[str, Any]]:
+
+def leaves(tree: dict[str, Any]) -> dict[str, Any]:
+    """A nested section's values by their dotted names."""
+
+    def below(prefix: str, node: Any) -> Iterable[tuple[str, Any]]:
         if isinstance(node, dict):
             for key, value in node.items():
-                yield from leaves(f"{prefix}.{key}" if prefix else key, value)
+                yield from below(f"{prefix}.{key}" if prefix else key, value)
         elif isinstance(node, list) and any(isinstance(item, dict) for item in node):
-            yield from leaves(prefix, {str(index): item for index, item in enumerate(node)})
+            yield from below(prefix, {str(index): item for index, item in enumerate(node)})
         else:
             yield prefix, node
 
-    return dict(leaves("", config.model_dump(mode="json")))
+    return dict(below("", tree))

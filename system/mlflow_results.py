@@ -21,8 +21,8 @@ LIMIT = 1000
 
 
 def fetch(uri: str, name: str, into: Path) -> list[Path]:
-    """The run of that id, or every finished run of that name, or of the sweep of that name: each as a folder in `into`, with
-    RESULTS and its tracking.json.
+    """The run of that id, or every finished run of that name, or of the sweep of that id or name: each as a folder in `into`,
+    with RESULTS and its tracking.json.
 
     Raises:
         ConfigError: there is none, or `uri` names no server.
@@ -46,21 +46,20 @@ def fetch(uri: str, name: str, into: Path) -> list[Path]:
 def _find(client: MlflowClient, name: str) -> list[Run]:
     from mlflow.exceptions import MlflowException
 
-    try:
-        return [client.get_run(name)]
-    except MlflowException as error:
-        # What cannot be an id is refused as such.
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-    if "'" in name:  # no run of ours is called so, and a filter cannot say it
-        return []
     everywhere = [experiment.experiment_id for experiment in client.search_experiments(max_results=LIMIT)]
 
     def matching(condition: str) -> list[Run]:
         filters = f"attributes.status = 'FINISHED' and {condition}"
         return list(client.search_runs(everywhere, filters, max_results=LIMIT, order_by=["attributes.start_time ASC"]))
 
-    named = matching(f"attributes.run_name = '{name}'")
+    try:
+        named = [client.get_run(name)]
+    except MlflowException as error:
+        # What cannot be an id is refused as such.
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        # No run of ours has such a name, and a filter cannot say it.
+        named = [] if "'" in name else matching(f"attributes.run_name = '{name}'")
     sweeps = [run for run in named if SWEEP_TAG in run.data.tags]
     children = [child for sweep in sweeps for child in matching(f"tags.`{PARENT_TAG}` = '{sweep.info.run_id}'")]
     return [run for run in named if run not in sweeps] + children

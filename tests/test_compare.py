@@ -64,8 +64,14 @@ def test_another_config_or_name_is_another_row(tmp_path: Path) -> None:
         run(tmp_path, "one", 1, -8.0, learner={"lr": 0.5}),
         run(tmp_path, "two", 2, -7.0),
     ]
-    entries = [entry for folder in folders for entry in compare.read(folder)]
-    assert len(compare.rows(entries)) == 6
+    assert list(table(*folders)) == [
+        "one: before (learner.lr=0.001)",
+        "one: after (learner.lr=0.001)",
+        "one: before (learner.lr=0.5)",
+        "one: after (learner.lr=0.5)",
+        "two: before",
+        "two: after",
+    ]
 
 
 def test_held_out_figures_stand_apart_from_those_of_the_training_prompts(tmp_path: Path) -> None:
@@ -96,9 +102,14 @@ def test_evaluations_on_other_data_or_with_other_samples_are_rows_of_their_own(t
         evaluated(run(tmp_path, "one", seed, -1.0), metrics, *overrides, samples=samples, temperature=temperature)
         for seed, (overrides, samples, temperature) in enumerate(ways)
     ]
-    made = compare.rows([entry for folder in folders for entry in compare.read(folder)])
-    seeds = {name: [row.seeds for row in made if row.name == name] for name in ("one: held out", "one: held out, base")}
-    assert set(map(str, seeds.values())) == {"[(0, 1), (2,), (3,), (4,)]"}
+    rows = table(*folders)
+    for name in ("one: held out", "one: held out, base"):
+        assert {shown.removeprefix(name): row.seeds for shown, row in rows.items() if shown.startswith(f"{name} (")} == {
+            " (evaluated.task.offset=1, samples=32, temperature=1.0)": (0, 1),
+            " (evaluated.task.offset=2, samples=32, temperature=1.0)": (2,),
+            " (evaluated.task.offset=1, samples=64, temperature=1.0)": (3,),
+            " (evaluated.task.offset=1, samples=64, temperature=0.1)": (4,),
+        }
 
 
 def test_adapters_of_other_configs_are_rows_of_their_own_and_the_methods_without_them_are_not(tmp_path: Path) -> None:
@@ -114,8 +125,8 @@ def test_adapters_of_other_configs_are_rows_of_their_own_and_the_methods_without
     made = compare.rows([entry for folder in folders for entry in compare.read(folder)])
     assert [(row.name, row.seeds) for row in made] == [
         ("one: smc", (0, 1, 2)),
-        ("one: gflownet", (0, 1)),
-        ("one: gflownet", (2,)),
+        ("one: gflownet (adapter.learner.lr=0.5)", (0, 1)),
+        ("one: gflownet (adapter.learner.lr=0.25)", (2,)),
     ]
 
 
@@ -156,7 +167,9 @@ def test_runs_at_a_server_are_read_by_id_by_name_and_as_a_sweep(tmp_path: Path, 
     assert compare.main([str(folder) for folder in folders]) == 0
     expected = capsys.readouterr().out
     assert "| one: after | 2 | 1 (1 to 1) | -10.5 (-11 to -10) |" in expected
-    for asked in (ids, ["one"], ["both-seeds"], ["one", ids[0], "both-seeds"]):
+    client = MlflowClient(uri)
+    parent = client.get_run(ids[0]).data.tags["mlflow.parentRunId"]
+    for asked in (ids, ["one"], ["both-seeds"], [parent], ["one", ids[0], "both-seeds"]):
         assert compare.main([*asked, "--tracking", uri, "--mlflow"]) == 0
         printed = capsys.readouterr()
         assert printed.out == expected

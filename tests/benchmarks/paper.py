@@ -260,7 +260,7 @@ def version(task: str) -> str:
 def table(results: Mapping[str, Rows]) -> str:
     """Markdown: a row a method, a column a metric; of several seeds the mean, with the least and the largest."""
     by_seed = [(int(seed), of_seed) for seed, of_seed in results.items()]
-    found = rows([Entry(name, name, seed, metrics) for seed, of_seed in by_seed for name, metrics in of_seed.items()])
+    found = rows([Entry(name, {}, seed, metrics) for seed, of_seed in by_seed for name, metrics in of_seed.items()])
     return markdown(found, list(dict.fromkeys(name for row in found for name in row.values)))
 
 
