@@ -18,7 +18,7 @@ from system.function_process import FunctionProcess
 from system.functions import import_function
 from system.language_model import LanguageModel
 from system.prefix_tree import Packed, PrefixTree, rows_by_budget
-from system.reward_config import ContrastReward, FunctionReward, LMPosterior, ProductReward, at_ends
+from system.reward_config import ContrastReward, Factor, FunctionReward, LMPosterior, ProductReward, at_ends, factors
 from system.reward_error import RewardError
 from system.trajectory import Prompt, Trajectory
 
@@ -280,8 +280,7 @@ def _learnable(trajectory: Trajectory, log_reward_T: np.ndarray) -> bool:
 
 
 def needs_language_model(section: LMPosterior | FunctionReward | ProductReward) -> bool:
-    factors = section.of if isinstance(section, ProductReward) else (section,)
-    return any(isinstance(factor, (LMPosterior, ContrastReward)) for factor in factors)
+    return any(isinstance(factor, (LMPosterior, ContrastReward)) for _, factor in factors(section))
 
 
 def build(
@@ -302,7 +301,7 @@ def build(
         ConfigError: a function cannot be imported.
     """
 
-    def one(factor: LMPosterior | FunctionReward | ContrastReward, field: str = "task.reward") -> Reward:
+    def one(field: str, factor: Factor) -> Reward:
         if isinstance(factor, FunctionReward):
             function = _function(factor, f"{field}.path")
             return Function(function, decode, factor.beta, factor.every_prefix, min_tokens, batch=factor.batch)
@@ -313,9 +312,10 @@ def build(
 
     if isinstance(section, ProductReward):
         # Where one factor is not known, what the others say is for nothing.
-        product = section if section.every_prefix else at_ends(section)
-        return Checked(Product([one(factor, f"task.reward.of.{at}") for at, factor in enumerate(product.of)]), decode)
-    return Checked(one(section), decode)
+        section = section if section.every_prefix else at_ends(section)
+        return Checked(Product([one(*factor) for factor in factors(section)]), decode)
+    [factor] = factors(section)
+    return Checked(one(*factor), decode)
 
 
 def _function(section: FunctionReward, field: str) -> Callable[..., Any]:

@@ -25,6 +25,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +57,8 @@ ROUND = 1_000_003
 
 def evaluate(
     config: Config, run_dir: Path, samples: int, only: str | None = None, behaviour: Behaviour = ON_POLICY
-) -> dict[str, Evaluation]:
-    """{"base": …, "adapter": …}, or one of them.
+) -> Iterator[tuple[str, Evaluation]]:
+    """("base", …) and ("adapter", …), or one of them, each as soon as it is found.
 
     Raises:
         ConfigError: the run has no adapter, or it is not of this model and lora section; `behaviour` is another than the
@@ -70,7 +71,6 @@ def evaluate(
     from system.text import decode
 
     path = adapter_file(run_dir)
-    results: dict[str, Evaluation] = {}
     with opened(config, samples) as local:
         problem, tokenizer = local.problem, local.tokenizer
         if behaviour != ON_POLICY and (problem.outcomes is not None or problem.choices):
@@ -101,8 +101,7 @@ def evaluate(
                 contexts = {prompt.id: decode(tokenizer, prompt.policy_tokens) for prompt in problem.prompts}
                 for row in result.samples:
                     row |= {"text": decode(tokenizer, row.pop("tokens")), "context": contexts[row["prompt"]]}
-            results[name] = result
-    return results
+            yield name, result
 
 
 def _upper_bound(problem: Problem, local: Local, result: Evaluation) -> dict[str, float]:
@@ -148,6 +147,10 @@ def main(argv: list[str]) -> int:
     if not 0 < arguments.temperature < math.inf:
         raise ConfigError(f"--temperature={arguments.temperature:g}: divides logits; give one above 0, such as 0.1")
     if arguments.samples_file:
+        if arguments.only == "base":
+            raise ConfigError(
+                "--samples-file with --only base: the samples that are kept are the adapter's; leave one of them out"
+            )
         check_output("--samples-file", arguments.samples_file)
     if arguments.name is not None and not re.fullmatch(NAME, arguments.name):
         raise ConfigError(f"--name {arguments.name!r}: letters, digits, dots and dashes make a name")
@@ -158,19 +161,22 @@ def main(argv: list[str]) -> int:
     os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
     how = {"overrides": overrides, "samples": arguments.samples, "temperature": arguments.temperature}
     path = run_dir / f"{stem}.json"
-    _earlier(path, how)  # refused now, and not when the work is done
-    behaviour = Behaviour(arguments.temperature)
-    results = evaluate(config, run_dir, arguments.samples, arguments.only, behaviour)
-    if "adapter" in results and (rows := results["adapter"].samples):
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (arguments.samples_file or run_dir / f"{stem}_samples.jsonl").write_text(lines, encoding="utf-8")
+    # Refused now, and not when the work is done.
+    check_output("RUN", path)
+    _earlier(path, how)
+    behaviour, prefixes = Behaviour(arguments.temperature), {"base": f"{stem}/base/", "adapter": f"{stem}/"}
+    results: dict[str, Evaluation] = {}
+    metrics: dict[str, float] = {}
+    for which, result in evaluate(config, run_dir, arguments.samples, arguments.only, behaviour):
+        results[which] = result
+        metrics |= {prefixes[which] + name: value for name, value in result.metrics.items()}
+        # The other model's may have come in meanwhile, from another process.
+        replace_text(path, json.dumps(how | {"metrics": _earlier(path, how) | metrics}, indent=2))
+        if which == "adapter" and result.samples:
+            lines = "".join(json.dumps(row) + "\n" for row in result.samples)
+            (arguments.samples_file or run_dir / f"{stem}_samples.jsonl").write_text(lines, encoding="utf-8")
     from deploy.report import posterior_plot, table
 
-    prefixes = {"base": f"{stem}/base/", "adapter": f"{stem}/"}
-    metrics = {prefixes[which] + name: value for which, result in results.items() for name, value in result.metrics.items()}
-    # The other model's may have come in meanwhile, from another process.
-    kept = _earlier(path, how) | metrics
-    replace_text(path, json.dumps(how | {"metrics": kept}, indent=2))
     print(table({which: result.metrics for which, result in results.items()}))
     print(json.dumps(metrics), flush=True)
     files, plot = [path], run_dir / f"{stem}.png"

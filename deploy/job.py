@@ -28,6 +28,8 @@ from deploy.stop import Stop  # noqa: E402
 from system import config_file  # noqa: E402
 from system.checkpoint import CheckpointError  # noqa: E402
 from system.config import Config, ConfigError, Lora  # noqa: E402
+from system.functions import check_module  # noqa: E402
+from system.reward_config import FunctionReward, factors  # noqa: E402
 from system.run_error import RunError  # noqa: E402
 from system.whole_file import replace_text  # noqa: E402
 
@@ -92,8 +94,10 @@ class Job:
         self.stop = Stop()
 
     def check(self) -> str:
-        """What the task has, as a run would find it. Raises ConfigError where model or data cannot be had."""
-        problem = self._prepared().problem
+        """What the task has, as a run would find it. Raises ConfigError for what would be refused of it before a process is
+        started for it, and CheckpointError for a checkpoint that cannot be gone on from."""
+        _, prepared, _ = self._begin()
+        problem = prepared.problem
         kept = f", {len(problem.held_out)} of them held out" if problem.held_out else ""
         return f"{len(problem.prompts)} prompts{kept}, contexts of up to {problem.longest_prompt} tokens; nothing was started"
 
@@ -109,10 +113,8 @@ class Job:
         from system.tracking import Tracker
 
         config, run_dir, started = self.config, self.run_dir, time.perf_counter()
-        saved = self._saved() if self.resume else None
-        prepared = self._prepared()
+        saved, prepared, start = self._begin()
         problem = prepared.problem
-        start = starting_weights(config) if config.lora.start and saved is None else None
         make_folder(config, run_dir)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         # Each of its steps is taken, also where one more signal cuts the one before short.
@@ -176,14 +178,22 @@ class Job:
         finally:
             ending.close()
 
-    def _prepared(self) -> Prepared:
-        """Model and data, with a warning of what hardly fits them. Raises ConfigError where they cannot be had."""
+    def _begin(self) -> tuple[LoopState | None, Prepared, np.ndarray | None]:
+        """(the checkpoint to go on from, model and data, the weights to start from), with a warning of what hardly fits."""
         from deploy.prepare import prepare
+        from system.demonstrations import shown
 
-        prepared = prepare(self.config)
-        for warning in self.config.warnings_about(len(prepared.problem.trained)):
+        config = self.config
+        saved = self._saved() if self.resume else None
+        for field, factor in factors(config.task.reward):
+            if isinstance(factor, FunctionReward):
+                check_module(factor.path, f"{field}.path")
+        prepared = prepare(config)
+        for warning in config.warnings_about(len(prepared.problem.trained)):
             logger.warning(warning)
-        return prepared
+        if config.loss.kind == "mle" or config.replay.demonstrations:
+            shown(prepared.problem)
+        return saved, prepared, starting_weights(config) if config.lora.start and saved is None else None
 
     def _saved(self) -> LoopState:
         """The checkpoint to go on from. Raises ConfigError where the config leaves nothing to do from there."""
@@ -249,11 +259,14 @@ def _disk_faults_named(run_dir: Path) -> Iterator[None]:
         cause: Any = plain(error)
         if cause.errno not in DISK_FAULTS:
             raise
-        kept = any((run_dir / "checkpoints").glob("step-*"))
         raise RunError(
             f"{cause.filename or run_dir} cannot be written: {cause.strerror}; make room there or make it writable, then "
-            + (f"--resume {run_dir}" if kept else "start the run again")
+            + (f"--resume {run_dir}" if _has_checkpoint(run_dir) else "start the run again")
         ) from error
+
+
+def _has_checkpoint(run_dir: Path) -> bool:
+    return any((run_dir / "checkpoints").glob("step-*"))
 
 
 @command
@@ -263,15 +276,20 @@ def main(argv: list[str]) -> int:
     config, run_dir, arguments = parse_arguments(argv)
     for warning in config.warnings():
         logger.warning(warning)
-    if passes_away(run_dir):
-        logger.warning(
-            "output_dir=%r is in the copy of the working directory that the cluster removes after the job: give a folder that "
-            "stays, and a tracking.uri that does", config.output_dir,
-        )  # fmt: skip
+    job = Job(config, run_dir, bool(arguments.resume), arguments.from_step)
+    scheme, _, database = job.config.tracking.uri.partition("://")
+    written = {"output_dir": (config.output_dir, run_dir)}
+    if scheme == "sqlite":
+        written["tracking.uri"] = config.tracking.uri, Path(database)
+    for field, (value, path) in written.items():
+        if passes_away(path):
+            logger.warning(
+                "%s=%r is in the copy of the working directory that the cluster removes after the job: give one that stays",
+                field, value,
+            )  # fmt: skip
     if arguments.dry_run:
         print(config_file.dump(config), end="")
         return 0
-    job = Job(config, run_dir, bool(arguments.resume), arguments.from_step)
     if arguments.check:
         print(job.check())
         return 0
@@ -280,7 +298,8 @@ def main(argv: list[str]) -> int:
         with _disk_faults_named(run_dir):
             summary = job.run()
     except KeyboardInterrupt:
-        print("stopped at once; what the run's last checkpoint has can be resumed", file=sys.stderr)
+        kept = f"; --resume {run_dir} goes on from its last checkpoint" if _has_checkpoint(run_dir) else ", before a checkpoint"
+        print(f"stopped at once{kept}", file=sys.stderr)
         return STOPPED
     print(json.dumps(summary))
     return 0 if summary["finished"] else STOPPED

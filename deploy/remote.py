@@ -94,16 +94,13 @@ class RayLearner:
         self._ready = [*building, *_on(self.actors, "ready")]
 
     def restart(self) -> None:
-        """Raises ConfigError if no node can hold a new one."""
+        """Raises ConfigError if no node can hold a new one, LearnerDied if that is lost as well."""
         self._end()
         learner = self.config.learner
         with self.room(Resources(learner.cpus, learner.gpus), learner.ranks):
             self._start()
-            try:
-                # The run went on with the samplers that there are; the learner alone has to fit.
-                wait_until_ready(self, samplers=0)
-            except RayError as error:
-                raise LearnerDied(first_line(error)) from error
+            # The run went on with the samplers that there are; the learner alone has to fit.
+            wait_until_ready(self, samplers=0)
 
     def complete(self) -> bool:
         return True
@@ -194,7 +191,7 @@ def wait_until_ready(*handles: Handle, samplers: int | None = None) -> None:
         ConfigError: the learner and `samplers` (by default the fewest) fit no nodes, or were not placed and built in time;
             the message has what was asked for and what there is.
         RunError: actors were lost over it more than actors.max_deaths times, those that are lost together counting once.
-        RayError: one that has no successor was lost.
+        LearnerDied: the learner, which has no successor, was lost.
         Exception: what building an actor's part raised.
     """
     config, began, lost, waves = handles[0].config, time.monotonic(), set(), 0
@@ -204,7 +201,10 @@ def wait_until_ready(*handles: Handle, samplers: int | None = None) -> None:
         losses = {reference: loss for reference in done if (loss := _loss(reference)) is not None}
         for reference, loss in losses.items():
             if not owners[reference].replaces:
-                raise loss
+                raise LearnerDied(
+                    f"the learner was lost before it was built: {first_line(loss)}; where its memory is too small, "
+                    "learner.dtype=bfloat16 takes half, and learner.shard_base=true shares the layers over learner.ranks"
+                ) from loss
             missing.append(reference)
         waves += not lost.issuperset(losses)
         lost.update(losses)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,10 +42,15 @@ def make_folder(config: Config, folder: Path) -> None:
 
 def check_output(option: str, path: Path) -> None:
     """For what is written when long work is done. Raises ConfigError if no file can be there."""
+    folder = path.absolute().parent
     if path.is_dir():
         raise ConfigError(f"{option} {str(path)!r} is a folder; name a file")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"{option} {str(path)!r}: there is no folder {path.absolute().parent}; make it first")
+    if not folder.is_dir():
+        raise ConfigError(f"{option} {str(path)!r}: there is no folder {folder}; make it first")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigError(
+            f"{option} {str(path)!r} cannot be written: it, or its folder, is not yours or read-only; name another"
+        )
 
 
 def adapter_file(run_dir: Path) -> Path:

@@ -4,7 +4,8 @@
 
 Z is drawn left to right until it is a sentence of the task's support (its tokens, its lengths, its stop), then Y is
 `--ending` tokens more. So (Z, Y) is a draw of p(Z stop | X) p(Y | X Z stop), and given Y, Z is one of p(Z | X, Y). Their
-tokens are kept beside the text, so that nothing is lost in between. `task.stories=stories.jsonl` then reads the result.
+tokens are kept beside the text, so that nothing is lost in between. `task.stories=stories.jsonl` then reads the result. Until
+the last story is told, those that are stand in stories.jsonl.part.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +41,8 @@ MOST_TRIES = 4000
 """Samples for each story that is wanted of a beginning; then it has fewer, or none."""
 
 
-def draw(config: Config, per_story: int, ending: int, seed: int) -> list[dict[str, Any]]:
-    """Up to `per_story` stories for each X of the config's stories."""
+def draw(config: Config, per_story: int, ending: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Up to `per_story` stories for each X of the config's stories, as they are told."""
     import torch
 
     from actors.stepping import NextTokens
@@ -60,7 +62,7 @@ def draw(config: Config, per_story: int, ending: int, seed: int) -> list[dict[st
     )
     teller, special = NextTokens(model, everything), special_tokens(tokenizer)
     torch.manual_seed(seed)
-    stories = []
+    told = 0
     for number, prompt in enumerate(problem.prompts, 1):
         found: list[dict[str, Any]] = []
         beginning = teller.start(prompt.reward_tokens)
@@ -74,9 +76,9 @@ def draw(config: Config, per_story: int, ending: int, seed: int) -> list[dict[st
                     tokens = {"middle": middle, "after": after}
                     found.append({"before": prompt.meta["before"], "middle": sentence, "after": text, "tokens": tokens})
             tries, batch = tries + batch, BATCH
-        stories += [{"id": f"{prompt.id}/{index}", **story} for index, story in enumerate(found)]
-        logger.info("%d of %d beginnings, %d stories", number, len(problem.prompts), len(stories))
-    return stories
+        yield from ({"id": f"{prompt.id}/{index}", **story} for index, story in enumerate(found))
+        told += len(found)
+        logger.info("%d of %d beginnings, %d stories", number, len(problem.prompts), told)
 
 
 def _tell(beginning: Rows, tries: int, support: Constraints, ending: int) -> list[tuple[list[int], list[int]]]:
@@ -133,9 +135,14 @@ def main(argv: list[str]) -> int:
     config = config_file.load(arguments.config, arguments.overrides)
     if config.task.kind != "infilling":
         raise ConfigError(f"task.kind={config.task.kind}: stories are of the task infilling; name a config of that")
-    stories = draw(config, arguments.per_story, arguments.ending, arguments.seed)
-    arguments.output.write_text("".join(json.dumps(story) + "\n" for story in stories), encoding="utf-8")
-    print(f"{len(stories)} stories in {arguments.output}")
+    told, part = 0, arguments.output.with_name(f"{arguments.output.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        for story in draw(config, arguments.per_story, arguments.ending, arguments.seed):
+            file.write(json.dumps(story) + "\n")
+            file.flush()
+            told += 1
+    part.replace(arguments.output)
+    print(f"{told} stories in {arguments.output}")
     return 0
 
 

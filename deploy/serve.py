@@ -6,9 +6,10 @@ the name of the run's folder; the same command on CPU and on GPU. Ctrl-C ends it
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
         -d '{"model": "RUN", "prompt": "The sky is", "max_tokens": 20, "stop": ".", "n": 4}'
 
-The server draws from the model's whole vocabulary, at temperature 1 by default. A run's own support (its legal tokens, lengths
-and stop) is up to the request: `allowed_token_ids`, `min_tokens`, `max_tokens`, `stop_token_ids`. deploy/sample.py keeps to it,
-and to words that a sample must have (`task.guided`), which no request can ask for.
+The server draws from the model's whole vocabulary, at temperature 1 by default, on a CPU with all cores or OMP_NUM_THREADS of
+them. A run's own support (its legal tokens, lengths and stop) is up to the request: `allowed_token_ids`, `min_tokens`,
+`max_tokens`, `stop_token_ids`. deploy/sample.py keeps to it, and to words that a sample must have (`task.guided`), which no
+request can ask for.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from actors.settings import BLOCK, engine_environment, max_lora_rank  # noqa: E402
+from actors.settings import BLOCK, alone, engine_environment, max_lora_rank  # noqa: E402
 from deploy.command import command  # noqa: E402
 from deploy.runs import adapter_file, adapter_tensors, find_run  # noqa: E402
+from deploy.stop import heard  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
@@ -156,7 +158,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     run_dir = find_run(arguments.run)
     adapter_file(run_dir)
-    config = config_file.load(run_dir / "config.yaml", arguments.overrides)
+    config = alone(config_file.load(run_dir / "config.yaml", arguments.overrides))
     check_port(arguments.host, arguments.port)
     import torch
 
@@ -164,10 +166,8 @@ def main(argv: list[str]) -> int:
     line = command_line(config, run_dir, arguments.host, arguments.port, gpu=gpu)
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(arguments.host, arguments.host)
     with closing(Server(line, environment(config, gpu=gpu), f"http://{host}:{arguments.port}")) as server:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # nohup ignores SIGHUP for us.
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda asked, _: server.ask(asked))
+        for number in heard():
+            signal.signal(number, lambda asked, _: server.ask(asked))
         if server.wait_until_healthy():
             print(f"{server.url}/v1 serves {config.model.path} and {run_dir.name}; Ctrl-C ends it", flush=True)
         return server.wait()

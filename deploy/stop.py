@@ -1,18 +1,24 @@
-"""Ctrl-C and SIGTERM, as a request that the loop looks at or as an end at once."""
+"""Ctrl-C, SIGTERM and a terminal that hangs up, as a request that the loop looks at or as an end at once."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterator
 
 logger = logging.getLogger("headwater")
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AGAIN_SECONDS = 3.0
 """A signal so soon after another is the same request: a terminal, a sweep and Ray's job manager may each pass it on."""
+
+
+def heard() -> list[signal.Signals]:
+    """Those of SIGNALS that are not ignored: nohup has SIGHUP ignored."""
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 class Stop:
@@ -22,13 +28,16 @@ class Stop:
     def __init__(self) -> None:
         self._asked: float | None = None
         self._patient = False
+        self._terminals: list[int] = []
 
     def __call__(self) -> bool:
         return self._asked is not None
 
     def hear(self) -> None:
         """From now on signals come here."""
-        for number in SIGNALS:
+        # Asked now: one that is gone is none any more.
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+        for number in heard():
             signal.signal(number, self._heard)
 
     @contextlib.contextmanager
@@ -41,6 +50,8 @@ class Stop:
             self._patient = before
 
     def _heard(self, number: int, _frame: object) -> None:
+        if number == signal.SIGHUP:
+            self._leave_the_terminal()
         now = time.monotonic()
         # Also of one that ends the run at once: what then ends in order must not be cut short by it.
         if self._asked is not None and now - self._asked <= AGAIN_SECONDS:
@@ -49,3 +60,9 @@ class Stop:
         if not (first and self._patient):
             raise KeyboardInterrupt(signal.Signals(number).name)
         logger.warning("stopping after this update, with a checkpoint; once more stops at once")
+
+    def _leave_the_terminal(self) -> None:
+        """What is written to one that is gone is an error, which would end a run that is to end in order."""
+        for stream in self._terminals:
+            with open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), stream)

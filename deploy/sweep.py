@@ -1,8 +1,8 @@
 """A config over several values: `python deploy/sweep.py CONFIG [key=value …] --over seed=0,1,2 [--over learner.lr=1e-3,3e-4]`.
 
 One run of `deploy/job.py` for each combination, one after the other; in MLflow they are the children of one parent run. All
-configs are checked before the first run starts. A run that fails is named at the end, and the others go on. Ctrl-C and
-SIGTERM stop the run that is going on, with a checkpoint, and the sweep.
+configs are checked before the first run starts. A run that fails is named at the end, and the others go on. Ctrl-C, SIGTERM
+and a terminal that hangs up stop the run that is going on, with a checkpoint, and the sweep.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ if str(ROOT) not in sys.path:
 
 from deploy.command import command  # noqa: E402
 from deploy.job import STOPPED  # noqa: E402
-from deploy.stop import SIGNALS  # noqa: E402
+from deploy.stop import SIGNALS, heard  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import ConfigError  # noqa: E402
+from system.tracking import resolve_uri  # noqa: E402
 
 
 def combinations(over: Sequence[str]) -> Iterator[list[str]]:
@@ -65,8 +66,8 @@ class Jobs:
 
     @contextlib.contextmanager
     def hearing(self) -> Iterator[None]:
-        """Passes SIGNALS on, or has them wait for the next job, until the end of the context."""
-        before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        """Passes signals on, or has them wait for the next job, until the end of the context."""
+        before = {number: signal.signal(number, self._hear) for number in heard()}
         try:
             yield
         finally:
@@ -98,6 +99,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     runs = list(combinations(arguments.over))
     configs = [config_file.load(arguments.config, [*arguments.overrides, *run]) for run in runs]
+    for config in configs:
+        resolve_uri(config.tracking.uri)
     sweep = configs[0].tracking.sweep or f"{configs[0].name}-sweep-{time.strftime('%Y%m%d-%H%M%S')}"
     failed, jobs = [], Jobs()
     with jobs.hearing():

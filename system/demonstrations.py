@@ -25,14 +25,20 @@ class Rewards(Protocol):
         ...
 
 
-def scored(problem: Problem, rewards: Rewards) -> list[Group]:
-    """A group for each prompt that has demonstrations, with their rewards. Raises ConfigError if none has."""
+def shown(problem: Problem) -> list[Prompt]:
+    """The prompts that have demonstrations. Raises ConfigError if none has."""
     prompts = [prompt for prompt in problem.trained if problem.demonstrations.get(prompt.id)]
     if not prompts:
         raise ConfigError(
             "task: no prompt has a demonstration that the policy could draw, which loss.kind=mle and "
             "replay.demonstrations=true need; see the task's fields for where they come from"
         )
+    return prompts
+
+
+def scored(problem: Problem, rewards: Rewards) -> list[Group]:
+    """A group for each prompt that has demonstrations, with their rewards. Raises ConfigError if none has."""
+    prompts = shown(problem)
     if problem.undrawable:
         logger.warning(
             "%d demonstrations are left out, and %d kept: the policy cannot draw them with this task.max_tokens and these "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -22,3 +23,17 @@ def import_function(path: str, field: str) -> Callable[..., Any]:
     if not callable(function):
         raise ConfigError(f"{field}={path!r} is a {type(function).__name__}, not a function")
     return function
+
+
+def check_module(path: str, field: str) -> None:
+    """Raises ConfigError where there is no such module. Nothing of it is run, which may load a model or need a GPU."""
+    module = path.partition(":")[0]
+    try:
+        found = importlib.util.find_spec(module) is not None
+    # The packages above it are imported.
+    except Exception as error:
+        raise ConfigError(f"{field}={path!r} cannot be imported: {type(error).__name__}: {error}") from error
+    if not found:
+        raise ConfigError(
+            f"{field}={path!r}: there is no module {module!r}; put its file into the folder where the command is started"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field
@@ -70,6 +71,14 @@ class ProductReward(Section):
 
 
 Reward = Annotated[LMPosterior | FunctionReward | ProductReward, Field(discriminator="kind")]
+
+
+def factors(reward: Reward, field: str = "task.reward") -> Iterator[tuple[str, Factor]]:
+    """(its field in a config, a factor) of each."""
+    if isinstance(reward, ProductReward):
+        yield from ((f"{field}.of.{at}", factor) for at, factor in enumerate(reward.of))
+    else:
+        yield field, reward
 
 
 R = TypeVar("R", bound=LMPosterior | FunctionReward | ContrastReward | ProductReward)

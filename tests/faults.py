@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +88,13 @@ class IdleLearner(BuiltActor):
         import ray
 
         return ray.get_runtime_context().get_node_id()
+
+
+class LostLearner(IdleLearner):
+    """Killed over its model, as one that finds no memory for it."""
+
+    def build(self, config: Config, faults: Faults, meeting: None) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class HangingLearner(IdleLearner):

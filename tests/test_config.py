@@ -462,6 +462,29 @@ def test_a_check_reads_the_tokenizer_and_the_data_and_starts_nothing(tmp_path: P
     done = job("--check", config, *few, "task.prompts=none.txt", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "task.prompts='none.txt' cannot be read" in done.stderr
+    refused = {
+        "lora.start=nosuch": "lora.start='nosuch': no run and no PEFT folder",
+        "task.reward={kind: function, path: 'nosuch:score'}": "task.reward.path='nosuch:score': there is no module 'nosuch'",
+        "loss.kind=mle": "task: no prompt has a demonstration",
+    }
+    for override, message in refused.items():
+        done = job("--check", config, *few, override, "replay={fresh: 1, prioritised: 0, uniform: 0}", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in done.stderr
+
+
+def test_a_tracking_uri_that_is_refused_or_passes_away_is_named_before_anything_starts(tmp_path: Path) -> None:
+    config = str(ROOT / "deploy/configs/random_number.yaml")
+    done = job("--dry-run", config, "tracking.uri=./mlruns", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "tracking.uri='./mlruns': a scheme that is not supported" in done.stderr
+    copy = tmp_path / "runtime_resources/working_dir_files/_ray_pkg_0a1b"
+    copy.mkdir(parents=True)
+    done = job("--dry-run", config, f"output_dir={tmp_path}", cwd=copy)
+    assert "tracking.uri='sqlite:///mlflow.db' is in the copy of the working directory" in done.stderr
+    assert "output_dir=" not in done.stderr
+    for stays in ("tracking.uri=http://mlflow.example:5000", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"):
+        assert job("--dry-run", config, f"output_dir={tmp_path}", stays, cwd=copy).stderr == ""
 
 
 @pytest.mark.parametrize(("steps", "replay", "warned"), [(2, {}, 1), (3, {}, 0), (3, HALF, 1), (4, HALF, 0), (2, HALF, 2)])

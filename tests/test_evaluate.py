@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +19,10 @@ import torch
 
 from actors.rewards import Posterior
 from actors.settings import alone
-from deploy import evaluate, self_consistent
+from deploy import evaluate, runs, self_consistent
 from learner.learner import Learner
 from system import config_file, diversity, tasks
-from system.config import Config
+from system.config import Config, ConfigError
 from system.evaluation import Evaluation
 from system.language_model import LanguageModel, load_pretrained, load_tokenizer
 from system.models import locate
@@ -71,7 +72,7 @@ def learner_of(cfg: Config, problem: Any) -> Learner:
 
 def test_bounds_from_self_consistent_stories_enclose_the_exact_log_z(folder: Path) -> None:
     cfg = config_file.parse(settings(folder))
-    stories = self_consistent.draw(cfg, per_story=150, ending=2, seed=0)
+    stories = list(self_consistent.draw(cfg, per_story=150, ending=2, seed=0))
     assert len(stories) == 150
     (folder / "told.jsonl").write_text("".join(json.dumps(story) + "\n" for story in stories))
     cfg = config_file.parse(settings(folder, stories=str(folder / "told.jsonl")))
@@ -108,7 +109,7 @@ def test_few_stories_are_told_by_few_samples_and_a_beginning_that_has_none_is_gi
     asked: list[int] = []
     monkeypatch.setattr(self_consistent, "MOST_TRIES", 100)
     monkeypatch.setattr(self_consistent, "_tell", lambda beginning, tries, *_: asked.append(tries) or [])
-    assert self_consistent.draw(config_file.parse(settings(folder)), per_story=2, ending=2, seed=0) == []
+    assert list(self_consistent.draw(config_file.parse(settings(folder)), per_story=2, ending=2, seed=0)) == []
     assert asked == [8, 64, 64, 64]
 
 
@@ -188,13 +189,15 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
         only = Evaluation({"posterior/spread": 2.0}, samples=[{"text": "new", "length": 1, "log_q": -1.0, "log_reward": -1.0}])
         known: dict[str, float] = {}
 
-        def found(_config: Config, run: Path, _samples: int, which: str, _behaviour: Behaviour) -> dict[str, Evaluation]:
+        def found(
+            _config: Config, run: Path, _samples: int, which: str, _behaviour: Behaviour
+        ) -> Iterator[tuple[str, Evaluation]]:
             asked.append(which)
             if which == "adapter":  # meanwhile the base model's evaluation in another process comes to its end
                 known["heldout/base/posterior/ess"] = 0.5
                 content = json.loads((run / "heldout.json").read_text())
                 (run / "heldout.json").write_text(json.dumps(content | {"metrics": known}))
-            return {which: only}
+            yield which, only
 
         patch.setattr(evaluate, "evaluate", found)
         patch.setattr(evaluate, "engine_environment", lambda *_: {})
@@ -209,7 +212,7 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
             assert ((run / "heldout_samples.jsonl").read_text() == before) is (which == "base")
             assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {name: 2.0}
         heldout = (run / "heldout.json").read_text()
-        patch.setattr(evaluate, "evaluate", lambda *_: {"base": only})
+        patch.setattr(evaluate, "evaluate", lambda *_: iter([("base", only)]))
         assert evaluate.main(["one", "task.stories=others.jsonl", "--name", "others"]) == 0
         content = json.loads((run / "heldout-others.json").read_text())
         assert content["metrics"] == {"heldout-others/base/posterior/spread": 2.0}
@@ -221,12 +224,25 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
         assert evaluate.main(["one"]) == 2
         assert "heldout.json is damaged" in capsys.readouterr().err
         (run / "heldout.json").write_text(heldout)
+
+        def cut_off(*_: Any) -> Iterator[tuple[str, Evaluation]]:
+            yield "base", Evaluation({"posterior/spread": 7.0})
+            raise ConfigError("the adapter is gone")
+
+        patch.setattr(evaluate, "evaluate", cut_off)
+        assert evaluate.main(["one", "--name", "half"]) == 2
+        kept = json.loads((run / "heldout-half.json").read_text())
+        assert kept["metrics"] == {"heldout-half/base/posterior/spread": 7.0}
+        patch.setattr(runs.os, "access", lambda path, _: "heldout" not in path.name and path != run)
+        assert evaluate.main(["one", "--name", "new"]) == 2
+        assert f"RUN '{run}/heldout-new.json' cannot be written" in capsys.readouterr().err
     assert asked == ["base", "adapter"]
 
     weights.unlink()
     mistakes = {
         ("one", "--samples", "1"): "one draw says nothing",
         ("one", "--temperature", "0"): "--temperature=0: divides logits; give one above 0",
+        ("one", "--samples-file", "x.jsonl", "--only", "base"): "--samples-file with --only base: ",
         ("one", "--samples-file", "none/x.jsonl"): f"--samples-file 'none/x.jsonl': there is no folder {folder}/none",
         ("two",): "no such run",
         ("one",): "the run did not end; --resume it first",

@@ -469,7 +469,7 @@ def test_a_resume_from_a_damaged_checkpoint_is_refused_with_the_one_before(runne
             "error: a/b cannot be written: Read-only file system; make room "
             "there or make it writable, then start the run again",
         ),
-        (KeyboardInterrupt("SIGTERM"), 130, "stopped at once; what the run's last checkpoint has can be resumed"),
+        (KeyboardInterrupt("SIGTERM"), 130, "stopped at once, before a checkpoint"),
     ],
 )
 def test_what_ends_a_job_is_one_line_and_no_traceback(

@@ -151,6 +151,15 @@ def test_a_learner_that_hangs_is_found_by_its_deadline_and_killed(folder: Path, 
         ray.get(learner.actors[0].ready.remote(), timeout=30)
 
 
+def test_a_learner_that_is_lost_while_it_is_built_is_named_with_what_needs_less(folder: Path, running: Config) -> None:
+    cfg = config(folder, learner={"cpus": 0})
+    learner = RayLearner(cfg, faults.Faults(), actor=faults.LostLearner)  # type: ignore[arg-type]
+    with pytest.raises(LearnerDied, match=r"the learner was lost before it was built: .*learner\.dtype=bfloat16 takes half"):
+        wait_until_ready(learner, samplers=0)
+    with pytest.raises(LearnerDied, match="lost before it was built"):
+        learner.restart()
+
+
 @pytest.mark.chaos
 @pytest.mark.parametrize("actor", [faults.OutOfMemoryOnce, faults.LostAdapterOnce])
 def test_an_engine_without_memory_or_without_its_adapter_dies_and_is_replaced(

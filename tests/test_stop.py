@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +17,8 @@ from deploy.job import Job
 from deploy.stop import SIGNALS, Stop
 from system.config_file import parse
 from system.run_error import RunError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -85,3 +90,43 @@ def test_a_run_that_is_cut_short_while_it_ends_still_leaves_ray(tmp_path: Path, 
     with pytest.raises(KeyboardInterrupt):
         job.run()
     assert done == ["FAILED", "disconnected"]
+
+
+GOES_ON = """
+import signal, sys
+from pathlib import Path
+from deploy.stop import Stop
+
+stop = Stop()
+stop.hear()
+with stop.patient():
+    print("ready", flush=True)
+    signal.pause()
+    print("stopping", flush=True)
+    Path(sys.argv[1]).write_text(str(stop()))
+"""
+
+
+def test_a_terminal_that_hangs_up_is_a_request_and_what_is_written_to_it_no_error(tmp_path: Path) -> None:
+    terminal, side = os.openpty()
+    command = [sys.executable, "-c", GOES_ON, str(tmp_path / "asked")]
+    with subprocess.Popen(command, stdout=side, stderr=side, cwd=ROOT) as child:
+        os.close(side)
+        assert os.read(terminal, 100).split() == [b"ready"]
+        os.close(terminal)
+        child.send_signal(signal.SIGHUP)
+        assert child.wait(60) == 0
+    assert (tmp_path / "asked").read_text() == "True"
+
+
+def test_a_hangup_that_nohup_ignores_is_ignored() -> None:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = Stop()
+        stop.hear()
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
