@@ -11,7 +11,9 @@ from actors import rewards
 from actors.sampler import Sampler
 from system.config import Config, ConfigError
 from system.language_model import LanguageModel, load_pretrained, load_tokenizer, resolve_device
+from system.learner_config import USES_PREFIX_REWARDS
 from system.models import locate
+from system.reward_config import at_ends
 from system.tasks.problem import Problem
 from system.text import decode
 
@@ -19,9 +21,9 @@ from system.text import decode
 def build_reward(
     config: Config, problem: Problem, tokenizer: PreTrainedTokenizerBase, model: LanguageModel | None
 ) -> rewards.Reward:
-    """Raises ConfigError if a function of the config cannot be imported."""
+    """At the prefixes that the loss makes use of. Raises ConfigError if a function of the config cannot be imported."""
     return rewards.build(
-        config.task.reward,
+        config.task.reward if config.loss.kind in USES_PREFIX_REWARDS else at_ends(config.task.reward),
         model=model,
         stop=problem.reward_stop,
         decode=lambda tokens: decode(tokenizer, tokens),
@@ -42,7 +44,7 @@ def build_sampler(config: Config, problem: Problem, on_death: Callable[[], None]
     model = None
     if rewards.needs_language_model(config.task.reward):
         # Where none is reserved for it, an actor sees them all: those of the learner and of others.
-        device = resolve_device("auto" if config.actors.gpus else "cpu")
+        device = resolve_device("auto" if config.actors.gpus else "cpu", config.actors.gpus)
         base = load_pretrained(folder, getattr(torch, config.sampler.reward_dtype), device)
         model = LanguageModel(base, attention=config.learner.attention)
     reward = build_reward(config, problem, tokenizer, model)

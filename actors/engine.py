@@ -291,7 +291,8 @@ class Engine:
 
         self.installed = None
         self._engine.engine_core.shutdown()
-        del self._llm, self._engine
+        # The merging has the model's modules, and the base its weights.
+        del self._llm, self._engine, self._merging, self._base
         if self._lora_folder is not None:
             self._lora_folder.cleanup()
         cleanup_dist_env_and_memory()

@@ -79,12 +79,13 @@ class Posterior:
         self, before: int, trajectories_K: Sequence[Trajectory], suffix: tuple[int, ...]
     ) -> list[tuple[PrefixTree, list[int]]]:
         """The group as one tree, or as several with neighbouring samples where one would not fit the token budget with the
-        `before` tokens that it begins with."""
+        `before` tokens that it begins with. Rows that each begin with a long prompt hold as many tokens of samples at least:
+        it would be read for nearly every sample."""
         order = sorted(range(len(trajectories_K)), key=lambda k: trajectories_K[k].tokens_T.tolist())
         tree = PrefixTree.of([trajectories_K[k] for k in order])
         branches = len(tree) if self.every_prefix else len(order)
         tokens = before + len(tree) + branches * max(0, len(suffix) - 1)
-        if tokens <= self.token_budget or len(order) == 1:
+        if tokens <= max(self.token_budget, 2 * before) or len(order) == 1:
             return [(tree, order)]
         half = len(order) // 2
         parts = []

@@ -21,7 +21,13 @@ def max_lora_rank(rank: int) -> int:
 
 def engine_environment(threads: int, gpu: bool) -> dict[str, str]:
     """Environment variables of a process with an engine. vLLM and OpenMP read them when they are first imported."""
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        # On a GPU the second runner is the default, and it takes no logits processor of the first one's interface.
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+    }
     if not gpu:
         environment |= {
             # By default vLLM pins its threads and leaves out cores; a small machine has none to leave out.
@@ -45,6 +51,20 @@ def alone(config: Config) -> Config:
         "actors": config.actors.model_copy(update={"cpus": max(cores, config.actors.threads)}),
         "learner": config.learner.model_copy(update={"threads": max(cores, config.learner.threads)}),
     }
+    return config.model_copy(update=update)
+
+
+def take_machine(config: Config) -> Config:
+    """`alone`, with this process, which has not imported torch yet, made ready for an engine: on a GPU if there is one,
+    whatever was reserved for the run."""
+    config = alone(config)
+    # OpenMP reads it when torch is imported.
+    os.environ["OMP_NUM_THREADS"] = str(config.actors.threads)
+    import torch
+
+    gpu = torch.cuda.is_available()
+    os.environ.update(engine_environment(config.actors.threads, gpu))
+    update = {name: getattr(config, name).model_copy(update={"gpus": float(gpu)}) for name in ("actors", "learner")}
     return config.model_copy(update=update)
 
 

@@ -22,7 +22,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from actors.settings import alone, engine_environment  # noqa: E402
+from actors.settings import take_machine  # noqa: E402
 from deploy.command import command, log_to_stderr  # noqa: E402
 from deploy.runs import adapter_file, check_output, find_run  # noqa: E402
 from system import config_file  # noqa: E402
@@ -157,8 +156,7 @@ def main(argv: list[str]) -> int:
     stem = f"heldout-{arguments.name}" if arguments.name else "heldout"
     run_dir = find_run(arguments.run)
     overrides = [*all_of_others(arguments.overrides), *arguments.overrides]
-    config = alone(config_file.load(run_dir / "config.yaml", overrides))
-    os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
+    config = take_machine(config_file.load(run_dir / "config.yaml", overrides))
     how = {"overrides": overrides, "samples": arguments.samples, "temperature": arguments.temperature}
     path = run_dir / f"{stem}.json"
     # Refused now, and not when the work is done.

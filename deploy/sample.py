@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 import tempfile
 from collections import deque
@@ -32,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from actors.settings import alone, engine_environment  # noqa: E402
+from actors.settings import take_machine  # noqa: E402
 from deploy.command import command, log_to_stderr  # noqa: E402
 from deploy.runs import adapter_file, check_output, find_run  # noqa: E402
 from system import config_file  # noqa: E402
@@ -179,8 +178,7 @@ def main(argv: list[str]) -> int:
         if arguments.prompt is not None:
             path = Path(folder) / "prompt.jsonl"
             path.write_text(json.dumps(record_of(config, arguments.prompt)) + "\n", encoding="utf-8")
-        config = alone(with_prompts(config, path) if path else config)
-        os.environ.update(engine_environment(config.actors.threads, bool(config.actors.gpus)))
+        config = take_machine(with_prompts(config, path) if path else config)
         run(config, adapter, arguments.samples, arguments.seed, arguments.output)
     return 0
 

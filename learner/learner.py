@@ -33,7 +33,7 @@ from system.language_model import resolve_device
 from system.learner_config import Learner as LearnerConfig
 from system.models import locate
 from system.posterior import Bounds
-from system.prefix_tree import Packed, PrefixTree
+from system.prefix_tree import Packed, PrefixTree, rows_by_budget
 from system.tasks.problem import Problem
 from system.timeline import Timeline
 from system.trajectory import Group
@@ -108,7 +108,7 @@ class Learner:
         self.config = config.learner
         self.ranks = ranks or Ranks()
         torch.manual_seed(config.seed)
-        device = resolve_device(self.config.device)
+        device = resolve_device(self.config.device, self.config.gpus)
         if device.type == "cpu":
             torch.set_num_threads(self.config.threads)
         self.constraints = constraints
@@ -188,19 +188,20 @@ class Learner:
 
     def score(self, groups: Sequence[Group]) -> list[Score]:
         """log q of the trajectories under the current policy."""
-        scores = []
-        for group in groups:
-            tree, packed, *_ = self._pack(group)
-            ends_N = np.zeros(len(tree), bool)
-            ends_N[[nodes_T[-1] for nodes_T in tree.nodes_K]] = True
+        pieces = [self._pack(group) for group in groups]
+        scores: dict[int, Score] = {}
+        for row in rows_by_budget([len(piece.packed) for piece in pieces], self.config.token_budget):
+            trees = [pieces[index].tree for index in row]
+            ends = [np.isin(np.arange(len(tree)), [nodes_T[-1] for nodes_T in tree.nodes_K]) for tree in trees]
             with torch.no_grad():
-                [(edge, stop)] = self.policy.log_q([packed], [ends_N])
-            edge_N, stop_N = edge.double().cpu().numpy(), stop.double().cpu().numpy()
-            stop_K = np.array([stop_N[nodes_T[-1]] for nodes_T in tree.nodes_K])
-            path_K = np.array([edge_N[nodes_T].sum() for nodes_T in tree.nodes_K])
-            reward_K = np.array([log_reward_T[-1] for log_reward_T in group.log_reward_K])
-            scores.append(Score(path_K + stop_K, stop_K, reward_K))
-        return scores
+                log_q = self.policy.log_q([pieces[index].packed for index in row], ends)
+            for index, tree, (edge, stop) in zip(row, trees, log_q, strict=True):
+                edge_N, stop_N = edge.double().cpu().numpy(), stop.double().cpu().numpy()
+                stop_K = np.array([stop_N[nodes_T[-1]] for nodes_T in tree.nodes_K])
+                path_K = np.array([edge_N[nodes_T].sum() for nodes_T in tree.nodes_K])
+                reward_K = np.array([log_reward_T[-1] for log_reward_T in groups[index].log_reward_K])
+                scores[index] = Score(path_K + stop_K, stop_K, reward_K)
+        return [scores[index] for index in range(len(groups))]
 
     def _pack(self, group: Group) -> Piece:
         tree = PrefixTree.of(group.trajectories_K)

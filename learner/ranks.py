@@ -42,7 +42,8 @@ class Ranks:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
         if device.type == "cuda":
-            torch.cuda.set_device(device)
+            # The device has no number here: Ray shows each rank the one GPU that is its own.
+            torch.cuda.set_device(device.index or 0)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         return cls(rank, size, device, in_lockstep=in_lockstep)

@@ -44,9 +44,18 @@ CONTEXT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Largest difference of hidden states, relative, with and without a context that was read before."""
 
 
-def resolve_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises ConfigError for a CUDA device that is not there."""
+def resolve_device(device: str, gpus: float = 0.0) -> torch.device:
+    """`auto` is CUDA where there is one. `gpus` are reserved for this process.
+
+    Raises:
+        ConfigError: a CUDA device that is not there, or none where some are reserved.
+    """
     if device == "auto":
+        if gpus and not torch.cuda.is_available():
+            raise ConfigError(
+                f"{gpus:g} GPUs are reserved for this process (learner.gpus or actors.gpus), but torch {torch.__version__} "
+                "sees none: `make clean setup-gpu` installs the build for GPUs; where there are none, reserve none"
+            )
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     resolved = torch.device(device)
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():

@@ -10,6 +10,8 @@ from system.section import Section
 
 NEEDS_PREFIX_REWARDS = ("db", "subtb", "tb")
 """Losses whose pairs include states inside a trajectory, so that each needs a reward of its own."""
+USES_PREFIX_REWARDS = (*NEEDS_PREFIX_REWARDS, "pooled")
+"""Those that learn from a reward inside a trajectory where there is one."""
 
 
 class Replay(Section):

@@ -304,7 +304,7 @@ def test_settings_out_of_bounds_are_named_before_a_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(baselines, "engine_environment", lambda *_: {})
+    monkeypatch.setattr(baselines, "take_machine", lambda config: config)
     monkeypatch.setattr(baselines, "Baselines", lambda *_: pytest.fail("a model was loaded"))
     (tmp_path / "config.yaml").write_text(config_file.dump(tiny_config))
     assert baselines.main([str(tmp_path / "config.yaml"), *arguments]) == 2

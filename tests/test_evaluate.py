@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from actors.rewards import Posterior
-from actors.settings import alone
+from actors.settings import alone, take_machine
 from deploy import evaluate, runs, self_consistent
 from learner.learner import Learner
 from system import config_file, diversity, tasks
@@ -124,6 +124,21 @@ def test_a_process_of_its_own_takes_all_cores(monkeypatch: pytest.MonkeyPatch) -
     assert alone(cfg).actors.threads == 1
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_process_of_its_own_uses_the_gpu_that_there_is_and_compiles_there_alone(
+    gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.settings.os.environ", environment := {"OMP_NUM_THREADS": "3"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    for reserved in (0, 1):
+        cfg = config_file.parse({"task": {"kind": "continuation"}, "actors": {"gpus": reserved}})
+        taken = take_machine(cfg)
+        assert (taken.actors.gpus, taken.learner.gpus) == (gpu, gpu)
+        assert taken.actors.threads == 3
+    assert ("TORCH_COMPILE_DISABLE" in environment) is not gpu
+    assert environment["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+
+
 def test_the_command_compares_the_base_with_the_adapter_on_other_data(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,7 +215,7 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
             yield which, only
 
         patch.setattr(evaluate, "evaluate", found)
-        patch.setattr(evaluate, "engine_environment", lambda *_: {})
+        patch.setattr(evaluate, "take_machine", lambda config: config)
         # What an evaluation left that had no temperature to note was drawn at 1.
         (run / "heldout.json").write_text(json.dumps({"overrides": [], "samples": 32, "metrics": {"earlier": 1.0}}))
         known["earlier"] = 1.0

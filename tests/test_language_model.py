@@ -226,3 +226,10 @@ def test_attention_whose_logits_are_capped_stays_capped(tmp_path: Path) -> None:
 def test_a_cuda_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"cuda:97.*use auto or cpu"):
         resolve_device("cuda:97")
+
+
+def test_gpus_that_are_reserved_and_that_torch_does_not_see_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == resolve_device("cpu", 1.0) == torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"1 GPUs are reserved .* torch .* sees none: `make clean setup-gpu`"):
+        resolve_device("auto", 1.0)

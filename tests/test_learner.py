@@ -87,10 +87,12 @@ def test_a_tools_output_is_context_and_no_part_of_log_q(folder: Path) -> None:
     assert subject.score([group])[0].log_q_K == pytest.approx([expected], abs=1e-4)
 
 
-LOSSES: list[dict[str, object]] = [{"kind": kind} for kind in ("pooled", "vargrad", "tb", "db", "subtb", "grpo", "rloo")]
+KINDS = ("pooled", "vargrad", "tb", "db", "subtb", "grpo", "ppo", "rloo", "mle")
+LOSSES: list[dict[str, object]] = [{"kind": kind} for kind in KINDS]
+WITH_KL: list[dict[str, object]] = [{"kind": kind, "kl": 0.5} for kind in ("grpo", "ppo", "rloo")]
 
 
-@pytest.mark.parametrize("section", [*LOSSES, {"kind": "grpo", "kl": 0.5}, {"kind": "rloo", "kl": 0.5}], ids=str)
+@pytest.mark.parametrize("section", [*LOSSES, *WITH_KL], ids=str)
 def test_micro_batches_do_not_change_the_update(folder: Path, section: dict[str, object]) -> None:
     results = []
     for budget in (4096, 64):
@@ -99,9 +101,21 @@ def test_micro_batches_do_not_change_the_update(folder: Path, section: dict[str,
         subject = Learner(cfg, folder, CONSTRAINTS, "base", list(range(10, 40)))
         tiny.perturb(subject.policy.parameters.values())
         metrics = subject.update([*groups(0), *groups(1)])
-        results.append((metrics["loss"], metrics["grad_norm"], subject.policy.adapter_tensors()))
+        gradient = torch.cat([parameter.grad.flatten() for parameter in subject.policy.parameters.values()])  # type: ignore[union-attr]
+        results.append((metrics["loss"], metrics["grad_norm"], gradient))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-3)
+    torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-3, atol=1e-5)
+
+
+def test_scores_are_the_same_in_one_row_and_in_many(folder: Path) -> None:
+    batch = [*groups(0), *groups(1)]
+    one, many = ([s.log_q_K for s in learner(folder, token_budget=budget).score(batch)] for budget in (4096, 64))
+    alone = [learner(folder).score([group])[0].log_q_K for group in batch]
+    for whole, parts, expected in zip(one, many, alone, strict=True):
+        assert whole == pytest.approx(expected, abs=1e-4)
+        assert parts == pytest.approx(expected, abs=1e-4)
+    assert len({float(log_q_K[0]) for log_q_K in one}) > 1
 
 
 def test_gradient_checkpointing_changes_nothing(folder: Path) -> None:

@@ -286,3 +286,12 @@ def test_the_meeting_listens_on_the_address_it_was_given_alone() -> None:
     store = open_store("127.0.0.1", 2)
     with socket.create_connection(("127.0.0.1", store.port)), pytest.raises(OSError):
         socket.create_connection(("127.0.0.2", store.port), timeout=5)
+
+
+def test_a_rank_takes_the_one_gpu_that_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: taken.append(torch.cuda._utils._get_device_index(device)))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: taken.append(backend == "nccl"))
+    store = open_store("127.0.0.1", 1)
+    Ranks.join(0, 1, store, torch.device("cuda"))
+    assert taken == [0, True]

@@ -98,6 +98,15 @@ def test_a_prompt_is_read_once_for_all_rows_of_its_group_and_every_group_begins_
     assert once.tokens_forwarded < each.tokens_forwarded - 2 * 40
 
 
+def test_a_prompt_of_nearly_the_budget_is_not_read_for_each_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LanguageModel(tiny.llama())
+    monkeypatch.setattr(model, "read", lambda tokens: None)
+    long = Prompt("long", (5, 6), tuple(3 + i % 30 for i in range(60)))
+    reward = Posterior(model, (2,), 64)
+    assert_same(reward.score(long, trajectories()), one_at_a_time(model.model, long, (2,)))
+    assert reward.tokens_forwarded < 2 * 60
+
+
 def test_rows_stay_within_the_budget_where_a_sample_alone_does(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     language_model = LanguageModel(model)
     score, rows = language_model.score, []
@@ -453,6 +462,18 @@ def test_a_built_reward_has_the_fewest_actions_of_the_task() -> None:
     [scores] = built.score(PROMPT, [sampled(tokenizer.encode("ab", add_special_tokens=False))])
     assert np.isnan(scores[0])
     assert scores[1:].tolist() == [97.0, 98.0]
+
+
+@pytest.mark.parametrize(("loss", "inside"), [("pooled", True), ("subtb", True), ("vargrad", False), ("grpo", False)])
+def test_a_loss_that_learns_from_the_ends_alone_has_the_reward_there_alone(loss: str, inside: bool) -> None:
+    tokenizer = tiny.tokenizer(64)
+    factor = {"kind": "function", "path": "tests.test_rewards:last_letter", "every_prefix": True, "seconds": None}
+    on_policy = {"sampler": {"exploration": {"on_policy": 1}}}
+    config = parse(on_policy | {"task": {"kind": "continuation", "reward": factor}, "loss": {"kind": loss}})
+    built = build_reward(config, tasks.build(config.task, tokenizer), tokenizer, None)
+    [scores] = built.score(PROMPT, [sampled(tokenizer.encode("ab", add_special_tokens=False))])
+    assert bool(np.isfinite(scores[1])) is inside
+    assert scores[-1] == 98.0
 
 
 def test_a_reward_at_the_ends_alone_has_no_factor_at_every_prefix() -> None:
