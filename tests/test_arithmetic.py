@@ -156,7 +156,7 @@ def test_a_rationale_that_is_not_what_the_calculator_computes_is_refused(
 
 
 def test_votes_decide_and_what_cannot_be_read_is_wrong() -> None:
-    prompt = Prompt("p", (1,), (1,), meta={"answer": 6, "operands": 2})
+    prompt = Prompt("p", (1,), (1,), meta={"answer": 6, "expression": "9 - 3"})
     right, wrong, none = " 9 - 3 = 6", " 9 - 2 = 7", " 9 - 3 = 6, 6"
 
     def verdict(*texts: str) -> dict[str, float]:
@@ -182,6 +182,10 @@ def test_votes_decide_and_what_cannot_be_read_is_wrong() -> None:
         (" 9 - 3 = 6, 6 + 6 = 11, 11 + 0 = 11", False),  # not what the calculator writes
         (" 9 - 3 = 6, 6 + 6 = 12, 10 + 1 = 11", False),
         (" 9 - 3 = 6, 6 + 6 = 12, 12 - 2 = 10", False),
+        (" 9 + 6 = 15, 15 - 3 = 12, 12 - 1 = 11", True),
+        (" 9 - 3 = 6, 6 + 4 = 10, 10 + 1 = 11", False),  # other operands, and the answer all the same
+        (" 1 + 1 = 2, 2 + 1 = 3, 3 + 8 = 11", False),
+        (" 9 - 3 = 6, 6 + 5 = 11, 11 + 0 = 11", False),
         (" 9 - 3 = 6, 6 + 6 = 12, 12 - 1 = 11, 11 + 0 = 11", False),
         (" 9 - 3 = 6, 6 + 6 = 12, 12 - 1 =", False),
         (" 11", False),
@@ -189,7 +193,7 @@ def test_votes_decide_and_what_cannot_be_read_is_wrong() -> None:
     ],
 )
 def test_only_a_rationale_that_works_the_question_out_is_rewarded(text: str, right: bool) -> None:
-    prompt = Prompt("p", (1,), (1,), meta={"answer": 11, "operands": 4})
+    prompt = Prompt("p", (1,), (1,), meta={"answer": 11, "expression": "9 - 3 + 6 - 1"})
     assert log_correct(prompt, text, []) == (0.0 if right else -20.0)
 
 

@@ -71,7 +71,7 @@ def build(section: Arithmetic, tokenizer: PreTrainedTokenizerBase) -> Problem:
     for number, question in questions:
         context = context_tokens(tokenizer, front + question.text)
         answer = tokenizer.encode(f" The answer is {question.answer}.", add_special_tokens=False)
-        meta = {"answer": question.answer, "operands": len(_terms(question.expression))}
+        meta = {"answer": question.answer, "expression": question.expression}
         prompt = Prompt(f"question-{number}", context, context, tuple(answer), meta)
         prompts.append(prompt)
         actions = encode_steps(tokenizer, question.steps or ())
@@ -236,19 +236,23 @@ def result(text: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def works_out(text: str, operands: int, answer: int) -> bool:
-    """The text is a rationale: a step for each operand but the first, each going on from the last one's result, and the last
-    one's is the answer. A result that the calculator did not write is none."""
+def works_out(text: str, expression: str) -> bool:
+    """The text is a rationale: steps of which each goes on from the last one's result, and which take each operand of the
+    expression once, in any order. A result that the calculator did not write is none."""
     running: str | None = None
-    parts = text.split(",")
-    for part in parts:
+    taken: list[int] = []
+    for part in text.split(","):
         step = _step(part)
         if step is None or step.group(2) is None:
             return False
-        if running is not None and step.group(1).split()[0] != running:
+        first, second = _terms(step.group(1))
+        if running is None:
+            taken.append(evaluate(first))
+        elif first != running:
             return False
+        taken.append(evaluate(second))
         running = step.group(2).strip()
-    return len(parts) == operands - 1 and running == str(answer)
+    return sorted(taken) == sorted(map(evaluate, _terms(expression)))
 
 
 def log_correct(prompt: Prompt, text: str, tokens: list[int]) -> float:
@@ -258,7 +262,7 @@ def log_correct(prompt: Prompt, text: str, tokens: list[int]) -> float:
     left out saves more than that, so that its own posterior prefers short wrong rationales. If only the last result counted,
     it would prefer ` 9 - 3 + 6 - 1 = 11`, which the calculator leaves alone and a guess completes.
     """
-    return 0.0 if works_out(text, prompt.meta["operands"], prompt.meta["answer"]) else -20.0
+    return 0.0 if works_out(text, prompt.meta["expression"]) else -20.0
 
 
 def judge(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]]) -> dict[str, float]:
@@ -267,6 +271,6 @@ def judge(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]
     answer = prompt.meta["answer"]
     results = [result(text) for text in texts]
     won = wins(results, answer)
-    worked = [works_out(text, prompt.meta["operands"], answer) for text in texts]
+    worked = [works_out(text, prompt.meta["expression"]) for text in texts]
     right = [value == answer for value in results]
     return {"accuracy": float(won), "sample_accuracy": float(np.mean(right)), "worked_out": float(np.mean(worked))}
