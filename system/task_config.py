@@ -117,8 +117,8 @@ class Constrained(NextSentence):
     """The next sentence, from p(Z . | X) among those that satisfy all that is asked for."""
 
     kind: Literal["constrained"] = "constrained"
-    keywords: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Words that must be there, in any order and case."""
+    keywords: tuple[Annotated[str, Field(pattern=r"^\S(.*\S)?$")], ...] = ()
+    """Words that must be there, in any order and case, each without spaces around it."""
     guided: bool = False
     """A sentence stops only once all keywords are there, and at the last places what is missing comes for certain: it is a
     matter of the policy's support, in training, evaluations and baselines, and hardly a sample is without them. Of a pattern

@@ -21,7 +21,7 @@ from tests.problems import TOKENIZER, asked, judged, problem
         ({"keywords": ["sea", "Sun"]}, "The SUN sank into the sea", True),
         ({"keywords": ["sea", "sun"]}, "the sea", False),
         ({"keywords": ["sea"]}, "a season by the seaside", False),
-        ({"keywords": ["c++"]}, "we wrote c++ there", True),
+        ({"keywords": ["a-b"]}, "we wrote a-b there", True),
         ({"pattern": r"\bA\w+ B\w+"}, "then Anna Bell left", True),
         ({"pattern": r"^ ?A"}, "then Anna left", False),
         ({"predicate": "tests.faulty:shouting"}, "A WONDERFUL DAY", True),
@@ -40,6 +40,8 @@ def test_a_constraint_costs_its_floor_where_it_is_not_satisfied(asked: dict[str,
         ({"pattern": "("}, "is no regular expression"),
         ({"pattern": "a{99999999999999999999}"}, "is no regular expression that can be used"),
         ({"keywords": ["a.b"]}, "'a.b' has '.', which is in task.illegal"),
+        ({"keywords": ["sea", "maňana"]}, "task.keywords: 'maňana' has ['ň'], which is in no token that may be drawn"),
+        ({"keywords": [" sea"]}, "task.keywords.0=' sea'"),
         ({"predicate": "tests.faulty:none"}, "task.predicate='tests.faulty:none' cannot be imported"),
     ],
 )
@@ -48,10 +50,13 @@ def test_a_constraint_that_cannot_be_met_or_read_is_refused(fields: dict[str, An
         problem("constrained", **fields)
 
 
-def test_keywords_are_in_the_support_unless_they_cannot_be_drawn_or_are_not_to_be() -> None:
+def test_keywords_are_in_the_support_unless_they_cannot_be_drawn_or_are_not_to_be(caplog: pytest.LogCaptureFixture) -> None:
     required = problem("constrained", limit=1, keywords=["sea", "at"], guided=True).constraints.required
     assert required is not None and required.words == ("sea", "at")
     assert [decode(TOKENIZER, tokens) for tokens in required.written] == [" sea", " at"]
+    some = problem("constrained", limit=1, keywords=["sEa", "at"], guided=True).constraints.required
+    assert some is not None and some.words == ("at",)
+    assert "task.keywords: ['sEa'] cannot be drawn as written here" in caplog.text
     for fields in ({"keywords": ["sea"]}, {"keywords": ["sEa"], "guided": True}, {"pattern": "sea", "guided": True}):
         asked: dict[str, Any] = fields
         assert problem("constrained", limit=1, **asked).constraints.required is None, fields

@@ -77,6 +77,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> Non
         (None, r"task\.prompts='.*' cannot be read: No such file or directory; name a file"),
         ("caf\xe9".encode("latin-1"), r"task\.prompts='.*' is not UTF-8 \(byte 3\); convert it"),
         (b"\n  \n", r"task\.prompts='.*' is empty; name a file"),
+        (b'\n{"prompt": "a"}\n', r"task\.prompts='.*' begins with a record in JSON.*: call the file .jsonl"),
     ],
 )
 def test_prompts_that_cannot_be_read_are_refused(tmp_path: Path, content: bytes | None, message: str) -> None:

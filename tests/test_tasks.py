@@ -38,15 +38,22 @@ def test_the_longest_prompt_counts_evidence_and_its_stop() -> None:
     assert Problem((Prompt("c", (1,) * 9, (1,)),), support, reward_stop=(2,)).longest_prompt == 9
 
 
-def test_a_context_ends_in_no_end_of_sequence() -> None:
-    class Closing:
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_context_ends_in_no_end_of_sequence_but_one_that_is_in_the_text(closes: bool) -> None:
+    class Tokenizer:
+        """Letters and `|`, its end of sequence, which may be put behind a text too."""
+
         eos_token_id, bos_token = 2, None
 
         def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-            assert add_special_tokens
-            return [1, 5, 2, 6, 2]
+            return [2 if letter == "|" else ord(letter) for letter in text + "|" * (closes and add_special_tokens)]
 
-    assert context_tokens(Closing(), "a b") == (1, 5, 2, 6)  # type: ignore[arg-type]
+    tokenizer: Any = Tokenizer()
+    assert context_tokens(tokenizer, "a|b") == (97, 2, 98)
+    assert context_tokens(tokenizer, "ab|") == (97, 98, 2)
+    assert closes or context_tokens(tokenizer, "|") == (2,)
+    with pytest.raises(ConfigError, match="prompt '' is no token for this tokenizer"):
+        context_tokens(tokenizer, "")
 
 
 def test_a_context_begins_with_the_tokenizers_own_token_once() -> None:
@@ -106,6 +113,20 @@ def test_a_prompt_of_a_jsonl_file_is_taken_as_it_is_and_a_reward_finds_what_else
     asked = {"question": "ab?", "answer": 3, "unit": "cm"}
     [question] = problem("verifiable", questions=written(tmp_path / "questions.jsonl", asked)).prompts
     assert question.meta == {"question": "ab?", "answer": "3", "unit": "cm"}
+
+
+def test_records_may_be_one_list_and_lines_under_another_name_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "prompts.json").write_text('[\n  {"prompt": "ab"},\n\n  {"prompt": "cd"}\n]')
+    for path in (str(tmp_path / "prompts.json"), written(tmp_path / "p.ndjson", {"prompt": "ab"}, {"prompt": "cd"})):
+        assert [text_of(prompt) for prompt in problem("continuation", prompts=path).prompts] == ["ab", "cd"]
+    (tmp_path / "prompts.json").write_text('[\n\n\n  {"prompt" "ab"}\n]')
+    with pytest.raises(ConfigError, match=r"no JSON \(Expecting ':' delimiter, line 4\)$"):
+        problem("continuation", prompts=str(tmp_path / "prompts.json"))
+    lines = written(tmp_path / "lines.json", {"question": "a", "answer": 1}, {"question": "b", "answer": 1})
+    with pytest.raises(
+        ConfigError, match=r"no JSON \(Extra data, line 2\); a file with a record in each line is called"
+    ):
+        problem("verifiable", questions=lines)
 
 
 def test_messages_are_written_by_the_models_chat_template(tmp_path: Path, smollm2: PreTrainedTokenizerBase) -> None:

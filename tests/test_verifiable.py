@@ -70,8 +70,14 @@ def test_lines_that_are_no_questions_are_refused(tmp_path: Path, text: str, mess
 
 def test_questions_come_from_a_file_too(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text('{"question": "1+1?", "answer": 2}\n{"question": "x?", "answer": "y"}')
-    given = problem("verifiable", questions=str(tmp_path / "q.jsonl"), offset=1)
+    file = str(tmp_path / "q.jsonl")
+    own = {"kind": "function", "path": "tests.test_rewards:last_letter"}
+    given = problem("verifiable", questions=file, offset=1, reward=own)
     assert [(p.id, p.meta["answer"]) for p in given.prompts] == [("question-2", "y")]
+    with pytest.raises(
+        ConfigError, match=r"task.questions='.*q.jsonl': prompt 'question-2': the answer 'y' is no number"
+    ):
+        problem("verifiable", questions=file)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ c is 1 where every keyword is there, the pattern is found and the predicate is t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -20,9 +21,11 @@ from system.tasks.problem import Problem
 from system.text import decode
 from system.trajectory import Prompt
 
+logger = logging.getLogger(__name__)
+
 
 def build(section: Constrained, tokenizer: PreTrainedTokenizerBase) -> Problem:
-    """Raises ConfigError as `continuation.build`, for a keyword that cannot be drawn, or a predicate that cannot be had."""
+    """Raises ConfigError as `continuation.build`, for a keyword that no tokens make, or a predicate that cannot be had."""
     if section.predicate:
         predicate = function_process(section.predicate, "task.predicate", section.seconds)
         predicate.start()
@@ -36,14 +39,23 @@ def build(section: Constrained, tokenizer: PreTrainedTokenizerBase) -> Problem:
         if piece is not None:
             raise ConfigError(f"task.keywords: {keyword!r} has {piece!r}, which is in task.illegal; take it out of one of them")
     problem = continuation.build(section, tokenizer)
-    written = [tuple(tokenizer.encode(" " + keyword, add_special_tokens=False)) for keyword in section.keywords]
+    if section.keywords:
+        texts = tokenizer.batch_decode([[token] for token in problem.constraints.columns.tolist()])
+        _check_characters(section.keywords, {form for text in texts for form in text.lower() + text.upper()})
+    written = {keyword: tuple(tokenizer.encode(" " + keyword, add_special_tokens=False)) for keyword in section.keywords}
     # A keyword that cannot be drawn in this form, or that a tokenizer reads back as another text, may still be there in
     # another form, of other case or in other pieces.
-    known = all(
-        problem.constraints.allows(tokens) and has_word(decode(tokenizer, tokens), keyword)
-        for keyword, tokens in zip(section.keywords, written, strict=True)
-    )
-    hints = tuple(written) if known else ()
+    known = {
+        keyword: tokens
+        for keyword, tokens in written.items()
+        if problem.constraints.allows(tokens) and has_word(decode(tokenizer, tokens), keyword)
+    }
+    if unknown := [keyword for keyword in section.keywords if keyword not in known]:
+        logger.warning(
+            "task.keywords: %s cannot be drawn as written here, in other pieces or another case at best: task.guided and "
+            "sampler.exploration.planted do without", unknown,
+        )  # fmt: skip
+    hints = tuple(known.values())
     constraint = {
         "keywords": list(section.keywords),
         "pattern": section.pattern,
@@ -55,11 +67,18 @@ def build(section: Constrained, tokenizer: PreTrainedTokenizerBase) -> Problem:
     constraints = problem.constraints
     if section.guided and hints:
         try:
-            required = Required(tokenizer, section.keywords, hints, section.max_tokens)
+            required = Required(tokenizer, tuple(known), hints, section.max_tokens)
         except ValueError as error:
             raise ConfigError(f"task.keywords: {error}; raise task.max_tokens") from error
         constraints = replace(constraints, required=required)
     return replace(problem, prompts=prompts, constraints=constraints, judge=validity)
+
+
+def _check_characters(keywords: Sequence[str], drawable: set[str]) -> None:
+    """Raises ConfigError for a keyword with a character, whatever its case, that no token has which may be drawn."""
+    for keyword in keywords:
+        if missing := sorted(set(keyword.lower()) - drawable):
+            raise ConfigError(f"task.keywords: {keyword!r} has {missing}, which is in no token that may be drawn; leave it out")
 
 
 def validity(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]]) -> dict[str, float]:

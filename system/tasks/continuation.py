@@ -22,6 +22,8 @@ from system.tasks.problem import Problem, chat_context, context_tokens, single_t
 from system.text import special_tokens
 from system.trajectory import Prompt
 
+JSON = (".jsonl", ".ndjson", ".json")
+"""How the names of files end that hold records, and not a prompt in each line."""
 PACKAGED_PROMPTS = Path(__file__).with_name("prompts.txt")
 
 
@@ -56,16 +58,31 @@ def read_prompts(section: NextSentence) -> list[tuple[int, dict[str, Any]]]:
     of a text file is the record {"prompt": line}, without the spaces around it.
 
     Raises:
-        ConfigError: the file is missing, not UTF-8, or has no prompt in that range, or a line of a .jsonl file is no prompt.
+        ConfigError: the file is missing, not UTF-8, or has no prompt in that range, a line of a .jsonl file is no prompt, or a
+            text file has records of JSON.
     """
     path = PACKAGED_PROMPTS if section.prompts == "packaged" else Path(section.prompts)
-    if path.suffix == ".jsonl":
+    if path.suffix in JSON:
         records = _records(path)
     else:
+        lines = read_lines(path, "task.prompts")
+        if _is_record(lines[0][1]):
+            raise ConfigError(
+                f"task.prompts={section.prompts!r} begins with a record in JSON, which would be the prompt as it stands there: "
+                "call the file .jsonl"
+            )
         # What follows a prompt begins with a space of its own, as words do in a byte-pair vocabulary.
-        records = [(number, {"prompt": line}) for number, line in read_lines(path, "task.prompts")]
+        records = [(number, {"prompt": line}) for number, line in lines]
     prompts = distinct(records, "task.prompts", section.prompts, key=_said)
     return choose(prompts, section.offset, section.limit, "task.prompts", section.prompts)
+
+
+def _is_record(line: str) -> bool:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return isinstance(record, dict) and not record.keys().isdisjoint(("prompt", "messages"))
 
 
 def _records(path: Path) -> list[tuple[int, dict[str, Any]]]:

@@ -15,19 +15,24 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def read_lines(path: Path, field: str) -> list[tuple[int, str]]:
-    """(number from 1, text) of the lines that are not empty. Raises ConfigError if the file is missing, empty or not UTF-8."""
+def _read_text(path: Path, field: str) -> str:
+    """Raises ConfigError if the file is missing, empty or not UTF-8."""
     try:
-        # Not splitlines: that also ends a line at characters which editors show, and JSON allows, inside one.
-        lines = path.expanduser().read_text(encoding="utf-8-sig").split("\n")
+        text = path.expanduser().read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{field}={str(path)!r} is not UTF-8 (byte {error.start}); convert it") from error
     except OSError as error:
         raise ConfigError(f"{field}={str(path)!r} cannot be read: {error.strerror}; name a file") from error
-    filled = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    if not filled:
+    if not text.strip():
         raise ConfigError(f"{field}={str(path)!r} is empty; name a file with one entry a line")
-    return filled
+    return text
+
+
+def read_lines(path: Path, field: str) -> list[tuple[int, str]]:
+    """(number from 1, text) of the lines that are not empty. Raises ConfigError if the file is missing, empty or not UTF-8."""
+    # Not splitlines: that also ends a line at characters which editors show, and JSON allows, inside one.
+    lines = _read_text(path, field).split("\n")
+    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def distinct(
@@ -53,11 +58,11 @@ def read_records(path: Path, field: str) -> list[tuple[int, Any]]:
         ConfigError: as `read_lines`, for a line that is no JSON, or a .json file that is no list.
     """
     if path.suffix == ".json":
-        text = "\n".join(line for _, line in read_lines(path, field))
         try:
-            values = json.loads(text)
+            values = json.loads(_read_text(path, field))
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{field}={str(path)!r}: no JSON ({error.msg}, line {error.lineno})") from error
+            lines = "; a file with a record in each line is called .jsonl" if error.msg == "Extra data" else ""
+            raise ConfigError(f"{field}={str(path)!r}: no JSON ({error.msg}, line {error.lineno}){lines}") from error
         if not isinstance(values, list):
             raise ConfigError(f"{field}={str(path)!r}: holds a {type(values).__name__}; it needs a list")
         return list(enumerate(values, 1))

@@ -131,11 +131,15 @@ def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def context_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """A context as the model expects it: with the tokenizer's own beginning-of-sequence token, if it has one, once."""
+    """A context as the model expects it: with the tokenizer's own beginning-of-sequence token, if it has one, once, and with
+    no end-of-sequence token but one that is in the text. Raises ConfigError for a text without a token."""
+    written = tokenizer.encode(text, add_special_tokens=False)
     begun = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
-    ids = tokenizer.encode(text, add_special_tokens=not begun)
-    if ids and ids[-1] == tokenizer.eos_token_id:
+    ids = written if begun else tokenizer.encode(text, add_special_tokens=True)
+    if ids[-1:] == [tokenizer.eos_token_id] and ids[-len(written) :] != written:
         ids = ids[:-1]
+    if not ids:
+        raise ConfigError(f"prompt {text!r} is no token for this tokenizer, and a policy needs one to go on from")
     return tuple(ids)
 
 

@@ -16,15 +16,19 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError
+from system.reward_config import FunctionReward, factors
 from system.task_config import Verifiable
 from system.tasks.files import choose, distinct, read_records
 from system.tasks.problem import Problem, chat_context, context_tokens, ordinary_tokens, single_token, support
 from system.trajectory import Prompt
 from system.voting import wins
 
+LAST_NUMBER = "system.tasks.verifiable:last_number"
+"""The verifier of the defaults."""
+
 
 def build(section: Verifiable, tokenizer: PreTrainedTokenizerBase) -> Problem:
-    """Raises ConfigError if the questions cannot be read, or the stop is not one token."""
+    """Raises ConfigError if the questions cannot be read, the verifier takes no such answer, or the stop is not one token."""
     stop = single_token(tokenizer, section.stop, "task.stop")
     prompts = []
     for number, record in read_questions(section):
@@ -34,6 +38,12 @@ def build(section: Verifiable, tokenizer: PreTrainedTokenizerBase) -> Problem:
         else:
             context = context_tokens(tokenizer, text)
         prompts.append(Prompt(f"question-{number}", context, context, meta=record))
+    if any(isinstance(factor, FunctionReward) and factor.path == LAST_NUMBER for _, factor in factors(section.reward)):
+        for prompt in prompts:
+            try:
+                _answer(prompt)
+            except ValueError as error:
+                raise ConfigError(f"task.questions={section.questions!r}: {error}") from error
     return Problem(
         prompts=tuple(prompts),
         constraints=support(section, tokenizer, stop, ordinary_tokens(tokenizer)),
