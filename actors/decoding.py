@@ -13,7 +13,7 @@ and its stop would have to be made ours. Each of them is a few lines on `actors.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import nlargest
 from typing import Literal
 
@@ -58,6 +58,11 @@ class Draws:
     """float64 [K], nats: what each was drawn with, independently and over the whole support; None if it was not so."""
     log_z: float | None = None
     """The method's own estimate of log Z, nats, Z being the sum of R^(1/T)."""
+
+    def of(self, chosen: Sequence[int]) -> Draws:
+        """Some of them, by their indices."""
+        log_q_K = None if self.log_q_K is None else self.log_q_K[list(chosen)]
+        return replace(self, tokens_K=[self.tokens_K[k] for k in chosen], log_q_K=log_q_K)
 
     def log_weights(self, log_target_K: np.ndarray) -> np.ndarray | None:
         """float64 [K], nats: weights whose mean estimates Z, given log R / T; None where the method has none.

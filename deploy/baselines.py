@@ -8,6 +8,7 @@ samples, its MLflow run), for `deploy/compare.py`. All metrics are means over pr
     task/{max,mean}_log_likelihood   log p(Z stop | X) of the frozen model, nats, where the reward needs one
     task/diversity, task/distinct    1 - mean cosine of sentence embeddings; share of distinct samples
     task/…                           what the task's own judge says, and the samples' vote where the evidence has alternatives
+    reward_faults                    samples that the reward could not score, of all prompts: they are left out
     posterior/…                      bounds on log Z at the config's last reward temperature, where the method has weights
     model_tokens, seconds            what K samples of a prompt cost: tokens read by policy and reward, and time
 """
@@ -36,11 +37,13 @@ from deploy.runs import adapter_file, find_run, load_adapter, make_folder  # noq
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 from system.reward_config import at_ends  # noqa: E402
+from system.run_error import RunError  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
 
     from actors.decoding import Decoder, Draws
+    from actors.rewards import Reward
     from system.trajectory import Prompt, Trajectory
 
 logger = logging.getLogger("headwater")
@@ -54,6 +57,35 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 """Of the numbers among the settings of `actors.decoding`."""
 MEANS = ("task/", "posterior/", "model_tokens", "seconds")
+
+
+NOTHING = -1e30
+"""log R of a sample without a reward, nats: no weight beside any other, and finite, since weights are differences of it."""
+
+
+class Tolerant:
+    """A reward for which a sample that it cannot score has log R = NOTHING: as in training it is left out, and counted."""
+
+    def __init__(self, reward: Reward) -> None:
+        self._reward = reward
+        self.faults = 0
+
+    @property
+    def tokens_forwarded(self) -> int:
+        return self._reward.tokens_forwarded
+
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+        import numpy as np
+
+        from system.reward_error import RewardError
+
+        try:
+            return self._reward.score(prompt, trajectories_K)
+        except RewardError as error:
+            self.faults += len(error.faults)
+            logger.warning("%d samples of %s have no reward: %s", len(error.faults), prompt.id, error)
+            nothing = [np.full(len(trajectory) + 1, NOTHING) for trajectory in trajectories_K]
+            return [nothing[k] if k in error.faults else error.log_reward_K[k] for k in range(len(trajectories_K))]
 
 
 class Baselines:
@@ -125,14 +157,19 @@ class Baselines:
         if method == TUNED:
             assert self.tuned is not None
             method, model = "ancestral", self.tuned
-        decoder = Decoder(model, self.problem.constraints, self.reward, temperature, self.settings, self.config.seed)
-        results = [self._prompt(decoder, method, prompt, samples) for prompt in self.problem.evaluated]
+        reward = Tolerant(self.reward)
+        decoder = Decoder(model, self.problem.constraints, reward, temperature, self.settings, self.config.seed)
+        found = [self._prompt(decoder, method, prompt, samples) for prompt in self.problem.evaluated]
+        results = [result for result in found if result is not None]
+        if not results:
+            raise RunError(f"{method}: no sample of any prompt has a reward; the log has the reasons")
         metrics = evaluation.means([metrics for metrics, _ in results], MEANS)
-        return metrics, [row for _, rows in results for row in rows]
+        return metrics | {"reward_faults": float(reward.faults)}, [row for _, rows in results for row in rows]
 
     def _prompt(
         self, decoder: Decoder, method: str, prompt: Prompt, samples: int
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    ) -> tuple[dict[str, float], list[dict[str, Any]]] | None:
+        """None where no sample of the prompt has a reward."""
         from dataclasses import replace
 
         import numpy as np
@@ -142,8 +179,13 @@ class Baselines:
         started = time.perf_counter()
         draws = decoder.draw(method, prompt, samples)
         metrics = {"model_tokens": float(draws.model_tokens), "seconds": time.perf_counter() - started}
+        scores_K = decoder.reward.score(prompt, [sampled(list(tokens)) for tokens in draws.tokens_K])
+        kept = [k for k, log_reward_T in enumerate(scores_K) if log_reward_T[-1] > NOTHING]
+        if not kept:
+            return None
+        draws = draws.of(kept)
         trajectories_K = tuple(sampled(list(tokens)) for tokens in draws.tokens_K)
-        group = Group(prompt, trajectories_K, tuple(self.reward.score(prompt, trajectories_K)), 0, 0)
+        group = Group(prompt, trajectories_K, tuple(scores_K[k] for k in kept), 0, 0)
         log_reward_K = np.array([log_reward_T[-1] for log_reward_T in group.log_reward_K])
         metrics |= {"task/max_log_reward": float(log_reward_K.max()), "task/mean_log_reward": float(log_reward_K.mean())}
         if self.likelihood is not None:

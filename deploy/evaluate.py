@@ -5,8 +5,9 @@ bounds the distance of both to the posterior. `key=value` changes the run's conf
 lines of the same one that were not trained on (task.offset=950). Writes RUN/heldout.json, which says too what was changed and
 how many samples there were, and logs the metrics to the run in MLflow as heldout/… and heldout/base/… (one of the two with
 `--only`: runs on the same data need the base model once). With `--name NAME` all of these are heldout-NAME, so that results on
-several data sets stay beside each other. With `--temperature T` the draws are from q^(1/T), token by token, for votes that are
-less spread: these say nothing of the posterior, and only the metrics of the task and the samples' length are left.
+several data sets stay beside each other, and with `--step N`, which takes a checkpoint's adapter, heldout-step-N. With
+`--temperature T` the draws are from q^(1/T), token by token, for votes that are less spread: these say nothing of the
+posterior, and only the metrics of the task and the samples' length are left.
 The adapter's samples go to RUN/heldout_samples.jsonl, or to the file of --samples-file: one line a sample, with its prompt's
 id and text, its length in tokens, log q and log R in nats. RUN/heldout.png has the bounds by prompt, and the spread of the
 samples' log R, log q and lengths, of the models that were evaluated last.
@@ -34,7 +35,7 @@ if str(ROOT) not in sys.path:
 
 from actors.settings import take_machine  # noqa: E402
 from deploy.command import command, log_to_stderr  # noqa: E402
-from deploy.runs import adapter_file, check_output, find_run  # noqa: E402
+from deploy.runs import adapter_at, add_step, check_output, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import NAME, Config, ConfigError  # noqa: E402
 from system.journal import TrackingError  # noqa: E402
@@ -55,13 +56,13 @@ ROUND = 1_000_003
 
 
 def evaluate(
-    config: Config, run_dir: Path, samples: int, only: str | None = None, behaviour: Behaviour = ON_POLICY
+    config: Config, adapter: Path, samples: int, only: str | None = None, behaviour: Behaviour = ON_POLICY
 ) -> Iterator[tuple[str, Evaluation]]:
-    """("base", …) and ("adapter", …), or one of them, each as soon as it is found.
+    """("base", …) and ("adapter", …), or one of them, each as soon as it is found. `adapter` is a file of the run.
 
     Raises:
-        ConfigError: the run has no adapter, or it is not of this model and lora section; `behaviour` is another than the
-            policy's own, and the task is evaluated without samples.
+        ConfigError: the adapter is not of this model and lora section; `behaviour` is another than the policy's own, and the
+            task is evaluated without samples.
     """
     from deploy.local import opened
     from system import evaluation
@@ -69,7 +70,6 @@ def evaluate(
     from system.requests import Requests
     from system.text import decode
 
-    path = adapter_file(run_dir)
     with opened(config, samples) as local:
         problem, tokenizer = local.problem, local.tokenizer
         if behaviour != ON_POLICY and (problem.outcomes is not None or problem.choices):
@@ -80,7 +80,7 @@ def evaluate(
         requests = Requests(problem.evaluated, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed)
         judge = evaluation.judge(problem, lambda tokens: decode(tokenizer, tokens), local, diversity_measure())
         for name in (only,) if only else WHICH:
-            local.use({"base": None, "adapter": path}[name])
+            local.use({"base": None, "adapter": adapter}[name])
             result = evaluation.without_samples(problem, local)
             if result is None:
                 temperature = config.learner.reward_temperature.end
@@ -138,6 +138,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--samples-file", metavar="FILE", type=Path, help="instead of RUN/heldout_samples.jsonl")
     parser.add_argument("--only", choices=WHICH, help="instead of both")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the draws: 1 is the policy itself")
+    add_step(parser)
     parser.add_argument("--name", metavar="NAME", help="of the data: heldout-NAME in place of heldout, in files and metrics")
     arguments = parser.parse_intermixed_args(argv)
     log_to_stderr()
@@ -153,7 +154,8 @@ def main(argv: list[str]) -> int:
         check_output("--samples-file", arguments.samples_file)
     if arguments.name is not None and not re.fullmatch(NAME, arguments.name):
         raise ConfigError(f"--name {arguments.name!r}: letters, digits, dots and dashes make a name")
-    stem = f"heldout-{arguments.name}" if arguments.name else "heldout"
+    at = None if arguments.step is None else f"step-{arguments.step}"
+    stem = "-".join(part for part in ("heldout", at, arguments.name) if part)
     run_dir = find_run(arguments.run)
     overrides = [*all_of_others(arguments.overrides), *arguments.overrides]
     config = take_machine(config_file.load(run_dir / "config.yaml", overrides))
@@ -162,10 +164,11 @@ def main(argv: list[str]) -> int:
     # Refused now, and not when the work is done.
     check_output("RUN", path)
     _earlier(path, how)
+    adapter = adapter_at(run_dir, config, arguments.step)
     behaviour, prefixes = Behaviour(arguments.temperature), {"base": f"{stem}/base/", "adapter": f"{stem}/"}
     results: dict[str, Evaluation] = {}
     metrics: dict[str, float] = {}
-    for which, result in evaluate(config, run_dir, arguments.samples, arguments.only, behaviour):
+    for which, result in evaluate(config, adapter, arguments.samples, arguments.only, behaviour):
         results[which] = result
         metrics |= {prefixes[which] + name: value for name, value in result.metrics.items()}
         # The other model's may have come in meanwhile, from another process.
@@ -173,6 +176,8 @@ def main(argv: list[str]) -> int:
         if which == "adapter" and result.samples:
             lines = "".join(json.dumps(row) + "\n" for row in result.samples)
             (arguments.samples_file or run_dir / f"{stem}_samples.jsonl").write_text(lines, encoding="utf-8")
+    if arguments.samples_file and not results["adapter"].samples:
+        logger.warning("--samples-file: nothing was drawn, as task.kind=%s is evaluated from log-probs", config.task.kind)
     from deploy.report import posterior_plot, table
 
     print(table({which: result.metrics for which, result in results.items()}))

@@ -1,4 +1,4 @@
-"""A finished run as plain Hugging Face weights: `python deploy/export.py RUN --merge FOLDER`.
+"""A finished run as plain Hugging Face weights: `python deploy/export.py RUN [key=value …] --merge FOLDER`.
 
 W + (alpha / rank) B A in float32 from the pristine base, for each weight that the run adapted, beside the base's own config
 and tokenizer: a folder that transformers, vLLM and others load as a model, without PEFT and without this project. It is
@@ -21,7 +21,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from deploy.command import command  # noqa: E402
-from deploy.runs import adapter_file, adapter_tensors, find_run  # noqa: E402
+from deploy.runs import adapter_at, adapter_tensors, add_step, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
@@ -71,11 +71,13 @@ def merge(config: Config, adapter: Path, folder: Path) -> Path:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python deploy/export.py", description=__doc__)
     parser.add_argument("run", help="folder of a run, or its name under runs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.path=WHERE_IT_IS_NOW")
     parser.add_argument("--merge", metavar="FOLDER", type=Path, required=True, help="where base + adapter is written")
-    arguments = parser.parse_args(argv)
+    add_step(parser)
+    arguments = parser.parse_intermixed_args(argv)
     run_dir = find_run(arguments.run)
-    adapter = adapter_file(run_dir)
-    config = config_file.load(run_dir / "config.yaml", [])
+    config = config_file.load(run_dir / "config.yaml", arguments.overrides)
+    adapter = adapter_at(run_dir, config, arguments.step)
     print(merge(config, adapter, arguments.merge.absolute()))
     return 0
 

@@ -31,6 +31,7 @@ from deploy.runs import find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 
+SECONDS = ("update", "group", "install", "reward", "adapter")
 DRIVER_SECONDS = 0.001
 """The bound that tests/benchmarks/driver_rate.py holds the loop to."""
 
@@ -286,10 +287,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--run", help="folder of a run with a timeline.json, or its name under runs/")
-    for name in ("update", "group", "install"):
-        parser.add_argument(f"--{name}", type=float, help="seconds of work")
-    for name in ("reward", "adapter"):
-        parser.add_argument(f"--{name}", type=float, default=0.0, help="seconds of work")
+    for name in SECONDS:
+        parser.add_argument(f"--{name}", type=float, help="seconds of work, in place of the run's")
     parser.add_argument("--driver", type=float, default=DRIVER_SECONDS, help="seconds for a group (%(default)s)")
     parser.add_argument("--samplers", default="1,2,4,8,16,32", help="numbers to try")
     parser.add_argument("--cores", type=float, default=math.inf, help="cores that all actors share")
@@ -300,7 +299,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--cores={arguments.cores}: must be above 0; leave it out where everyone has cores of their own")
     if not 0 < arguments.driver < math.inf:
         raise ConfigError(f"--driver={arguments.driver}: must be above 0, in seconds")
-    durations = replace(_durations(arguments), driver=arguments.driver)
+    durations = replace(_durations(arguments, config.sampler.samples_per_prompt), driver=arguments.driver)
     print(f"seconds of work: {durations}")
     plans = [simulate(config, durations, count, arguments.cores) for count in counts]
     print(table(plans, config.sampler.samples_per_prompt))
@@ -315,24 +314,31 @@ def _counts(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _durations(arguments: argparse.Namespace) -> Durations:
+def _durations(arguments: argparse.Namespace, samples: int) -> Durations:
+    """Those that are given, and the rest from a run."""
+    given = {name: seconds for name in SECONDS if (seconds := getattr(arguments, name)) is not None}
+    for name, seconds in given.items():
+        if not 0 <= seconds < math.inf or (name in ("update", "group") and not seconds):
+            bound = "above 0" if name in ("update", "group") else "0 or more"
+            raise ConfigError(f"--{name}={seconds}: must be {bound}, in seconds")
     if arguments.run:
-        run_dir = find_run(arguments.run)
-        path = run_dir / "timeline.json"
-        if not path.is_file():
-            raise ConfigError(f"--run {arguments.run!r}: there is no {path}; a run writes it when it ends")
-        measured = config_file.load(run_dir / "config.yaml", [])
-        one_thread = measured.actors.threads == measured.learner.threads == 1
-        one_thread = one_thread and not (measured.actors.gpus or measured.learner.gpus)
-        return Durations.of_trace(json.loads(path.read_text(encoding="utf-8")), one_thread)
-    missing = [f"--{name}" for name in ("update", "group", "install") if getattr(arguments, name) is None]
-    if missing:
+        return replace(_of_run(arguments.run, samples), **given)
+    if missing := [f"--{name}" for name in ("update", "group", "install") if name not in given]:
         raise ConfigError(f"durations are needed: --run RUN, or {', '.join(missing)} in seconds")
-    for name in ("update", "group", "install", "reward", "adapter"):
-        seconds, some = getattr(arguments, name), name in ("update", "group")
-        if not 0 <= seconds < math.inf or (some and not seconds):
-            raise ConfigError(f"--{name}={seconds}: must be {'above 0' if some else '0 or more'}, in seconds")
-    return Durations(arguments.update, arguments.adapter, arguments.install, arguments.group, arguments.reward)
+    return Durations(**{"reward": 0.0, "adapter": 0.0} | given)
+
+
+def _of_run(run: str, samples: int) -> Durations:
+    run_dir = find_run(run)
+    path = run_dir / "timeline.json"
+    if not path.is_file():
+        raise ConfigError(f"--run {run!r}: there is no {path}; a run writes it when it ends")
+    measured = config_file.load(run_dir / "config.yaml", [])
+    if (of_run := measured.sampler.samples_per_prompt) != samples:
+        print(f"the run has groups of {of_run}, the config of {samples}, whose work is another", file=sys.stderr)
+    one_thread = measured.actors.threads == measured.learner.threads == 1
+    one_thread = one_thread and not (measured.actors.gpus or measured.learner.gpus)
+    return Durations.of_trace(json.loads(path.read_text(encoding="utf-8")), one_thread)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Recorder:
 
     def restore(self, step: int) -> None:
         """What was evaluated up to the step that a run goes on from."""
-        self.evaluations = evaluation.read(self.run_dir / "evaluations", self.config.task, step)
+        self.evaluations = evaluation.go_back(self.run_dir / "evaluations", self.config.task, step)
 
     def describe(self) -> None:
         """The prompts, and what the run is made with."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import logging
 import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from system import config_file
 from system.config import Config, ConfigError, Lora
 
 if TYPE_CHECKING:
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
 
     from learner.policy import Policy
 
+
+logger = logging.getLogger("headwater")
 
 RAY_COPIES = "runtime_resources"
 """The folder of a node's session in which Ray keeps what jobs bring along."""
@@ -58,10 +63,42 @@ def adapter_file(run_dir: Path) -> Path:
     path = run_dir / "adapter" / "adapter_model.safetensors"
     if not path.is_file():
         done = max((int(folder.name.removeprefix("step-")) for folder in run_dir.glob("checkpoints/step-*")), default=0)
-        ended = f"--resume {run_dir} learner.steps={done} learner.warmup_steps=0"
-        as_it_is = f", or to end it with what it has, {ended}" if done else ""
+        as_it_is = f", or use its checkpoint by --step {done}" if done else ""
         raise ConfigError(f"{run_dir} has no {path.relative_to(run_dir)}: the run did not end; --resume it first{as_it_is}")
     return path
+
+
+def adapter_at(run_dir: Path, config: Config, step: int | None) -> Path:
+    """The run's adapter file; with a step that of its checkpoint there, which is written to RUN/adapter-step-N the first time.
+    `config` is the run's, as it is used here. Needs torch with a step alone.
+
+    Raises:
+        ConfigError: the run has none, or the model cannot be had.
+        CheckpointError: there is no checkpoint of that step, or it is damaged.
+    """
+    if step is None:
+        return adapter_file(run_dir)
+    path = run_dir / f"adapter-step-{step}" / "adapter_model.safetensors"
+    if not path.is_file():
+        from deploy.prepare import prepare
+        from learner.learner import Learner
+        from system import checkpoint
+        from system.loop_state import LoopState
+
+        saved = LoopState.of(checkpoint.read_latest(run_dir / "checkpoints", step))
+        here = {"device": "cpu", "gpus": 0, "ranks": 1, "shard_base": False}
+        learner = Learner.build(
+            config.model_copy(update={"learner": config.learner.model_copy(update=here)}), prepare(config).problem
+        )
+        learner.restore(saved.learner, step)
+        # Its name there, wherever it is now.
+        learner.base_model = config_file.load(run_dir / "config.yaml", []).model.path
+        learner.adapter(saved.counters.version).materialise(path.parent)
+    return path
+
+
+def add_step(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--step", type=int, metavar="N", help="not the run's end, but its checkpoint after N updates")
 
 
 def passes_away(path: Path) -> bool:
@@ -70,15 +107,18 @@ def passes_away(path: Path) -> bool:
 
 
 def adapter_tensors(path: Path, model: str, lora: Lora) -> dict[str, np.ndarray]:
-    """What a run's adapter file holds, by PEFT's names.
+    """What a run's adapter file holds, by PEFT's names. Its base may have moved: `model` is then taken for it, and named.
 
     Raises:
-        ConfigError: it is damaged, of another base than `model`, or its updates count for more or less than `lora` says.
+        ConfigError: it is damaged, of another base than the run's, or its updates count for more or less than `lora` says.
     """
     from system.adapters import AdapterError, read_folder
 
+    own = config_file.load(path.parents[1] / "config.yaml", []).model.path
+    if own != model:
+        logger.warning("model.path=%r is taken for %r, of which this adapter is", model, own)
     try:
-        tensors = read_folder(path.parent, model)
+        tensors = read_folder(path.parent, own)
         _check_scale(path.parent, lora)
     except AdapterError as error:
         raise ConfigError(str(error)) from error

@@ -33,7 +33,7 @@ if str(ROOT) not in sys.path:
 
 from actors.settings import take_machine  # noqa: E402
 from deploy.command import command, log_to_stderr  # noqa: E402
-from deploy.runs import adapter_file, check_output, find_run  # noqa: E402
+from deploy.runs import adapter_at, adapter_file, add_step, check_output, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 from system.task_config import PROMPT_FILES, WHOLE  # noqa: E402
@@ -161,6 +161,7 @@ def main(argv: list[str]) -> int:
     source.add_argument("--input", metavar="FILE", type=Path, help="JSONL, one record a line")
     parser.add_argument("--output", metavar="FILE", type=Path, help="JSONL, one record for each prompt")
     parser.add_argument("--samples", type=int, default=16, metavar="K", help="draws of each prompt (16)")
+    add_step(parser)
     parser.add_argument("--seed", type=int, default=0, help="another one gives other draws (0)")
     arguments = parser.parse_intermixed_args(argv)
     log_to_stderr()
@@ -171,7 +172,8 @@ def main(argv: list[str]) -> int:
     if arguments.output:
         check_output("--output", arguments.output)
     run_dir = find_run(arguments.run)
-    adapter = adapter_file(run_dir)
+    if arguments.step is None:
+        adapter_file(run_dir)  # missed now, and not when torch is loaded
     config = config_file.load(run_dir / "config.yaml", arguments.overrides)
     with tempfile.TemporaryDirectory(prefix="headwater-prompt-") as folder:
         path = arguments.input
@@ -179,6 +181,7 @@ def main(argv: list[str]) -> int:
             path = Path(folder) / "prompt.jsonl"
             path.write_text(json.dumps(record_of(config, arguments.prompt)) + "\n", encoding="utf-8")
         config = take_machine(with_prompts(config, path) if path else config)
+        adapter = adapter_at(run_dir, config, arguments.step)
         run(config, adapter, arguments.samples, arguments.seed, arguments.output)
     return 0
 

@@ -32,7 +32,7 @@ if str(ROOT) not in sys.path:
 
 from actors.settings import BLOCK, alone, engine_environment, max_lora_rank  # noqa: E402
 from deploy.command import command  # noqa: E402
-from deploy.runs import adapter_file, adapter_tensors, find_run  # noqa: E402
+from deploy.runs import adapter_at, adapter_file, adapter_tensors, add_step, find_run  # noqa: E402
 from deploy.stop import heard  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
@@ -42,15 +42,14 @@ STOP_SECONDS = 20.0
 POLL_SECONDS = 0.5
 
 
-def command_line(config: Config, run_dir: Path, host: str, port: int, *, gpu: bool) -> list[str]:
-    """vLLM's server for a run.
+def command_line(config: Config, run_dir: Path, adapter: Path, host: str, port: int, *, gpu: bool) -> list[str]:
+    """vLLM's server for a run and an adapter file of it.
 
     Raises:
-        ConfigError: the run has no adapter, it is damaged or of another model, or the model cannot be had.
+        ConfigError: the adapter is damaged or of another model, or the model cannot be had.
     """
     from system.models import locate
 
-    adapter = adapter_file(run_dir)
     adapter_tensors(adapter, config.model.path, config.lora)  # vLLM would take it as it is
     folder = locate(config.model)
     section = config.sampler
@@ -155,15 +154,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as sampler.kv_cache_mb=4096")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000)
+    add_step(parser)
     arguments = parser.parse_intermixed_args(argv)
     run_dir = find_run(arguments.run)
-    adapter_file(run_dir)
+    if arguments.step is None:
+        adapter_file(run_dir)  # missed now, and not when torch is loaded
     config = alone(config_file.load(run_dir / "config.yaml", arguments.overrides))
     check_port(arguments.host, arguments.port)
     import torch
 
     gpu = torch.cuda.is_available()
-    line = command_line(config, run_dir, arguments.host, arguments.port, gpu=gpu)
+    adapter = adapter_at(run_dir, config, arguments.step)
+    line = command_line(config, run_dir, adapter, arguments.host, arguments.port, gpu=gpu)
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(arguments.host, arguments.host)
     with closing(Server(line, environment(config, gpu=gpu), f"http://{host}:{arguments.port}")) as server:
         for number in heard():

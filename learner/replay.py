@@ -25,7 +25,10 @@ class Replay:
         return sum(len(entries) for entries in self._prompts.values())
 
     def add(self, group: Group) -> None:
-        """Keeps each distinct trajectory once, with its newest reward. At capacity the lowest log R at the end goes."""
+        """Keeps each distinct trajectory once, with its newest reward. At capacity the lowest log R at the end goes. Where
+        no share is drawn from the buffer it stays empty, and checkpoints small."""
+        if not (self.config.prioritised or self.config.uniform):
+            return
         entries = self._prompts.setdefault(group.prompt.id, {})
         for trajectory, log_reward_T in zip(group.trajectories_K, group.log_reward_K, strict=True):
             if np.isfinite(log_reward_T[-1]):

@@ -11,16 +11,14 @@ from pathlib import Path
 from system.run_error import RunError
 
 MANIFEST = "manifest.json"
-KEEP = 2
-"""Checkpoints on disk: the newest, and the one before, should the newest be damaged."""
 
 
 class CheckpointError(RunError):
     """A checkpoint cannot be read or written. The message names it, and says which one is whole and how to go on."""
 
 
-def write(folder: Path, step: int, files: dict[str, bytes]) -> Path:
-    """Writes `folder/step-NNNNNNNN` and keeps the one before it. Nothing is removed until this one is whole.
+def write(folder: Path, step: int, files: dict[str, bytes], keep: int = 2) -> Path:
+    """Writes `folder/step-NNNNNNNN` and keeps those before it, `keep` in all. Nothing is removed until this one is whole.
 
     Checkpoints of later steps go too: a run that writes this one went on from before them, because they were damaged.
 
@@ -47,7 +45,7 @@ def write(folder: Path, step: int, files: dict[str, bytes]) -> Path:
         shutil.rmtree(part, ignore_errors=True)
     earlier = [path for path in _steps(folder) if path < target]
     for old in _steps(folder):
-        if old != target and old not in earlier[-(KEEP - 1) :]:
+        if old != target and old not in earlier[1 - keep :]:
             shutil.rmtree(old)
     return target
 

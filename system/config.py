@@ -77,7 +77,8 @@ class Tracking(Section):
 
 class Cluster(Section):
     address: str | None = None
-    """Ray address; by default the cluster that this job was submitted to, or a new local one."""
+    """Ray address; by default the cluster that this job was submitted to, or a new local one. Other nodes of the cluster need
+    this folder and its environment at the same path: `ray job submit --working-dir .` brings the folder along."""
     local_cpus: int | None = Field(default=None, ge=1)
     """CPUs of a new local cluster; by default what the run asks for or the machine has, whichever is more."""
     dashboard: bool = False
@@ -121,15 +122,17 @@ class Config(Section):
 
     def warnings(self) -> list[str]:
         """What is allowed and hardly meant. A run may be shortened to have a look at it, so nothing here is an error."""
-        temperature, steps = self.learner.reward_temperature, self.learner.steps
+        temperature, steps, actors, found = self.learner.reward_temperature, self.learner.steps, self.actors, []
         # Supervised fine-tuning has no use for a temperature.
-        if temperature.horizon < steps or temperature.start == temperature.end or isinstance(self.loss, MLE):
-            return []
-        return [
-            f"learner.reward_temperature.horizon={temperature.horizon} with learner.steps={steps}: the last update has T = "
-            f"{temperature.at(steps - 1):.3g}, while evaluations take T at its end, {temperature.end:g}; lower horizon below "
-            "steps, or raise steps"
-        ]
+        if temperature.horizon >= steps and temperature.start != temperature.end and not isinstance(self.loss, MLE):
+            found.append(
+                f"learner.reward_temperature.horizon={temperature.horizon} with learner.steps={steps}: the last update has T = "
+                f"{temperature.at(steps - 1):.3g}, while evaluations take T at its end, {temperature.end:g}; lower horizon "
+                "below steps, or raise steps"
+            )
+        if actors.count > actors.most:
+            found.append(f"actors.count={actors.count} counts for nothing beside min={actors.fewest} and max={actors.most}")
+        return found
 
     def warnings_about(self, prompts: int) -> list[str]:
         """The same, once it is known how many prompts the task has."""
@@ -174,7 +177,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _what_is_listed_is_the_posterior(self) -> Config:
         end = self.learner.reward_temperature.end
-        if isinstance(self.task, RandomNumber) and end > 1:
+        if isinstance(self.task, RandomNumber) and self.task.is_listed and end > 1:
             raise ValueError(
                 f"learner.reward_temperature.end={end:g} with task.kind=random_number: numbers stay equally likely, and what "
                 "is none becomes likelier than the listed posterior says; set end=1 or below, or another task"

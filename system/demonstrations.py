@@ -13,6 +13,7 @@ import numpy as np
 
 from system.config import ConfigError
 from system.handles import Pool, asked
+from system.reward_error import RewardError
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt, Request, Trajectory
 
@@ -37,7 +38,8 @@ def shown(problem: Problem) -> list[Prompt]:
 
 
 def scored(problem: Problem, rewards: Rewards) -> list[Group]:
-    """A group for each prompt that has demonstrations, with their rewards. Raises ConfigError if none has."""
+    """A group for each prompt that has demonstrations, with their rewards; those without one are left out, and counted in the
+    log. Raises ConfigError if none has."""
     prompts = shown(problem)
     if problem.undrawable:
         logger.warning(
@@ -45,10 +47,24 @@ def scored(problem: Problem, rewards: Rewards) -> list[Group]:
             "allowed tokens", problem.undrawable, len(prompts),
         )  # fmt: skip
     answers = [asked(partial(rewards.log_reward, prompt, problem.demonstrations[prompt.id])) for prompt in prompts]
-    return [
-        Group(prompt, problem.demonstrations[prompt.id], tuple(answer()), -1, -1)
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    groups: list[Group] = []
+    faults: list[str] = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        trajectories_K, left = problem.demonstrations[prompt.id], set[int]()
+        try:
+            log_reward_K = answer()
+        # A border: as in training, a sample that the reward cannot score is left out.
+        except RewardError as error:
+            log_reward_K, left = error.log_reward_K, set(error.faults)
+            faults += error.faults.values()
+        kept = [k for k in range(len(trajectories_K)) if k not in left]
+        if kept:
+            groups.append(Group(prompt, tuple(trajectories_K[k] for k in kept), tuple(log_reward_K[k] for k in kept), -1, -1))
+    if not groups:
+        raise ConfigError(f"task: no demonstration has a reward; the first that has none: {faults[0]}")
+    if faults:
+        logger.warning("%d demonstrations are left out, as they have no reward; the first: %s", len(faults), faults[0])
+    return groups
 
 
 class Demonstrations:

@@ -105,7 +105,11 @@ def _scores(prompts: Sequence[Prompt], scorer: Scorer, trajectories_O: tuple[Tra
     """A Score of these trajectories for each prompt. Their rewards are not asked for."""
     unknown = tuple(np.zeros(len(trajectory) + 1) for trajectory in trajectories_O)
     groups = [Group(prompt, trajectories_O, unknown, 0, 0) for prompt in prompts]
-    # A learner that answers nothing for long counts as hung, so one call is not for all of a large file.
+    return _in_parts(groups, scorer)
+
+
+def _in_parts(groups: Sequence[Group], scorer: Scorer) -> list[Any]:
+    """A Score of each group. A learner that answers nothing for long counts as hung, so one call is not for all of many."""
     return [score for at in range(0, len(groups), AT_ONCE) for score in scorer.score(groups[at : at + AT_ONCE]).result()]
 
 
@@ -176,7 +180,7 @@ def sampled(
         RunError: no prompt has two samples with a reward.
     """
     groups = _draw(requests, samplers, samples, round_, behaviour)
-    scores = scorer.score(groups).result()
+    scores = _in_parts(groups, scorer)
     bounds_G, per_prompt, table = [], [], []
     for group, score in zip(groups, scores, strict=True):
         bounds = Bounds.of(score.log_reward_K / temperature - score.log_q_K)
@@ -235,6 +239,16 @@ def write(folder: Path, step: int, task: Task, evaluation: Evaluation) -> None:
             earlier.unlink()
     digest = hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()[:8]
     replace_text(folder / f"step-{step:08d}-{digest}.json", json.dumps(content))
+
+
+def go_back(folder: Path, task: Task, last: int) -> list[tuple[int, Evaluation]]:
+    """As `read`, for a run that goes on from step `last`: evaluations of later steps are of weights that are given up, and are
+    removed."""
+    for path in folder.glob("step-*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if _is_of(task, content) and content["step"] > last:
+            path.unlink()
+    return read(folder, task, last)
 
 
 def read(folder: Path, task: Task, last: int) -> list[tuple[int, Evaluation]]:

@@ -179,6 +179,9 @@ class Learner(Section):
     """Largest number of updates between the adapter that drew a group and the update that uses it fresh. 0: synchronous."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Updates between two checkpoints: at most so many are done again after a fault."""
+    keep_checkpoints: int = Field(default=2, ge=2)
+    """Checkpoints that stay, the newest: the one before the last, should that be damaged, and more for `--step N` of the
+    commands that use a run."""
     answer_seconds: float = Field(default=1800.0, gt=0)
     """A learner that answers a call with nothing for this long is killed, and made again from the last checkpoint and the
     batches since. It has to allow for the slowest update, the scores of an evaluation, and the first kernels to compile."""

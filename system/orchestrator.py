@@ -259,7 +259,7 @@ class Orchestrator:
     def _write(self, saved: np.ndarray) -> Path:
         task = self.config.task.model_dump(mode="json")
         state = LoopState(self.counters, self.flow.unused(), self.replay.save(), task, saved)
-        path = checkpoint.write(self.checkpoints, self.counters.step, state.files())
+        path = checkpoint.write(self.checkpoints, self.counters.step, state.files(), self.config.learner.keep_checkpoints)
         self._saved_step, self._since_saved, self._learner_deaths_in_a_row = self.counters.step, [], 0
         return path
 

@@ -24,6 +24,10 @@ def _check_template(field: str, text: str, /, needed: bool = True, **values: obj
             raise ValueError(f"{field}={text!r} is the same for every {name}; write {{{name}}} where it belongs")
 
 
+NUMBER_REWARD = "system.tasks.random_number:log_reward"
+PAPERS_NUMBER_REWARD = "system.tasks.random_number:paper_log_reward"
+
+
 class RandomNumber(Section):
     """An integer, uniform over low..high: the posterior is known exactly, so this task measures the method."""
 
@@ -40,8 +44,14 @@ class RandomNumber(Section):
     """What may be drawn before the stop. With `vocabulary`, as in the paper, what is a number has to be learned too."""
     floor: float = Field(default=-12.0, le=-10.0)
     """log R of anything that is not one of the numbers, nats. A number has log R = 0."""
-    reward: Reward = FunctionReward(path="system.tasks.random_number:log_reward", every_prefix=True, seconds=None)
+    reward: Reward = FunctionReward(path=NUMBER_REWARD, every_prefix=True, seconds=None)
     """`system.tasks.random_number:paper_log_reward` is the paper's."""
+
+    @property
+    def is_listed(self) -> bool:
+        """The posterior is known, number by number: under the task's own rewards each is as likely as the others."""
+        return isinstance(self.reward, FunctionReward) and self.reward.path in (NUMBER_REWARD, PAPERS_NUMBER_REWARD)
+
     longest: int | None = Field(default=None, ge=1, le=16)
     """Most tokens of a draw; by default the digits of `high`."""
 
@@ -102,9 +112,10 @@ class Sentence(Drawn):
 
 class NextSentence(Sentence):
     prompts: str = "packaged"
-    """A UTF-8 text file with one prompt a line; a .jsonl file of lines {"prompt": text}, taken as it is, or {"messages":
-    [{"role": "user", "content": text}]}, which the model's chat template writes; or `packaged` for a small one that comes with
-    the project. A reward finds all that a line has in `prompt.meta`, where "text" is the prompt as the policy sees it."""
+    """A UTF-8 text file with one prompt a line; a .jsonl file of lines, or a .json list, of {"prompt": text}, taken as it is,
+    or {"messages": [{"role": "user", "content": text}]}, which the model's chat template writes; or `packaged` for a small one
+    that comes with the project. A reward finds all that a line has in `prompt.meta`, where "text" is the prompt as the policy
+    sees it."""
 
 
 class Continuation(NextSentence):

@@ -40,6 +40,17 @@ def digits(prompt: Any, text: str, tokens: list[int]) -> Any:
     return math.nan if text[:1] == "3" else 0.0
 
 
+def without_a(prompt: Any, text: str, tokens: list[int]) -> float:
+    """Raises for a text with an `a`."""
+    if "a" in text:
+        raise ArithmeticError("log of zero")
+    return 0.0
+
+
+def never(prompt: Any, text: str, tokens: list[int]) -> float:
+    raise ArithmeticError("log of zero")
+
+
 def shouting(prompt: Any, text: str, tokens: list[int]) -> bool:
     return text.isupper()
 

@@ -43,10 +43,12 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert read_latest(tmp_path / "checkpoints") == files(7)
 
 
-def test_the_two_newest_are_kept(tmp_path: Path) -> None:
-    for step in (5, 10, 100):
-        write(tmp_path, step, files(step))
-    assert names(tmp_path) == ["step-00000010", "step-00000100"]
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (5, 10, 50, 100):
+        write(tmp_path, step, files(step), keep=3)
+    assert names(tmp_path) == ["step-00000010", "step-00000050", "step-00000100"]
+    write(tmp_path, 100, files(100))
+    assert names(tmp_path) == ["step-00000050", "step-00000100"]
     assert read_latest(tmp_path) == files(100)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 
@@ -17,7 +18,9 @@ from system import config_file, tasks
 from system.config import Config, ConfigError
 from system.journal import State
 from system.language_model import load_tokenizer
+from system.learner_config import VarGrad
 from system.models import locate
+from system.run_error import RunError
 from system.tracking import Tracker
 from tests import tiny
 
@@ -277,6 +280,27 @@ def test_a_run_that_never_reached_mlflow_is_named_with_what_sends_it(tmp_path: P
     State("http://127.0.0.1:1", "headwater", "one").save(folder / "tracking.json")
     with pytest.raises(ConfigError, match=r"has not reached http://127\.0\.0\.1:1; python -m system\.tracking"):
         compare.mlflow_views([folder])
+
+
+@pytest.mark.parametrize("method", ["ancestral", "best_of_n", "sir", "smc", "beam"])
+def test_samples_without_a_reward_are_left_out_and_counted(tiny_config: Config, method: str) -> None:
+    raising = {"kind": "function", "path": "tests.faulty:without_a", "seconds": None}
+    task = config_file.parse(
+        {"task": tiny_config.task.model_dump() | {"reward": {"kind": "product", "of": [{"kind": "lm_posterior"}, raising]}}}
+    ).task
+    subject = baselines.Baselines(tiny_config.model_copy(update={"task": task, "loss": VarGrad()}), {"oversample": 2}, None)
+    metrics, rows = subject.measure(method, 64)
+    assert rows and all("a" not in row["text"] for row in rows)
+    assert metrics["reward_faults"] > 0
+    assert np.isfinite(metrics["task/mean_log_reward"])
+
+
+def test_a_method_of_which_no_sample_has_a_reward_says_so(tiny_config: Config) -> None:
+    raising = {"kind": "function", "path": "tests.faulty:never", "seconds": None}
+    task = config_file.parse({"task": tiny_config.task.model_dump() | {"reward": raising}, "loss": {"kind": "vargrad"}}).task
+    subject = baselines.Baselines(tiny_config.model_copy(update={"task": task, "loss": VarGrad()}), {}, None)
+    with pytest.raises(RunError, match="smc: no sample of any prompt has a reward"):
+        subject.measure("smc", 4)
 
 
 def test_a_method_that_is_not_there_is_named(tiny_config: Config) -> None:

@@ -573,3 +573,17 @@ def test_what_is_to_be_planted_has_to_be_there_and_to_fit() -> None:
     for hints in ([], [(1, 2), (3, 4)]):
         with pytest.raises(ConfigError, match=r"planted=0\.5: the keywords are [04] tokens .* task\.max_tokens=3"):
             config.check_planted(hints)
+
+
+def test_samplers_that_a_range_does_not_have_are_warned_of() -> None:
+    path, between = ROOT / "deploy/configs/random_number.yaml", ["actors.min=2", "actors.max=4"]
+    [warning] = load(path, [*between, "actors.count=8"]).warnings()
+    assert warning == "actors.count=8 counts for nothing beside min=2 and max=4"
+    assert load(path, between).warnings() == load(path, ["actors.count=8"]).warnings() == []
+
+
+def test_a_high_temperature_is_refused_where_the_posterior_is_listed_alone() -> None:
+    hot = {"reward_temperature": {"start": 1.2, "end": 1.2}}
+    with pytest.raises(ConfigError, match=r"reward_temperature.end=1.2 with task.kind=random_number: numbers stay equally"):
+        parse({"task": NUMBER, "learner": hot})
+    assert parse({"task": NUMBER | {"reward": {"kind": "lm_posterior"}}, "learner": hot})

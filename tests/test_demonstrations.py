@@ -12,6 +12,7 @@ from system.config import ConfigError
 from system.config_file import parse
 from system.constraints import Constraints
 from system.requests import Requests
+from system.reward_error import RewardError
 from system.tasks.problem import Problem
 from system.trajectory import Prompt, Trajectory, sampled
 from tests.fakes import PROMPTS, FakeSamplers
@@ -33,6 +34,26 @@ def test_prompts_with_demonstrations_become_groups_with_rewards() -> None:
     groups = demonstrations.scored(PROBLEM, Lengths())
     assert [group.prompt.id for group in groups] == ["prompt-0", "prompt-2"]
     assert [values.tolist() for values in groups[0].log_reward_K] == [[0, -1, -2], [0, -1]]
+
+
+class Faulty(Lengths):
+    """Some of prompt-0 and all of prompt-2 have no reward."""
+
+    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
+        future: Future[list[np.ndarray]] = Future()
+        values = super().log_reward(prompt, trajectories_K).result()
+        future.set_exception(RewardError({0: f"{prompt.id}: log of zero"}, values))
+        return future
+
+
+def test_a_demonstration_without_a_reward_is_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    [group] = demonstrations.scored(PROBLEM, Faulty())
+    assert (group.prompt.id, group.trajectories_K) == ("prompt-0", SHOWN["prompt-0"][1:])
+    assert [values.tolist() for values in group.log_reward_K] == [[0, -1]]
+    assert "2 demonstrations are left out, as they have no reward; the first: prompt-0: log of zero" in caplog.text
+    few = replace(PROBLEM, demonstrations={"prompt-2": SHOWN["prompt-2"]})
+    with pytest.raises(ConfigError, match="no demonstration has a reward; the first that has none: prompt-2: log of zero"):
+        demonstrations.scored(few, Faulty())
 
 
 def test_how_many_demonstrations_are_left_out_is_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -205,7 +205,7 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
         known: dict[str, float] = {}
 
         def found(
-            _config: Config, run: Path, _samples: int, which: str, _behaviour: Behaviour
+            _config: Config, _adapter: Path, _samples: int, which: str, _behaviour: Behaviour
         ) -> Iterator[tuple[str, Evaluation]]:
             asked.append(which)
             if which == "adapter":  # meanwhile the base model's evaluation in another process comes to its end

@@ -13,8 +13,14 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from deploy import export
+from learner.learner import Learner
+from learner.replay import Replay
+from system import checkpoint, tasks
 from system.config import ConfigError
-from tests import finished, lora
+from system.language_model import load_tokenizer
+from system.loop_state import Counters, LoopState
+from system.models import locate
+from tests import finished, lora, tiny
 
 TOKENS = [1, 14, 15, 16, 20, 30, 17, 18]
 
@@ -40,6 +46,39 @@ def test_the_merged_weights_are_pefts_model(kind: str, layers: float, tmp_path: 
     assert [path.name for path in out.parent.iterdir()] == ["merged"]
 
 
+def test_a_base_that_has_moved_is_named_on_the_command_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_dir, config = finished.run(tmp_path)
+    there = Path(config.model.path).rename(tmp_path / "elsewhere")
+    assert export.main([str(run_dir), f"model.path={there}", "--merge", str(tmp_path / "merged")]) == 0
+    tuned: Any = PeftModel.from_pretrained(lora.load(there), str(run_dir / "adapter"))
+    found = lora.token_log_probs(lora.load(tmp_path / "merged"), TOKENS)
+    np.testing.assert_allclose(found, lora.token_log_probs(tuned, TOKENS), atol=1e-4)
+    assert f"model.path='{there}' is taken for '{config.model.path}', of which this adapter is" in caplog.text
+
+
+def test_a_checkpoints_adapter_is_used_by_its_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir, config = finished.run(tmp_path)
+    problem = tasks.build(config.task, load_tokenizer(locate(config.model)))
+    learner = Learner.build(config, problem)
+    for step, scale in ((3, 0.3), (6, 0.6)):
+        tiny.perturb(learner.policy.parameters.values(), seed=step, scale=scale)
+        learner.step = step
+        replay, task = Replay(config.replay).save(), config.task.model_dump(mode="json")
+        state = LoopState(Counters(step=step), [], replay, task, learner.save())
+        checkpoint.write(run_dir / "checkpoints", step, state.files())
+        learner.adapter(1).materialise(tmp_path / f"expected-{step}")
+    there = Path(config.model.path).rename(tmp_path / "elsewhere")
+    for step in (3, 6, 3):
+        out = tmp_path / f"merged-{step}-{len(list(tmp_path.iterdir()))}"
+        assert export.main([str(run_dir), f"model.path={there}", "--step", str(step), "--merge", str(out)]) == 0
+        tuned: Any = PeftModel.from_pretrained(lora.load(there), str(tmp_path / f"expected-{step}"))
+        found = lora.token_log_probs(lora.load(out), TOKENS)
+        np.testing.assert_allclose(found, lora.token_log_probs(tuned, TOKENS), atol=1e-4)
+    assert {path.name for path in run_dir.glob("adapter-step-*")} == {"adapter-step-3", "adapter-step-6"}
+    assert export.main([str(run_dir), f"model.path={there}", "--step", "4", "--merge", str(tmp_path / "none")]) == 1
+    assert "step-00000004 is not there: step-00000006 is whole" in capsys.readouterr().err
+
+
 def test_nothing_is_written_over_or_half(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir, config = finished.run(tmp_path)
     (tmp_path / "full").mkdir()
@@ -49,11 +88,11 @@ def test_nothing_is_written_over_or_half(tmp_path: Path, capsys: pytest.CaptureF
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
     (tmp_path / "other").mkdir()
     other, _ = finished.run(tmp_path / "other", kind="gpt2")
-    with pytest.raises(ConfigError, match=r"belongs to '.*/other/model', not to model\.path='.*'"):
+    with pytest.raises(ConfigError, match="does not fit"):
         export.merge(config, other / "adapter" / "adapter_model.safetensors", tmp_path / "out")
     manifest = other / "adapter" / "headwater.json"
     manifest.write_text(manifest.read_text().replace("/other/model", "/model"))
-    with pytest.raises(ConfigError, match="does not fit"):
+    with pytest.raises(ConfigError, match=r"belongs to '.*/model', not to model\.path='.*/other/model'"):
         export.merge(config, other / "adapter" / "adapter_model.safetensors", tmp_path / "out")
     weights = run_dir / "adapter" / "adapter_model.safetensors"
     data = bytearray(weights.read_bytes())

@@ -13,6 +13,7 @@ import pytest
 from system import checkpoint
 from system.checkpoint import CheckpointError
 from system.handles import LearnerDied
+from system.learner_config import Replay
 from system.loop_state import LoopState
 from system.orchestrator import Orchestrator
 from system.run_error import RunError
@@ -379,7 +380,7 @@ def test_an_evaluation_is_no_part_of_the_step_after_it(tmp_path: Path) -> None:
 
 
 def test_a_resume_with_another_task_leaves_the_old_buffer_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    cfg = config(steps=6)
+    cfg = config(steps=6).model_copy(update={"replay": Replay(fresh=0.5, uniform=0.5)})
     orchestrator(tmp_path, cfg, FakeSamplers(), FakeLearner()).train()
     same = orchestrator(tmp_path, cfg, FakeSamplers(), FakeLearner())
     resume(same, FakeLearner(), tmp_path / "checkpoints")

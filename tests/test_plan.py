@@ -139,7 +139,14 @@ def test_the_command_prints_a_table_and_says_how_many_are_enough(
     assert "no such run" in capsys.readouterr().err
     (tmp_path / "config.yaml").write_text(Path("deploy/configs/random_number.yaml").read_text())
     assert plan.main([*base, "--run", str(tmp_path)]) == 0
-    capsys.readouterr()
+    assert "Durations(update=1.0, adapter=0.1, install=0.1, " in capsys.readouterr().out
+    other = [*base, "--run", str(tmp_path), "--update", "0.5", "--adapter", "0", "sampler.samples_per_prompt=7"]
+    assert plan.main(other) == 0
+    printed = capsys.readouterr()
+    assert "Durations(update=0.5, adapter=0.0, install=0.1, " in printed.out
+    assert "the run has groups of 24, the config of 7" in printed.err
+    assert plan.main([*base, "--run", str(tmp_path), "--update", "0"]) == 2
+    assert "--update=0.0: must be above 0" in capsys.readouterr().err
     assert plan.main(base) == 2
     assert "--update, --group, --install" in capsys.readouterr().err
     assert plan.main([*base, "--run", str(tmp_path / "none")]) == 2

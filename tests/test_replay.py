@@ -259,3 +259,8 @@ def test_an_empty_buffer_comes_back_empty() -> None:
     replay = buffer(NUMBERS)
     replay.restore(*buffer().save())
     assert len(replay) == 0
+
+
+def test_a_buffer_that_nothing_is_drawn_from_stays_empty() -> None:
+    assert len(buffer([((3, 4), -1.0)], fresh=1.0)) == 0
+    assert len(buffer([((3, 4), -1.0)], fresh=0.9, uniform=0.1)) == 1

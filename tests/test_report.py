@@ -157,3 +157,13 @@ def test_a_task_that_was_kept_before_it_had_a_field_is_the_same_with_the_fields_
     assert not is_same(task, kept | {"keywords": ["lake"]})
     assert not is_same(task, kept | {"unknown": 1})
     assert not is_same(task, parse({"task": {"kind": "continuation"}}).task.model_dump(mode="json"))
+
+
+def test_a_run_that_goes_on_from_an_earlier_step_forgets_what_was_found_later(tmp_path: Path) -> None:
+    task, other = (parse({"task": {"kind": kind}}).task for kind in ("continuation", "infilling"))
+    for step in (0, 80, 90):
+        evaluation.write(tmp_path, step, task, sampled(float(step), -5.0))
+    evaluation.write(tmp_path, 90, other, sampled(1.0, -5.0))
+    assert [step for step, _ in evaluation.go_back(tmp_path, task, 80)] == [0, 80]
+    assert [step for step, _ in evaluation.read(tmp_path, task, 99)] == [0, 80]
+    assert [step for step, _ in evaluation.read(tmp_path, other, 99)] == [90]

@@ -123,9 +123,7 @@ def test_records_may_be_one_list_and_lines_under_another_name_are_told_apart(tmp
     with pytest.raises(ConfigError, match=r"no JSON \(Expecting ':' delimiter, line 4\)$"):
         problem("continuation", prompts=str(tmp_path / "prompts.json"))
     lines = written(tmp_path / "lines.json", {"question": "a", "answer": 1}, {"question": "b", "answer": 1})
-    with pytest.raises(
-        ConfigError, match=r"no JSON \(Extra data, line 2\); a file with a record in each line is called"
-    ):
+    with pytest.raises(ConfigError, match=r"no JSON \(Extra data, line 2\); a file with a record in each line is called"):
         problem("verifiable", questions=lines)
 
 

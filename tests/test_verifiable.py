@@ -74,9 +74,7 @@ def test_questions_come_from_a_file_too(tmp_path: Path) -> None:
     own = {"kind": "function", "path": "tests.test_rewards:last_letter"}
     given = problem("verifiable", questions=file, offset=1, reward=own)
     assert [(p.id, p.meta["answer"]) for p in given.prompts] == [("question-2", "y")]
-    with pytest.raises(
-        ConfigError, match=r"task.questions='.*q.jsonl': prompt 'question-2': the answer 'y' is no number"
-    ):
+    with pytest.raises(ConfigError, match=r"task.questions='.*q.jsonl': prompt 'question-2': the answer 'y' is no number"):
         problem("verifiable", questions=file)
 
 

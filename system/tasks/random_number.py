@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from system.config import ConfigError
 from system.constraints import Constraints
 from system.reward_config import FunctionReward
-from system.task_config import RandomNumber
+from system.task_config import NUMBER_REWARD, RandomNumber
 from system.tasks.problem import Problem, context_tokens, ordinary_tokens, single_token, support
 from system.text import decode
 from system.trajectory import Prompt, sampled
@@ -45,15 +45,14 @@ def build(section: RandomNumber, tokenizer: PreTrainedTokenizerBase) -> Problem:
         for tokens in _written(str(number), pieces, constraints.max_tokens)
         if decode(tokenizer, tokens) == str(number)  # some tokens read otherwise beside others
     )
-    uniform = isinstance(section.reward, FunctionReward) and section.reward.path in OWN_REWARDS
-    if isinstance(section.reward, FunctionReward) and section.reward.path == DEFAULT_REWARD:
+    if isinstance(section.reward, FunctionReward) and section.reward.path == NUMBER_REWARD:
         _check_floor(section, section.reward.beta, constraints, len(outcomes))
     return Problem(
         prompts=(Prompt("random_number", context, context, meta=meta),),
         constraints=constraints,
         reward_stop=(stop,),
-        outcomes=outcomes if uniform else None,
-        log_target_O=np.full(len(outcomes), -np.log(len(outcomes))) if uniform else None,
+        outcomes=outcomes if section.is_listed else None,
+        log_target_O=np.full(len(outcomes), -np.log(len(outcomes))) if section.is_listed else None,
     )
 
 
@@ -94,10 +93,6 @@ def paper_log_reward(prompt: Prompt, text: str, tokens: list[int]) -> float:
     unlearns, so on-policy training ends near the numbers all the same.
     """
     return 8.0 if is_number(prompt, text) else -8.0 * max(1, len(tokens))
-
-
-DEFAULT_REWARD, PAPER_REWARD = (f"{__name__}:{function.__name__}" for function in (log_reward, paper_log_reward))
-OWN_REWARDS = {DEFAULT_REWARD, PAPER_REWARD}
 
 
 def is_number(prompt: Prompt, text: str) -> bool:
