@@ -109,7 +109,7 @@ def test_a_killed_learner_is_replaced_by_one_that_knows_as_much(
     folder: Path, problem: Problem, handles: tuple[RayLearner, RaySamplers], tmp_path: Path
 ) -> None:
     learner, samplers = handles
-    cfg = config(folder, learner={"steps": 9, "warmup_steps": 0, "checkpoint_every": 4})
+    cfg = config(folder, learner={"steps": 9, "warmup_steps": 0, "checkpoint_every": 4, "publish_every": 1})
     used: list[int] = []
     versions: list[int] = []
     saved: list[dict[str, np.ndarray]] = []
