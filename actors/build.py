@@ -42,9 +42,9 @@ def build_sampler(config: Config, problem: Problem, on_death: Callable[[], None]
     folder = locate(config.model)
     tokenizer = load_tokenizer(folder)
     model = None
+    # Where none is reserved for it, an actor sees them all: those of the learner and of others.
+    device = resolve_device("auto" if config.actors.gpus else "cpu", config.actors.gpus)
     if rewards.needs_language_model(config.task.reward):
-        # Where none is reserved for it, an actor sees them all: those of the learner and of others.
-        device = resolve_device("auto" if config.actors.gpus else "cpu", config.actors.gpus)
         base = load_pretrained(folder, getattr(torch, config.sampler.reward_dtype), device)
         model = LanguageModel(base, attention=config.learner.attention)
     reward = build_reward(config, problem, tokenizer, model)

@@ -29,6 +29,8 @@ from system.posterior import log_mean_exp
 from system.trajectory import Prompt, sampled
 
 Tokens = tuple[int, ...]
+NOTHING = -1e30
+"""log R of a sample without a reward, nats: no weight beside any other, and finite, as weights are differences of it."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,8 @@ def smc(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
     tokens_N: list[Tokens] = [()] * count
     live_N = np.ones(count, bool)
     log_q_N, log_target_N, log_weight_N, log_z = np.zeros(count), np.zeros(count), np.zeros(count), 0.0
+    # Of a prefix without a reward nothing can come: in the difference to the next target all that it weighed would be lost.
+    dead_N = np.zeros(count, bool)
     row_N, column_N = np.zeros(count, np.int64), np.zeros(count, np.int64)
     while live_N.any():
         at_B = np.flatnonzero(live_N)
@@ -250,13 +254,15 @@ def smc(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
         log_target_B = _targets(decoder, prompt, [tokens_N[n] for n in at_B], log_q_N[at_B], ~live_N[at_B])
         log_weight_N[at_B] += log_target_B - log_target_N[at_B] - log_q_B
         log_target_N[at_B] = log_target_B
+        dead_N |= log_target_N * decoder.reward_temperature <= NOTHING / 2
+        log_weight_N[dead_N] = NOTHING
         weight_N = np.exp(log_weight_N - log_weight_N.max())
         if weight_N.sum() ** 2 < np.square(weight_N).sum() * count / 2:
             log_z += log_mean_exp(log_weight_N)
             chosen = decoder.resample(log_weight_N, count)
             log_weight_N = np.zeros(count)
             tokens_N = [tokens_N[n] for n in chosen]
-            live_N, log_q_N, log_target_N = live_N[chosen], log_q_N[chosen], log_target_N[chosen]
+            live_N, dead_N, log_q_N, log_target_N = live_N[chosen], dead_N[chosen], log_q_N[chosen], log_target_N[chosen]
             row_N, column_N = row_N[chosen], column_N[chosen]
         rows.advance(row_N[live_N], column_N[live_N])
     log_z += log_mean_exp(log_weight_N)

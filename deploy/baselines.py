@@ -8,7 +8,7 @@ samples, its MLflow run), for `deploy/compare.py`. All metrics are means over pr
     task/{max,mean}_log_likelihood   log p(Z stop | X) of the frozen model, nats, where the reward needs one
     task/diversity, task/distinct    1 - mean cosine of sentence embeddings; share of distinct samples
     task/…                           what the task's own judge says, and the samples' vote where the evidence has alternatives
-    reward_faults                    samples that the reward could not score, of all prompts: they are left out
+    reward_faults                    how often the reward could not score what it was asked for: that is left out
     posterior/…                      bounds on log Z at the config's last reward temperature, where the method has weights
     model_tokens, seconds            what K samples of a prompt cost: tokens read by policy and reward, and time
 """
@@ -33,7 +33,7 @@ if str(ROOT) not in sys.path:
 
 from actors.settings import take_machine  # noqa: E402
 from deploy.command import command, log_to_stderr  # noqa: E402
-from deploy.runs import adapter_file, find_run, load_adapter, make_folder  # noqa: E402
+from deploy.runs import adapter_at, add_step, find_run, load_adapter, make_folder  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 from system.reward_config import at_ends  # noqa: E402
@@ -59,10 +59,6 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
 MEANS = ("task/", "posterior/", "model_tokens", "seconds")
 
 
-NOTHING = -1e30
-"""log R of a sample without a reward, nats: no weight beside any other, and finite, since weights are differences of it."""
-
-
 class Tolerant:
     """A reward for which a sample that it cannot score has log R = NOTHING: as in training it is left out, and counted."""
 
@@ -77,6 +73,7 @@ class Tolerant:
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
         import numpy as np
 
+        from actors.decoding import NOTHING
         from system.reward_error import RewardError
 
         try:
@@ -95,7 +92,7 @@ class Baselines:
         ConfigError: the model cannot be had, the run has no adapter or one of another model, or the task has a tool.
     """
 
-    def __init__(self, config: Config, settings: dict[str, Any], run_dir: Path | None) -> None:
+    def __init__(self, config: Config, settings: dict[str, Any], run_dir: Path | None, step: int | None = None) -> None:
         import torch
 
         from actors import rewards
@@ -124,19 +121,19 @@ class Baselines:
         self.likelihood: rewards.Posterior | None = None
         if rewards.needs_language_model(config.task.reward):
             self.likelihood = rewards.Posterior(frozen, self.problem.reward_stop, config.sampler.token_budget)
-        self.tuned = self._adapted(run_dir) if run_dir else None
+        self.tuned = self._adapted(run_dir, step) if run_dir else None
         self.text_of = lambda tokens: decode(self.tokenizer, tokens)
         self.judge = evaluation.judge(self.problem, self.text_of, self, diversity_measure())
 
-    def _adapted(self, run_dir: Path) -> Any:
+    def _adapted(self, run_dir: Path, step: int | None) -> Any:
         import torch
 
         from learner.policy import Policy
 
         run = config_file.load(run_dir / "config.yaml", [])
-        path = adapter_file(run_dir)
         if run.model != self.config.model:
             raise ConfigError(f"--run: its model is {run.model.path!r}, but the config's is {self.config.model.path!r}")
+        path = adapter_at(run_dir, run, step)
         dtype = getattr(torch, self.config.learner.dtype)
         policy = Policy(self.folder, run.lora, self.problem.constraints, dtype=dtype, device=self.device)
         load_adapter(policy, path, run.model.path, run.lora)
@@ -162,18 +159,19 @@ class Baselines:
         found = [self._prompt(decoder, method, prompt, samples) for prompt in self.problem.evaluated]
         results = [result for result in found if result is not None]
         if not results:
-            raise RunError(f"{method}: no sample of any prompt has a reward; the log has the reasons")
+            raise RunError(f"{method}: no prompt has two samples with a reward; the log has the reasons")
         metrics = evaluation.means([metrics for metrics, _ in results], MEANS)
         return metrics | {"reward_faults": float(reward.faults)}, [row for _, rows in results for row in rows]
 
     def _prompt(
         self, decoder: Decoder, method: str, prompt: Prompt, samples: int
     ) -> tuple[dict[str, float], list[dict[str, Any]]] | None:
-        """None where no sample of the prompt has a reward."""
+        """None where the prompt has no two samples with a reward."""
         from dataclasses import replace
 
         import numpy as np
 
+        from actors.decoding import NOTHING
         from system.trajectory import Group, sampled
 
         started = time.perf_counter()
@@ -181,7 +179,8 @@ class Baselines:
         metrics = {"model_tokens": float(draws.model_tokens), "seconds": time.perf_counter() - started}
         scores_K = decoder.reward.score(prompt, [sampled(list(tokens)) for tokens in draws.tokens_K])
         kept = [k for k, log_reward_T in enumerate(scores_K) if log_reward_T[-1] > NOTHING]
-        if not kept:
+        # Bounds need two; of a search there may be one in all.
+        if len(kept) < min(2, len(scores_K)):
             return None
         draws = draws.of(kept)
         trajectories_K = tuple(sampled(list(tokens)) for tokens in draws.tokens_K)
@@ -230,7 +229,9 @@ def check(methods: list[str], settings: dict[str, Any]) -> None:
             raise ConfigError(f"--{name.replace('_', '-')}={settings[name]}: must be {bounds}")
 
 
-def run(config: Config, methods: list[str], samples: int, settings: dict[str, Any], run_dir: Path | None) -> Path:
+def run(
+    config: Config, methods: list[str], samples: int, settings: dict[str, Any], run_dir: Path | None, step: int | None = None
+) -> Path:
     """Measures the methods, one MLflow run each. Returns the folder with baselines.json.
 
     Raises:
@@ -240,14 +241,14 @@ def run(config: Config, methods: list[str], samples: int, settings: dict[str, An
 
     check(methods, settings)
     resolve_uri(config.tracking.uri)
-    baselines = Baselines(config, settings, run_dir)
+    baselines = Baselines(config, settings, run_dir, step)
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = (Path(config.output_dir) / f"{config.name}-baselines-{stamp}").resolve()
     result: dict[str, Any] = {"run": config.name, "task": config.task.kind, "seed": config.seed, "samples": samples}
     result |= {"settings": settings, "adapter": None, "methods": {}}
     if run_dir:
         trained = config_file.load(run_dir / "config.yaml", [])
-        result |= {"adapter": str(run_dir), "adapter_config": trained.model_dump(mode="json")}
+        result |= {"adapter": str(run_dir), "adapter_config": trained.model_dump(mode="json"), "adapter_step": step}
     make_folder(config, folder)
     (folder / "config.yaml").write_text(config_file.dump(config), encoding="utf-8")
     for method in [*methods, TUNED] if run_dir else methods:
@@ -278,6 +279,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--methods", default="ancestral,tempered,nucleus,beam,diverse_beam,best_of_n,sir,smc")
     parser.add_argument("--samples", type=int, default=16, help="K, kept of each prompt")
     parser.add_argument("--run", help="folder of a finished run, or its name under runs/: its adapter is a method too")
+    add_step(parser)
     parser.add_argument("--temperature", type=float, help="of tempered (0.8)")
     parser.add_argument("--top-p", type=float, help="of nucleus (0.95)")
     parser.add_argument("--penalty", type=float, help="of diverse_beam, nats (1.0)")
@@ -292,7 +294,7 @@ def main(argv: list[str]) -> int:
     config = config_file.load(arguments.config, arguments.overrides)
     take_machine(config)
     run_dir = find_run(arguments.run) if arguments.run else None
-    folder = run(config, arguments.methods.split(","), arguments.samples, settings, run_dir)
+    folder = run(config, arguments.methods.split(","), arguments.samples, settings, run_dir, arguments.step)
     print(folder)
     return 0
 

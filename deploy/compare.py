@@ -115,7 +115,7 @@ def _results(folder: Path, run: str, config: dict[str, Any]) -> Iterator[tuple[s
         if tuned:
             yield f"{run}: held out{of}", same, tuned
     for method, metrics in baselines.get("methods", {}).items():
-        adapter = _kept(baselines["adapter_config"]) if method == TUNED else {}
+        adapter = _kept(baselines["adapter_config"]) | {"step": baselines.get("adapter_step")} if method == TUNED else {}
         same = config | _under("adapter", adapter) | baselines["settings"] | {"samples": baselines["samples"]}
         yield f"{run}: {method}", same, metrics
 

@@ -154,6 +154,8 @@ def main(argv: list[str]) -> int:
         check_output("--samples-file", arguments.samples_file)
     if arguments.name is not None and not re.fullmatch(NAME, arguments.name):
         raise ConfigError(f"--name {arguments.name!r}: letters, digits, dots and dashes make a name")
+    if arguments.name and arguments.name.startswith("step-"):
+        raise ConfigError(f"--name {arguments.name!r}: a checkpoint's evaluation is called so; take another name, or --step N")
     at = None if arguments.step is None else f"step-{arguments.step}"
     stem = "-".join(part for part in ("heldout", at, arguments.name) if part)
     run_dir = find_run(arguments.run)

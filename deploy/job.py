@@ -60,7 +60,7 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, argparse.Namespace]:
     parser.add_argument("config", nargs="?", help="a YAML file, such as deploy/configs/random_number.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as actors.count=2")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
-    parser.add_argument("--check", action="store_true", help="read the tokenizer and the task's data too, and stop")
+    parser.add_argument("--check", action="store_true", help="read data, reward modules and weights too, and stop")
     parser.add_argument(
         "--resume", metavar="RUN", help="folder of a run, or its name under runs/, with its own config; key=value may follow"
     )

@@ -63,7 +63,7 @@ def connect(config: Config) -> None:
     else:
         wanted = config.learner.ranks * config.learner.cpus + config.actors.most * config.actors.cpus
         cpus = config.cluster.local_cpus or max(os.cpu_count() or 1, int(wanted + 0.999))
-        with _loopback_alone():
+        with _loopback_alone(), _deaf_to_hangups():
             ray.init(
                 address="local",  # without it Ray would join whatever cluster was started on this machine last
                 num_cpus=cpus,
@@ -87,6 +87,17 @@ def _loopback_alone() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def _deaf_to_hangups() -> Iterator[None]:
+    """A terminal that hangs up tells all processes of a command, Ray's among them, without which the driver could not end in
+    order. What is ignored here stays so in processes that are started inside."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def disconnect() -> None:

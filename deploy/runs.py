@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -62,39 +63,53 @@ def adapter_file(run_dir: Path) -> Path:
     """Raises ConfigError if the run has none."""
     path = run_dir / "adapter" / "adapter_model.safetensors"
     if not path.is_file():
-        done = max((int(folder.name.removeprefix("step-")) for folder in run_dir.glob("checkpoints/step-*")), default=0)
-        as_it_is = f", or use its checkpoint by --step {done}" if done else ""
+        as_it_is = f", or use its checkpoint by --step {steps[-1]}" if (steps := _steps(run_dir)) else ""
         raise ConfigError(f"{run_dir} has no {path.relative_to(run_dir)}: the run did not end; --resume it first{as_it_is}")
     return path
 
 
 def adapter_at(run_dir: Path, config: Config, step: int | None) -> Path:
-    """The run's adapter file; with a step that of its checkpoint there, which is written to RUN/adapter-step-N the first time.
-    `config` is the run's, as it is used here. Needs torch with a step alone.
+    """The run's adapter file; with a step that of its checkpoint there, which is written to RUN/adapter-step-N-… once. `config`
+    is the run's, as it is used here. Needs torch with a step alone.
 
     Raises:
-        ConfigError: the run has none, or the model cannot be had.
-        CheckpointError: there is no checkpoint of that step, or it is damaged.
+        ConfigError: the run has none, there is no whole checkpoint of that step, or the model cannot be had.
+        CheckpointError: the checkpoint is of another model.
     """
     if step is None:
         return adapter_file(run_dir)
-    path = run_dir / f"adapter-step-{step}" / "adapter_model.safetensors"
+    from system import checkpoint
+    from system.loop_state import LoopState
+
+    try:
+        saved = LoopState.of(checkpoint.read_latest(run_dir / "checkpoints", step))
+    except checkpoint.CheckpointError as error:
+        there = ", ".join(str(step) for step in _steps(run_dir)) or "none"
+        raise ConfigError(f"--step {step}: {run_dir} has no whole checkpoint of it; there are {there}") from error
+    # A run that went on from an earlier step may have another one of the same number.
+    path = run_dir / f"adapter-step-{step}-{hashlib.sha256(saved.learner.data).hexdigest()[:8]}" / "adapter_model.safetensors"
     if not path.is_file():
         from deploy.prepare import prepare
         from learner.learner import Learner
-        from system import checkpoint
-        from system.loop_state import LoopState
 
-        saved = LoopState.of(checkpoint.read_latest(run_dir / "checkpoints", step))
-        here = {"device": "cpu", "gpus": 0, "ranks": 1, "shard_base": False}
+        here = {"device": "cpu", "gpus": 0, "ranks": 1, "shard_base": False, "attention": "dense"}
         learner = Learner.build(
             config.model_copy(update={"learner": config.learner.model_copy(update=here)}), prepare(config).problem
         )
         learner.restore(saved.learner, step)
         # Its name there, wherever it is now.
         learner.base_model = config_file.load(run_dir / "config.yaml", []).model.path
-        learner.adapter(saved.counters.version).materialise(path.parent)
+        try:
+            learner.adapter(saved.counters.version).materialise(path.parent)
+        except OSError:
+            if not path.is_file():  # by another process, meanwhile
+                raise
     return path
+
+
+def _steps(run_dir: Path) -> list[int]:
+    """Of the run's checkpoints."""
+    return sorted(int(folder.name.removeprefix("step-")) for folder in run_dir.glob("checkpoints/step-*"))
 
 
 def add_step(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +136,8 @@ def adapter_tensors(path: Path, model: str, lora: Lora) -> dict[str, np.ndarray]
         tensors = read_folder(path.parent, own)
         _check_scale(path.parent, lora)
     except AdapterError as error:
-        raise ConfigError(str(error)) from error
+        again = f", or remove {path.parent}, which --step writes" if path.parent.name != "adapter" else ""
+        raise ConfigError(f"{error}{again}") from error
     except (OSError, ValueError) as error:
         raise _misfit(path, lora, error) from error
     return tensors

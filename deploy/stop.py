@@ -17,8 +17,8 @@ AGAIN_SECONDS = 3.0
 
 
 def heard() -> list[signal.Signals]:
-    """Those of SIGNALS that are not ignored: nohup has SIGHUP ignored."""
-    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    """SIGNALS, without a SIGHUP that nohup has ignored."""
+    return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
 
 class Stop:

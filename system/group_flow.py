@@ -3,7 +3,7 @@
 How far the samplers may run ahead of the learner is decided here, and what becomes of a group whose sampler dies.
 
 A number stands for one group alone. One that is lost with its sampler is asked for again under its number, so that no prompt
-is skipped, whatever dies; one that comes too late to be used fresh serves as replay, and is counted.
+is skipped, whatever dies; one that comes too late to be used fresh serves as replay, where there is any, and is counted.
 """
 
 from __future__ import annotations

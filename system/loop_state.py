@@ -30,7 +30,7 @@ class Counters:
     groups: int = 0
     """Groups used fresh."""
     too_stale: int = 0
-    """Groups that came back too old to be used fresh; they are in the buffer."""
+    """Groups that came back too old to be used fresh; they are for replay, where there is any."""
     trajectories: int = 0
     sampled_tokens: int = 0
     deaths: int = 0

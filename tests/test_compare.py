@@ -282,13 +282,17 @@ def test_a_run_that_never_reached_mlflow_is_named_with_what_sends_it(tmp_path: P
         compare.mlflow_views([folder])
 
 
-@pytest.mark.parametrize("method", ["ancestral", "best_of_n", "sir", "smc", "beam"])
-def test_samples_without_a_reward_are_left_out_and_counted(tiny_config: Config, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("ancestral", {}), ("best_of_n", {}), ("sir", {}), ("smc", {}), ("smc", {"twist": "reward"}), ("beam", {})],
+)
+def test_samples_without_a_reward_are_left_out_and_counted(tiny_config: Config, method: str, settings: dict[str, Any]) -> None:
     raising = {"kind": "function", "path": "tests.faulty:without_a", "seconds": None}
     task = config_file.parse(
         {"task": tiny_config.task.model_dump() | {"reward": {"kind": "product", "of": [{"kind": "lm_posterior"}, raising]}}}
     ).task
-    subject = baselines.Baselines(tiny_config.model_copy(update={"task": task, "loss": VarGrad()}), {"oversample": 2}, None)
+    cfg = tiny_config.model_copy(update={"task": task, "loss": VarGrad()})
+    subject = baselines.Baselines(cfg, {"oversample": 2} | settings, None)
     metrics, rows = subject.measure(method, 64)
     assert rows and all("a" not in row["text"] for row in rows)
     assert metrics["reward_faults"] > 0
@@ -299,7 +303,7 @@ def test_a_method_of_which_no_sample_has_a_reward_says_so(tiny_config: Config) -
     raising = {"kind": "function", "path": "tests.faulty:never", "seconds": None}
     task = config_file.parse({"task": tiny_config.task.model_dump() | {"reward": raising}, "loss": {"kind": "vargrad"}}).task
     subject = baselines.Baselines(tiny_config.model_copy(update={"task": task, "loss": VarGrad()}), {}, None)
-    with pytest.raises(RunError, match="smc: no sample of any prompt has a reward"):
+    with pytest.raises(RunError, match="smc: no prompt has two samples with a reward"):
         subject.measure("smc", 4)
 
 

@@ -29,7 +29,7 @@ from system.models import locate
 from system.posterior import log_mean_exp
 from system.tasks.problem import context_tokens
 from system.trajectory import Behaviour, Group, sampled
-from tests import tiny
+from tests import finished, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 STORY = {"before": "ab", "after": "ba"}
@@ -300,3 +300,27 @@ def test_stories_that_could_not_be_told_or_written_are_refused_before_any_is_dra
     monkeypatch.setattr(self_consistent, "draw", lambda *_: pytest.fail("stories were drawn"))
     assert self_consistent.main([str(ROOT / "deploy/configs/infilling.yaml"), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_evaluated_under_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, _ = finished.run(tmp_path)
+    asked: list[Path] = []
+
+    def found(_config: Config, adapter: Path, *_: Any) -> Iterator[tuple[str, Evaluation]]:
+        asked.append(adapter)
+        yield "adapter", Evaluation({"posterior/spread": float(len(asked))})
+
+    monkeypatch.setattr(evaluate, "evaluate", found)
+    monkeypatch.setattr(evaluate, "take_machine", lambda config: config)
+    monkeypatch.setattr(evaluate, "adapter_at", lambda folder, _, step: folder / f"adapter of {step}")
+    for step in ([], ["--step", "80"], ["--step", "80", "--name", "others"]):
+        assert evaluate.main([str(run_dir), *step]) == 0
+    assert asked == [run_dir / f"adapter of {step}" for step in (None, 80, 80)]
+    stems = ("heldout", "heldout-step-80", "heldout-step-80-others")
+    for number, stem in enumerate(stems, 1):
+        assert json.loads((run_dir / f"{stem}.json").read_text())["metrics"] == {f"{stem}/posterior/spread": number}
+    capsys.readouterr()
+    assert evaluate.main([str(run_dir), "--name", "step-80"]) == 2
+    assert "--name 'step-80': a checkpoint's evaluation is called so" in capsys.readouterr().err

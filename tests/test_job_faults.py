@@ -191,7 +191,7 @@ def test_a_killed_and_an_interrupted_run_end_with_the_weights_of_one_that_was_no
 
     job = runner.start("--resume", str(run_dir))
     wait_until(lambda: list(run_dir.glob("checkpoints/step-00000015")), job)
-    os.killpg(job.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(job.pid, signal.SIGHUP)  # as a terminal does that is closed
     assert runner.ended(job) == 130, runner.logs()[-3000:]
     assert json.loads((run_dir / "summary.json").read_text())["steps"] < STEPS
 

@@ -33,6 +33,7 @@ class Rehearsal(Lab):
             return ""
         config = config_file.load(Path(arguments[0], "config.yaml") if script == "evaluate" else Path(arguments[0]), overrides)
         if script == "evaluate":
+            assert ("--samples-file" in arguments) is (arguments[-2:] != ("--only", "base"))
             return "a table\n" + json.dumps(METRICS)
         folder = Path(config.output_dir) / "run"
         (folder / ("adapter" if script == "job" else "gflownet")).mkdir(parents=True)

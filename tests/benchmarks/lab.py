@@ -48,8 +48,9 @@ class Lab:
         """(of the base model, of the run's adapter), one of them empty unless `only` is None."""
         result = self.output / f"{name}-{self.seed}.json"
         if not result.exists():
-            drawn = ("--samples", str(samples), "--samples-file", str(self.samples(name)))
-            which = ("--only", only) if only else ()
+            drawn, which = ("--samples", str(samples)), ("--only", only) if only else ()
+            if only != "base":  # whose samples are not kept
+                drawn += ("--samples-file", str(self.samples(name)))
             result.write_text(self._run("evaluate", str(run), *overrides, *drawn, *which).splitlines()[-1], encoding="utf-8")
         return held_out(json.loads(result.read_text(encoding="utf-8")))
 
