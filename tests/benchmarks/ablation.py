@@ -35,6 +35,7 @@ SETTINGS: dict[str, list[str]] = {
     "staleness 2, a version every 2 updates": ["learner.publish_every=2", "learner.max_staleness=2"],
     "staleness 4, a version every 4 updates": ["learner.publish_every=4", "learner.max_staleness=4"],
     "staleness 8, a version every 8 updates": ["learner.publish_every=8", "learner.max_staleness=8"],
+    "staleness 10, a version every 8 updates": ["learner.publish_every=8", "learner.max_staleness=10"],
     "learning rate 2e-3": ["learner.lr=2e-3"],
     "learning rate 2e-3, warm-up 2": ["learner.lr=2e-3", "learner.warmup_steps=2"],
     "learning rate 4e-3": ["learner.lr=4e-3"],
