@@ -219,6 +219,8 @@ class Learner(Section):
         if self.ranks == 1:
             if self.shard_base:
                 raise ValueError("shard_base=true has nothing to share with ranks=1; raise ranks or set shard_base=false")
+            if self.device == "cpu" and self.gpus:
+                raise ValueError(f"gpus={self.gpus:g} would be reserved for device=cpu; set gpus=0, or device=auto")
             return self
         if self.ranks > self.groups_per_update and not self.shard_base:
             raise ValueError(

@@ -131,6 +131,7 @@ def test_a_bad_value_is_refused_by_field_value_and_fix(field: str, value: Any, f
             {"task": NUMBER, "actors": {"gpus": 0.25}, "sampler": {"gpu_memory_utilization": 0.5}},
             ["sampler.gpu_memory_utilization=0.5 is more of a GPU than actors.gpus=0.25", "lower it"],
         ),
+        (with_field("learner", {"device": "cpu", "gpus": 1}), ["gpus=1 would be reserved for device=cpu", "set gpus=0, or"]),
         (with_field("learner.max_staleness", 1), ["max_staleness=1 is", "publish_every - 1 = 3", ">= 3 or publish_every <= 2"]),
         (with_field("replay.fresh", 0.5), ["replay: fresh=0.5, prioritised=0 and uniform=0", "add up to 0.5", "change one"]),
         (with_field("replay.demonstrations", True), ["replay: demonstrations=true", "fresh=1", "lower fresh"]),
