@@ -69,11 +69,7 @@ class Posterior:
         return result
 
     def _branches(self, tree: PrefixTree, suffix: tuple[int, ...]) -> np.ndarray | None:
-        if self.every_prefix or not suffix:
-            return None
-        branch_N = np.zeros(len(tree), bool)
-        branch_N[[nodes_T[-1] for nodes_T in tree.nodes_K]] = True
-        return branch_N
+        return None if self.every_prefix or not suffix else tree.is_end_N
 
     def _parts(
         self, before: int, trajectories_K: Sequence[Trajectory], suffix: tuple[int, ...]

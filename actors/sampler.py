@@ -24,7 +24,7 @@ from actors.settings import BLOCK, EngineSettings
 from system.adapters import Adapter, AdapterError
 from system.config import Config
 from system.constraints import Constraints
-from system.reward_error import RewardError
+from system.reward_error import tolerated
 from system.run_error import RunError
 from system.timeline import Timeline
 from system.tools import Tool
@@ -276,7 +276,7 @@ class Sampler:
         prompt = job.request.prompt
         try:
             with self.timeline.span("reward", "reward", group=job.request.group_id):
-                scores_K, faults = self._scored(prompt, trajectories_K)
+                scores_K, faults = tolerated(lambda: self._reward.score(prompt, trajectories_K))
             left = [k for k in range(len(trajectories_K)) if k not in faults]
             kept, scores = tuple(trajectories_K[k] for k in left), tuple(scores_K[k] for k in left)
             group = Group(prompt, kept, scores, job.version, job.request.group_id, tuple(faults.values()))
@@ -286,11 +286,3 @@ class Sampler:
         else:
             job.done.set_result(group)
         self._seconds["reward"] += time.perf_counter() - started
-
-    def _scored(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> tuple[Sequence[np.ndarray], dict[int, str]]:
-        """(log R at every prefix, what is wrong with a trajectory that has none, by its index)."""
-        try:
-            return self._reward.score(prompt, trajectories_K), {}
-        # A border: tolerated on purpose; whoever asked for the group counts what it lacks.
-        except RewardError as error:
-            return error.log_reward_K, error.faults

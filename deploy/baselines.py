@@ -74,15 +74,15 @@ class Tolerant:
         import numpy as np
 
         from actors.decoding import NOTHING
-        from system.reward_error import RewardError
+        from system.reward_error import tolerated
 
-        try:
-            return self._reward.score(prompt, trajectories_K)
-        except RewardError as error:
-            self.faults += len(error.faults)
-            logger.warning("%d samples of %s have no reward: %s", len(error.faults), prompt.id, error)
-            nothing = [np.full(len(trajectory) + 1, NOTHING) for trajectory in trajectories_K]
-            return [nothing[k] if k in error.faults else error.log_reward_K[k] for k in range(len(trajectories_K))]
+        scores_K, faults = tolerated(lambda: self._reward.score(prompt, trajectories_K))
+        if faults:
+            self.faults += len(faults)
+            logger.warning("%d samples of %s have no reward: %s", len(faults), prompt.id, next(iter(faults.values())))
+        return [
+            np.full(len(trajectory) + 1, NOTHING) if k in faults else scores_K[k] for k, trajectory in enumerate(trajectories_K)
+        ]
 
 
 class Baselines:
@@ -177,13 +177,14 @@ class Baselines:
         started = time.perf_counter()
         draws = decoder.draw(method, prompt, samples)
         metrics = {"model_tokens": float(draws.model_tokens), "seconds": time.perf_counter() - started}
-        scores_K = decoder.reward.score(prompt, [sampled(list(tokens)) for tokens in draws.tokens_K])
+        drawn_K = [sampled(list(tokens)) for tokens in draws.tokens_K]
+        scores_K = decoder.reward.score(prompt, drawn_K)
         kept = [k for k, log_reward_T in enumerate(scores_K) if log_reward_T[-1] > NOTHING]
         # Bounds need two; of a search there may be one in all.
         if len(kept) < min(2, len(scores_K)):
             return None
         draws = draws.of(kept)
-        trajectories_K = tuple(sampled(list(tokens)) for tokens in draws.tokens_K)
+        trajectories_K = tuple(drawn_K[k] for k in kept)
         group = Group(prompt, trajectories_K, tuple(scores_K[k] for k in kept), 0, 0)
         log_reward_K = np.array([log_reward_T[-1] for log_reward_T in group.log_reward_K])
         metrics |= {"task/max_log_reward": float(log_reward_K.max()), "task/mean_log_reward": float(log_reward_K.mean())}

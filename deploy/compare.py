@@ -146,8 +146,8 @@ def rows(entries: Sequence[Entry]) -> list[Row]:
 
 
 def _difference(settings: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
-    """What tells a row from others of its name."""
-    fields = dict.fromkeys(field for other in (settings, *others) for field in other)
+    """What tells a row from those of its name, of which it is one."""
+    fields = dict.fromkeys(field for other in others for field in other)
     differing = [field for field in fields if any(other.get(field) != settings.get(field) for other in others)]
     return f" ({', '.join(f'{field}={settings.get(field)}' for field in differing)})" if differing else ""
 

@@ -25,7 +25,7 @@ if str(ROOT) not in sys.path:  # `python deploy/job.py` puts deploy/ on the path
 from deploy.command import command, log_to_stderr, plain  # noqa: E402
 from deploy.runs import find_run, make_folder, passes_away, starting_weights  # noqa: E402
 from deploy.stop import Stop  # noqa: E402
-from system import config_file  # noqa: E402
+from system import checkpoint, config_file  # noqa: E402
 from system.checkpoint import CheckpointError  # noqa: E402
 from system.config import Config, ConfigError, Lora  # noqa: E402
 from system.functions import check_module  # noqa: E402
@@ -197,7 +197,6 @@ class Job:
 
     def _saved(self) -> LoopState:
         """The checkpoint to go on from. Raises ConfigError where the config leaves nothing to do from there."""
-        from system import checkpoint
         from system.loop_state import LoopState
 
         saved = LoopState.of(checkpoint.read_latest(self.run_dir / "checkpoints", self.from_step))
@@ -261,12 +260,8 @@ def _disk_faults_named(run_dir: Path) -> Iterator[None]:
             raise
         raise RunError(
             f"{cause.filename or run_dir} cannot be written: {cause.strerror}; make room there or make it writable, then "
-            + (f"--resume {run_dir}" if _has_checkpoint(run_dir) else "start the run again")
+            + (f"--resume {run_dir}" if checkpoint.steps(run_dir / "checkpoints") else "start the run again")
         ) from error
-
-
-def _has_checkpoint(run_dir: Path) -> bool:
-    return any((run_dir / "checkpoints").glob("step-*"))
 
 
 @command
@@ -298,8 +293,9 @@ def main(argv: list[str]) -> int:
         with _disk_faults_named(run_dir):
             summary = job.run()
     except KeyboardInterrupt:
-        kept = f"; --resume {run_dir} goes on from its last checkpoint" if _has_checkpoint(run_dir) else ", before a checkpoint"
-        print(f"stopped at once{kept}", file=sys.stderr)
+        kept = checkpoint.steps(run_dir / "checkpoints")
+        way_on = f"; --resume {run_dir} goes on from its last checkpoint" if kept else ", before a checkpoint"
+        print(f"stopped at once{way_on}", file=sys.stderr)
         return STOPPED
     print(json.dumps(summary))
     return 0 if summary["finished"] else STOPPED

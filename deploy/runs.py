@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from system import config_file
+from system import checkpoint, config_file
 from system.config import Config, ConfigError, Lora
 
 if TYPE_CHECKING:
@@ -63,7 +63,9 @@ def adapter_file(run_dir: Path) -> Path:
     """Raises ConfigError if the run has none."""
     path = run_dir / "adapter" / "adapter_model.safetensors"
     if not path.is_file():
-        as_it_is = f", or use its checkpoint by --step {steps[-1]}" if (steps := _steps(run_dir)) else ""
+        as_it_is = (
+            f", or use its checkpoint by --step {steps[-1]}" if (steps := checkpoint.steps(run_dir / "checkpoints")) else ""
+        )
         raise ConfigError(f"{run_dir} has no {path.relative_to(run_dir)}: the run did not end; --resume it first{as_it_is}")
     return path
 
@@ -78,13 +80,12 @@ def adapter_at(run_dir: Path, config: Config, step: int | None) -> Path:
     """
     if step is None:
         return adapter_file(run_dir)
-    from system import checkpoint
     from system.loop_state import LoopState
 
     try:
         saved = LoopState.of(checkpoint.read_latest(run_dir / "checkpoints", step))
     except checkpoint.CheckpointError as error:
-        there = ", ".join(str(step) for step in _steps(run_dir)) or "none"
+        there = ", ".join(map(str, checkpoint.steps(run_dir / "checkpoints"))) or "none"
         raise ConfigError(f"--step {step}: {run_dir} has no whole checkpoint of it; there are {there}") from error
     # A run that went on from an earlier step may have another one of the same number.
     path = run_dir / f"adapter-step-{step}-{hashlib.sha256(saved.learner.data).hexdigest()[:8]}" / "adapter_model.safetensors"
@@ -105,11 +106,6 @@ def adapter_at(run_dir: Path, config: Config, step: int | None) -> Path:
             if not path.is_file():  # by another process, meanwhile
                 raise
     return path
-
-
-def _steps(run_dir: Path) -> list[int]:
-    """Of the run's checkpoints."""
-    return sorted(int(folder.name.removeprefix("step-")) for folder in run_dir.glob("checkpoints/step-*"))
 
 
 def add_step(parser: argparse.ArgumentParser) -> None:

@@ -192,12 +192,11 @@ class Learner:
         scores: dict[int, Score] = {}
         for row in rows_by_budget([len(piece.packed) for piece in pieces], self.config.token_budget):
             trees = [pieces[index].tree for index in row]
-            ends = [np.isin(np.arange(len(tree)), [nodes_T[-1] for nodes_T in tree.nodes_K]) for tree in trees]
             with torch.no_grad():
-                log_q = self.policy.log_q([pieces[index].packed for index in row], ends)
+                log_q = self.policy.log_q([pieces[index].packed for index in row], [tree.is_end_N for tree in trees])
             for index, tree, (edge, stop) in zip(row, trees, log_q, strict=True):
                 edge_N, stop_N = edge.double().cpu().numpy(), stop.double().cpu().numpy()
-                stop_K = np.array([stop_N[nodes_T[-1]] for nodes_T in tree.nodes_K])
+                stop_K = stop_N[tree.ends_K]
                 path_K = np.array([edge_N[nodes_T].sum() for nodes_T in tree.nodes_K])
                 reward_K = np.array([log_reward_T[-1] for log_reward_T in groups[index].log_reward_K])
                 scores[index] = Score(path_K + stop_K, stop_K, reward_K)
@@ -209,9 +208,7 @@ class Learner:
         may_stop_N, chosen_N = self.constraints.of_tree(tree)
         log_reward_N[~may_stop_N] = np.nan
         if isinstance(self.objective, Baseline):
-            inside_N = np.ones(len(tree), bool)
-            inside_N[[nodes_T[-1] for nodes_T in tree.nodes_K]] = False
-            log_reward_N[inside_N] = np.nan
+            log_reward_N[~tree.is_end_N] = np.nan
         return Piece(tree, Packed.of(tree, group.prompt.policy_tokens), log_reward_N, chosen_N)
 
     def _rows(self, groups: Sequence[Group], temperature: float) -> Iterator[tuple[Tensor, dict[int, Facts]]]:
@@ -241,9 +238,8 @@ class Learner:
                     loss = self.objective.loss(actions)
                 else:
                     loss = self.objective(states)
-                ends_K = [int(nodes_T[-1]) for nodes_T in tree.nodes_K]
                 tokens = lengths[index] * (2 if needs_base else 1)
-                facts[index] = _facts(float(loss.detach()), tokens, states, stop_N.detach()[ends_K])
+                facts[index] = _facts(float(loss.detach()), tokens, states, stop_N.detach()[tree.ends_K.tolist()])
                 loss_G.append(loss)
             yield torch.stack(loss_G).sum() / len(groups), facts
 

@@ -43,8 +43,8 @@ def write(folder: Path, step: int, files: dict[str, bytes], keep: int = 2) -> Pa
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    earlier = [path for path in _steps(folder) if path < target]
-    for old in _steps(folder):
+    earlier = [path for path in _folders(folder) if path < target]
+    for old in _folders(folder):
         if old != target and old not in earlier[1 - keep :]:
             shutil.rmtree(old)
     return target
@@ -56,11 +56,11 @@ def read_latest(folder: Path, step: int | None = None) -> dict[str, bytes]:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    steps = _steps(folder)
-    if not steps:
+    there = _folders(folder)
+    if not there:
         raise CheckpointError(f"{folder} holds no checkpoint to resume from")
-    chosen = steps[-1] if step is None else folder / f"step-{step:08d}"
-    if chosen not in steps:
+    chosen = there[-1] if step is None else folder / f"step-{step:08d}"
+    if chosen not in there:
         raise CheckpointError(f"{chosen} is not there: {_offer(folder)}")
     files, wrong = _read(chosen)
     if wrong:
@@ -82,13 +82,22 @@ def _read(path: Path) -> tuple[dict[str, bytes], str]:
 
 
 def _offer(folder: Path) -> str:
-    whole = [path for path in _steps(folder) if not _read(path)[1]]
+    whole = [path for path in _folders(folder) if not _read(path)[1]]
     if not whole:
         return f"{folder} holds no other whole checkpoint: start the run anew"
-    return f"{whole[-1].name} is whole; go on from there with --from-step {int(whole[-1].name.removeprefix('step-'))}"
+    return f"{whole[-1].name} is whole; go on from there with --from-step {_step(whole[-1])}"
 
 
-def _steps(folder: Path) -> list[Path]:
+def steps(folder: Path) -> list[int]:
+    """Of the checkpoints that are there, damaged or not, in order."""
+    return [_step(path) for path in _folders(folder)]
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from system.config import ConfigError
 from system.handles import Pool, asked
-from system.reward_error import RewardError
+from system.reward_error import tolerated
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt, Request, Trajectory
 
@@ -50,14 +50,10 @@ def scored(problem: Problem, rewards: Rewards) -> list[Group]:
     groups: list[Group] = []
     faults: list[str] = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        trajectories_K, left = problem.demonstrations[prompt.id], set[int]()
-        try:
-            log_reward_K = answer()
-        # A border: as in training, a sample that the reward cannot score is left out.
-        except RewardError as error:
-            log_reward_K, left = error.log_reward_K, set(error.faults)
-            faults += error.faults.values()
-        kept = [k for k in range(len(trajectories_K)) if k not in left]
+        trajectories_K = problem.demonstrations[prompt.id]
+        log_reward_K, wrong = tolerated(answer)
+        faults += wrong.values()
+        kept = [k for k in range(len(trajectories_K)) if k not in wrong]
         if kept:
             groups.append(Group(prompt, tuple(trajectories_K[k] for k in kept), tuple(log_reward_K[k] for k in kept), -1, -1))
     if not groups:

@@ -37,6 +37,16 @@ class PrefixTree:
     def __len__(self) -> int:
         return len(self.token_N)
 
+    @property
+    def ends_K(self) -> np.ndarray:
+        """int64: the node that each trajectory ends at."""
+        return np.array([nodes_T[-1] for nodes_T in self.nodes_K], np.int64)
+
+    @property
+    def is_end_N(self) -> np.ndarray:
+        """bool: a trajectory ends there."""
+        return np.isin(np.arange(len(self)), self.ends_K)
+
     def paths(self) -> list[tuple[int, ...]]:
         """The tokens from the root to each node."""
         paths: list[tuple[int, ...]] = [()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from system.run_error import RunError
@@ -22,3 +22,14 @@ class RewardError(RunError):
     def __str__(self) -> str:
         first, *others = self.faults.values()
         return first + (f" (and {len(others)} more of this group)" if others else "")
+
+
+def tolerated(score: Callable[[], Sequence[np.ndarray]]) -> tuple[Sequence[np.ndarray], dict[int, str]]:
+    """(log R at every prefix, what is wrong with a trajectory that has none, by its index) of what a reward is asked for.
+
+    A border: tolerated on purpose; whoever asks counts what it lacks.
+    """
+    try:
+        return score(), {}
+    except RewardError as error:
+        return error.log_reward_K, error.faults

@@ -26,6 +26,7 @@ def _check_template(field: str, text: str, /, needed: bool = True, **values: obj
 
 NUMBER_REWARD = "system.tasks.random_number:log_reward"
 PAPERS_NUMBER_REWARD = "system.tasks.random_number:paper_log_reward"
+LAST_NUMBER = "system.tasks.verifiable:last_number"
 
 
 class RandomNumber(Section):
@@ -46,12 +47,6 @@ class RandomNumber(Section):
     """log R of anything that is not one of the numbers, nats. A number has log R = 0."""
     reward: Reward = FunctionReward(path=NUMBER_REWARD, every_prefix=True, seconds=None)
     """`system.tasks.random_number:paper_log_reward` is the paper's."""
-
-    @property
-    def is_listed(self) -> bool:
-        """The posterior is known, number by number: under the task's own rewards each is as likely as the others."""
-        return isinstance(self.reward, FunctionReward) and self.reward.path in (NUMBER_REWARD, PAPERS_NUMBER_REWARD)
-
     longest: int | None = Field(default=None, ge=1, le=16)
     """Most tokens of a draw; by default the digits of `high`."""
 
@@ -62,6 +57,11 @@ class RandomNumber(Section):
     @property
     def max_tokens(self) -> int:
         return self.longest or len(str(self.high))
+
+    @property
+    def is_listed(self) -> bool:
+        """The posterior is known, number by number: under the task's own rewards each is as likely as the others."""
+        return isinstance(self.reward, FunctionReward) and self.reward.path in (NUMBER_REWARD, PAPERS_NUMBER_REWARD)
 
     @model_validator(mode="after")
     def _an_interval(self) -> RandomNumber:
@@ -195,9 +195,7 @@ class Verifiable(Drawn):
     max_tokens: int = Field(default=24, ge=1)
     stop: str = Field(default="\n", min_length=1)
     """The end of an answer: a text that is one token."""
-    reward: Reward = ProductReward(
-        of=(LMPosterior(), FunctionReward(path="system.tasks.verifiable:last_number", beta=0.1, seconds=None))
-    )
+    reward: Reward = ProductReward(of=(LMPosterior(), FunctionReward(path=LAST_NUMBER, beta=0.1, seconds=None)))
 
     @model_validator(mode="after")
     def _a_question_to_fill_in(self) -> Verifiable:

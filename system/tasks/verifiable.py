@@ -17,14 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError
 from system.reward_config import FunctionReward, factors
-from system.task_config import Verifiable
+from system.task_config import LAST_NUMBER, Verifiable
 from system.tasks.files import choose, distinct, read_records
 from system.tasks.problem import Problem, chat_context, context_tokens, ordinary_tokens, single_token, support
 from system.trajectory import Prompt
 from system.voting import wins
-
-LAST_NUMBER = "system.tasks.verifiable:last_number"
-"""The verifier of the defaults."""
 
 
 def build(section: Verifiable, tokenizer: PreTrainedTokenizerBase) -> Problem:
