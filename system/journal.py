@@ -231,8 +231,9 @@ class Courier:
             self._attempts[lane] = 0
             state.refused += len(reasons)
             state.cursors[lane] = end
-            self._save()
+            # They are delivered, also if that cannot be noted: a full disk.
             self._journal.settle(len(entries))
+            self._save()
             if reasons:
                 log.warning("refused for good: %d %s, %d in this run; first: %s", len(reasons), kind, state.refused, reasons[0])
 

@@ -214,3 +214,15 @@ def test_an_evaluation_takes_prompts_evenly_from_all_of_them() -> None:
     prompts = [Prompt(str(number), (1,), (1,)) for number in range(10)]
     assert [prompt.id for prompt in spread(prompts, 4)] == ["0", "2", "5", "7"]
     assert spread(prompts, 10) is prompts
+
+
+def test_the_test_split_asks_nothing_that_was_trained_on_or_shown() -> None:
+    asked, shown = read_questions(Arithmetic(split="test", count=200))
+    trained, _ = read_questions(Arithmetic(count=200))
+    known = {question.expression for question in (*(question for _, question in trained), *shown)}
+    assert len(asked) == 200
+    assert not known & {question.expression for _, question in asked}
+
+
+def test_offset_and_limit_choose_among_the_questions() -> None:
+    assert read_questions(Arithmetic(count=60, offset=3, limit=2))[0] == read_questions(Arithmetic(count=60))[0][3:5]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from learner.baselines import Actions, actions_of, grpo, mle, ppo, rloo
+from learner.baselines import Actions, actions_of, build, grpo, mle, ppo, rloo
+from system.learner_config import GRPO, PPO, RLOO
 from system.prefix_tree import PrefixTree
 from system.trajectory import Group, Prompt, Trajectory
 from tests.test_prefix_tree import trajectory
@@ -166,3 +167,21 @@ def test_grpo_ends_at_the_best_string_and_not_at_the_posterior() -> None:
         q = subject.toy.log_q(prompt).detach().exp().numpy()
         best = int(np.argmax(subject.toy.log_reward[prompt]))
         assert q[best] > 0.8 > subject.toy.target(prompt)[best]
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.5])
+def test_a_section_is_built_with_its_own_settings(kl: float) -> None:
+    subject = actions([1.0, 2.0, 6.0], [[-0.2, -1.8], [-1.0, -0.4], [-2.0, -1.0]], [[-1.0, -1.0]] * 3)
+    subject = replace(subject, log_base_KT=torch.full((3, 2), -1.5, dtype=torch.float64))
+    wanted = (
+        (GRPO(clip=0.4, kl=kl), grpo(subject, 0.4, kl)),
+        (PPO(clip=0.4, kl=kl), ppo(subject, 0.4, kl)),
+        (RLOO(kl=kl), rloo(subject, kl)),
+    )
+    # Without a KL, GRPO and PPO of samples of one length are the same.
+    assert len({round(loss.item(), 6) for _, loss in wanted}) == (3 if kl else 2)
+    for section, loss in wanted:
+        built = build(section)
+        assert built is not None
+        assert built.needs_base == (kl > 0)
+        assert built.loss(subject).item() == loss.item()

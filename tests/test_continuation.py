@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from system import demonstrations
 from system.config import ConfigError
 from system.task_config import Continuation
-from system.tasks.continuation import read_prompts, variety
+from system.tasks.continuation import length, read_prompts, variety
 from system.tasks.problem import Problem, single_token
 from system.trajectory import Prompt, Trajectory
 from tests.problems import TOKENIZER, asked, judged, problem, text_of
@@ -117,3 +117,7 @@ def test_lengths_are_those_of_the_config() -> None:
 
 def test_continuations_are_judged_by_the_share_of_distinct_ones() -> None:
     assert judged(variety, asked(), ["a", "b", "a", "a"]) == {"distinct": 0.5}
+
+
+def test_a_sentence_is_worth_its_tokens() -> None:
+    assert length(asked(), "abc", [7, 8]) == 2.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections import Counter
 from dataclasses import dataclass
@@ -210,3 +211,29 @@ def test_draws_are_repeated_by_the_seed() -> None:
     for method in METHODS:
         first, again = (decoder(seed=3).draw(method, PROMPTS[0], 6).tokens_K for _ in range(2))
         assert first == again, method
+
+
+def searched(exact: Exact, widths: list[int], penalty: float) -> list[Tokens]:
+    """The same search over the listed log-probs: groups of beams, of which later ones pay for what earlier ones took."""
+    log_q = dict(zip(exact.outcomes, exact.log_q_O.tolist(), strict=True))
+    live: list[list[Tokens]] = [[()] for _ in widths]
+    ended: list[list[tuple[float, Tokens]]] = [[] for _ in widths]
+    while any(live):
+        taken: Counter[int] = Counter()
+        for group, width in enumerate(widths):
+            ended[group] = heapq.nlargest(width, ended[group] + [(log_q[z], z) for z in live[group] if z in log_q])
+            least = ended[group][-1][0] if len(ended[group]) == width else -np.inf
+            longer = [(*z, letter) for z in live[group] if len(z) < 3 for letter in LETTERS]
+            score = {z: np.logaddexp.reduce([value for o, value in log_q.items() if o[: len(z)] == z]) for z in longer}
+            kept = heapq.nlargest(width, ((score[z] - penalty * taken[z[-1]], z) for z in longer if score[z] > least))
+            live[group] = [z for _, z in kept]
+            taken.update(z[-1] for z in live[group])
+    return [z for _, z in sorted((end for each in ended for end in each), reverse=True)]
+
+
+@pytest.mark.parametrize("width", range(2, 7))
+@pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: prompt.id)
+def test_beams_narrower_than_the_support_are_the_textbooks(prompt: Prompt, width: int) -> None:
+    exact = enumerated(prompt, penalty=2.0)
+    assert exact.decoder.draw("beam", prompt, width).tokens_K == searched(exact, [width], 0.0)
+    assert exact.decoder.draw("diverse_beam", prompt, width).tokens_K == searched(exact, [1] * width, 2.0)

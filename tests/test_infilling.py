@@ -120,3 +120,11 @@ def test_an_infilled_sentence_is_compared_with_the_storys_own_without_its_stop()
 
 def test_a_story_without_its_own_sentence_has_no_overlap() -> None:
     assert judged(overlap, asked(middle="", stop="."), ["a", "b"]) == {}
+
+
+def test_only_what_a_model_told_is_an_exact_sample(tmp_path: Path) -> None:
+    after, middle = (TOKENIZER.encode(text, add_special_tokens=False) for text in (" xy", "ab"))
+    told = {"id": "told", "before": "one.", "after": "xy", "middle": "ab.", "tokens": {"middle": middle, "after": after}}
+    task = infilling(f"{TWO}\n{json.dumps(told)}", tmp_path)
+    assert len(task.demonstrations) == 2
+    assert task.exact == {"told"}

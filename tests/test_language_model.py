@@ -233,3 +233,25 @@ def test_gpus_that_are_reserved_and_that_torch_does_not_see_are_refused(monkeypa
     assert resolve_device("auto") == resolve_device("cpu", 1.0) == torch.device("cpu")
     with pytest.raises(ConfigError, match=r"1 GPUs are reserved .* torch .* sees none: `make clean setup-gpu`"):
         resolve_device("auto", 1.0)
+
+
+def test_an_output_bias_is_that_of_the_supports_columns() -> None:
+    model, allowed, stop = tiny.llama(VOCAB), [5, 6, 7, 8], 9
+    head: Any = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.randn(VOCAB, generator=torch.Generator().manual_seed(0)), requires_grad=False)
+    constraints = Constraints.of(stop_token=stop, min_tokens=0, max_tokens=4, vocab_size=VOCAB, allowed=allowed)
+    piece = Packed.of(PrefixTree.of([trajectory([5, 7])]), CONTEXTS[1])
+    language_model = LanguageModel(model)
+    with torch.no_grad():
+        found = language_model.log_probs(language_model.hidden([piece]), *piece.edge_queries(), constraints)
+    table = own_log_probs(model, [*CONTEXTS[1], 5])
+    for value, position, token in zip(found.numpy(), *piece.edge_queries(), strict=True):
+        expected = table[position, token] - np.logaddexp.reduce(table[position, [*allowed, stop]])
+        assert value == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_window_that_all_layers_have_is_kept() -> None:
+    model, tokens = tiny.mistral(VOCAB), list(range(10, 40))
+    [(edge_N, _)] = LanguageModel(model).score([Packed.of(PrefixTree.of([trajectory(tokens[2:])]), tokens[:2])])
+    table = own_log_probs(model, tokens)
+    assert edge_N[1:] == pytest.approx([table[at, token] for at, token in enumerate(tokens[2:], 1)], abs=1e-4)

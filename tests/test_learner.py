@@ -15,6 +15,7 @@ from system.checkpoint import CheckpointError
 from system.config import Config, ConfigError
 from system.config_file import parse
 from system.constraints import Constraints
+from system.posterior import Bounds
 from system.trajectory import Group, Prompt
 from tests import tiny
 from tests.test_prefix_tree import trajectory
@@ -85,6 +86,10 @@ def test_a_tools_output_is_context_and_no_part_of_log_q(folder: Path) -> None:
         support = ALLOWED + ([STOP] if depth >= CONSTRAINTS.min_tokens else [])
         expected += float(logits[at + position, token] - logits[at + position, support].logsumexp(-1))
     assert subject.score([group])[0].log_q_K == pytest.approx([expected], abs=1e-4)
+    # Nor do they count towards the greatest length, where the stop is certain.
+    longer = trajectory([10, 11, 45, 46, 12, 13], [True, True, False, False, True, True])
+    [score] = subject.score([Group(PROMPTS[1], (longer,), (np.zeros(7),), 0, 0)])
+    assert score.log_q_stop_K[0] < -0.01
 
 
 KINDS = ("pooled", "vargrad", "tb", "db", "subtb", "grpo", "ppo", "rloo", "mle")
@@ -137,6 +142,76 @@ def test_the_reward_temperature_divides_the_reward(folder: Path) -> None:
     at_half = learner(folder, reward_temperature={"start": 0.5, "end": 0.5})
     doubled = [Group(g.prompt, g.trajectories_K, tuple(2 * r for r in g.log_reward_K), 0, 0) for g in groups()]
     assert at_half.update(groups())["loss"] == pytest.approx(learner(folder).update(doubled)["loss"], rel=1e-5)
+
+
+def test_the_reward_temperature_of_an_update_is_that_of_its_step(folder: Path) -> None:
+    subject = learner(folder, reward_temperature={"start": 1.0, "end": 0.5, "horizon": 2})
+    assert [subject.update(groups())["reward_temperature"] for _ in range(4)] == [1.0, 0.75, 0.5, 0.5]
+
+
+def test_a_kl_is_to_the_base_beside_the_tempered_reward(folder: Path) -> None:
+    """RLOO's loss by its definition, with log-probs of one sequence at a time."""
+    loss = parse(ON_POLICY | {"task": {"kind": "random_number"}, "loss": {"kind": "rloo", "kl": 0.5}}).loss
+    settings = config(reward_temperature={"start": 0.5, "end": 0.5}).model_copy(update={"loss": loss})
+    subject = Learner(settings, folder, CONSTRAINTS, "base", list(range(10, 40)))
+    tiny.perturb(subject.policy.parameters.values())
+    model, expected = subject.policy.language_model.model, []
+    for group in groups():
+        tokens = [trajectory.tokens_T.tolist() for trajectory in group.trajectories_K]
+        log_q = np.array([own_log_q(model, group.prompt, z) for z in tokens])
+        with subject.policy.base():
+            log_base = np.array([own_log_q(model, group.prompt, z) for z in tokens])
+        reward = np.array([values[-1] for values in group.log_reward_K]) / 0.5 - 0.5 * (log_q - log_base)
+        others = (reward.sum() - reward) / (len(reward) - 1)
+        expected.append(-((reward - others) * log_q).mean())
+    assert subject.update(groups())["loss"] == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def test_the_gradient_is_that_of_the_mean_over_groups(folder: Path) -> None:
+    once, twice = (learner(folder).update(groups() * times)["grad_norm"] for times in (1, 2))
+    assert twice == pytest.approx(once, rel=1e-4)
+
+
+def test_a_reward_where_the_policy_cannot_stop_is_no_state(folder: Path) -> None:
+    found = []
+    for root in (np.nan, 500.0):
+        rewards = [tuple(np.append(root, values[1:]) for values in group.log_reward_K) for group in groups()]
+        batch = [Group(g.prompt, g.trajectories_K, values, 0, 0) for g, values in zip(groups(), rewards, strict=True)]
+        found.append(learner(folder).update(batch)["loss"])
+    assert found[0] == found[1]
+
+
+def test_the_decay_of_the_config_reaches_the_loss(folder: Path) -> None:
+    found = []
+    for decay in (0.5, 1.0):
+        loss = parse({"task": {"kind": "random_number"}, "loss": {"kind": "subtb", "decay": decay}}).loss
+        settings = config().model_copy(update={"loss": loss})
+        found.append(Learner(settings, folder, CONSTRAINTS, "base", list(range(10, 40))).update(groups())["loss"])
+    assert found[0] != pytest.approx(found[1], rel=1e-3)
+
+
+def test_the_optimizer_has_the_settings_of_the_config(folder: Path) -> None:
+    subject = learner(folder, warmup_steps=4, weight_decay=0.25, betas=[0.5, 0.75], clip=0.01)
+    metrics = subject.update(groups())
+    [used] = subject.optimizer.param_groups
+    assert (used["lr"], used["weight_decay"], tuple(used["betas"])) == (lr_at(subject.config, 0), 0.25, (0.5, 0.75))
+    gradients = [parameter.grad.flatten() for parameter in subject.policy.parameters.values() if parameter.grad is not None]
+    assert float(torch.cat(gradients).norm()) == pytest.approx(0.01, rel=1e-3)
+    assert metrics["grad_norm"] > 0.01
+
+
+def test_the_facts_of_an_update_are_those_of_its_samples(folder: Path) -> None:
+    subject = learner(folder)
+    tiny.perturb(subject.policy.parameters.values())
+    # Equal prefixes have equal rewards.
+    rewards = [[np.sin(np.append(0, t.tokens_T.cumsum())) for t in group.trajectories_K] for group in groups()]
+    batch = [Group(g.prompt, g.trajectories_K, tuple(values), 0, 0) for g, values in zip(groups(), rewards, strict=True)]
+    scores = subject.score(batch)
+    bounds = [Bounds.of(score.log_reward_K - score.log_q_K) for score in scores]
+    metrics = subject.update(batch)
+    for name, field in (("log_z", "log_z_lower"), ("spread", "spread"), ("ess", "ess")):
+        assert metrics[name] == pytest.approx(np.mean([getattr(bound, field) for bound in bounds]), rel=1e-3)
+    assert metrics["log_q_stop"] == pytest.approx(np.mean([score.log_q_stop_K.mean() for score in scores]), abs=1e-4)
 
 
 def test_a_restored_learner_continues_as_if_it_had_never_stopped(folder: Path) -> None:
@@ -226,3 +301,5 @@ def test_the_learning_rate_warms_up_from_above_zero_and_decays(decay: str) -> No
     assert max(rates) == pytest.approx(1.0)
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert rates[-1] == pytest.approx(1.0 if decay == "constant" else 0.1)
+    quarter = {"constant": 1.0, "linear": 0.775, "cosine": 0.1 + 0.45 * (1 + np.cos(np.pi / 4))}
+    assert rates[16] == pytest.approx(quarter[decay], abs=0.01)

@@ -158,3 +158,17 @@ def test_a_group_with_no_pair_costs_nothing_and_has_a_gradient(kind: str, toy: T
 def test_an_unknown_loss_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"'ppo'.*pooled"):
         losses.build("ppo")
+
+
+def test_each_kind_is_its_own_loss(toy: Toy) -> None:
+    states = toy.states(0, toy.group(0, [(0, 1, 1), (1, 0), (1,)]))
+    expected = {
+        "pooled": losses.pooled(states),
+        "vargrad": losses.vargrad(states),
+        "tb": losses.trajectory_balance(states),
+        "db": losses.detailed_balance(states),
+        "subtb": losses.subtrajectory_balance(states, 0.5),
+    }
+    values = {kind: loss.item() for kind, loss in expected.items()}
+    assert {kind: losses.build(kind, 0.5)(states).item() for kind in KINDS} == values
+    assert len({round(value, 6) for value in values.values()}) == len(KINDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,3 +120,10 @@ def test_a_base_layer_of_another_kind_computes_for_itself(tmp_path: Path) -> Non
         plain, base = layer(x), linear(x)
         linear.__class__ = Doubled
         torch.testing.assert_close(layer(x), plain + base)
+
+
+def test_the_scale_of_the_update_is_alpha_over_rank(tmp_path: Path) -> None:
+    lora = Lora(rank=4, alpha=12)
+    policy = Policy(tiny.folder(tmp_path), lora, CONSTRAINTS, dtype=torch.float32, device=CPU)
+    layers: list[Any] = [module for module in policy.language_model.model.modules() if isinstance(module, BaseTunerLayer)]
+    assert {layer.scaling["default"] for layer in layers} == {policy.scale} == {3.0}

@@ -76,9 +76,12 @@ def test_a_start_of_another_base_or_scale_and_no_plain_lora_are_refused(tmp_path
     # As another program writes a folder.
     (tmp_path / "run" / MANIFEST).unlink()
     described = tmp_path / "run" / "adapter_config.json"
-    described.write_text(json.dumps(json.loads(described.read_text()) | {"use_rslora": True}))
-    with pytest.raises(ConfigError, match="use_rslora=True is no plain LoRA"):
-        runs.starting_weights(config(start=start))
+    plain = json.loads(described.read_text())
+    others = {"use_rslora": True, "use_dora": True, "alpha_pattern": {"q_proj": 16}, "rank_pattern": {"q_proj": 2}}
+    for field, value in others.items():
+        described.write_text(json.dumps(plain | {field: value}))
+        with pytest.raises(ConfigError, match=f"{field}=.* is no plain LoRA"):
+            runs.starting_weights(config(start=start))
     described.unlink()
     with pytest.raises(ConfigError, match=r"adapter_config.json"):
         runs.starting_weights(config(start=start))

@@ -490,3 +490,14 @@ def test_imitating_the_labels_makes_the_policy_answer_them(folder: Path, tmp_pat
     assert before["task/accuracy"] == 0
     assert after["task/accuracy"] == 1
     assert after["task/log_likelihood"] > max(before["task/log_likelihood"], np.log(0.9))
+
+
+def test_an_offset_skips_records(tmp_path: Path) -> None:
+    assert [prompt.id for prompt in labelled(tmp_path, offset=1).prompts] == ["mine"]
+
+
+def test_a_record_that_is_held_out_takes_all_its_rationales_along(tmp_path: Path) -> None:
+    rows = [("mine", " m", "q cd is"), ("line-1", " n", "q ab is"), ("mine", " o", "q cd is")]
+    task = labelled(tmp_path, stage="predict", rationales=rationales(tmp_path, *rows), held_out=1)
+    assert [prompt.id for prompt in task.trained] == ["line-1/0"]
+    assert [prompt.id for prompt in task.evaluated] == ["mine/0", "mine/1"]

@@ -494,3 +494,27 @@ def test_a_whole_journal_can_be_sent_to_another_server(tmp_path, database, black
     tracker.close("FINISHED")
     assert replay(tmp_path, database) == 0
     assert recorded(database, "moved").data.metrics == {"loss": 1.0}
+
+
+def test_a_run_that_moves_takes_along_what_the_first_place_had(tmp_path, database):
+    for number, place in enumerate(("before", "after")):
+        tracker = Tracker(tmp_path, config(database, place), resume=number > 0)
+        tracker.metrics({"loss": float(number)}, number)
+        tracker.close("FINISHED")
+    run = recorded(database, "after")
+    assert history(database, run, "loss") == [(0, 0.0), (1, 1.0)]
+    assert run.data.params["learner.lr"] == "0.001"
+
+
+def test_what_a_power_loss_took_from_the_journal_hides_nothing_that_follows(tmp_path, database):
+    tracker = Tracker(tmp_path, config(database, "power"))
+    for step in range(20):
+        tracker.metrics({"loss": 0.0}, step)
+    tracker.close("FAILED")
+    journal = tmp_path / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes().splitlines(keepends=True)[0])
+    tracker = Tracker(tmp_path, config(database, "power"), resume=True)
+    tracker.metrics({"loss": 1.0}, 20)
+    tracker.close("FINISHED")
+    assert tracker.lag() == 0
+    assert (20, 1.0) in history(database, recorded(database, "power"), "loss")

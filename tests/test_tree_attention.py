@@ -223,3 +223,8 @@ def test_what_block_attention_cannot_do_falls_back_or_is_refused(
     assert "no compiler here" in caplog.text
     (got,) = model.score(row(2, 1))
     np.testing.assert_array_equal(got, expected)
+
+
+def test_capped_attention_is_refused_by_blocks() -> None:
+    with pytest.raises(ConfigError, match=r"Gemma2Attention has \['softcap'\], which block attention here does not do"):
+        LanguageModel(tiny.gemma2(VOCAB), attention="block")

@@ -19,6 +19,7 @@ from transformers import (
     GPT2Config,
     Lfm2Config,
     LlamaConfig,
+    MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -54,6 +55,26 @@ def llama(vocab_size: int = VOCABULARY, seed: int = 0) -> PreTrainedModel:
         eos_token_id=2,
         pad_token_id=0,
         tie_word_embeddings=False,
+    )
+    return _build(config, seed)
+
+
+def mistral(vocab_size: int = VOCABULARY, seed: int = 0) -> PreTrainedModel:
+    """A sliding window of 16 tokens in all layers, longer than the samples that a model is checked with when it is loaded."""
+    config = MistralConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=16,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
     )
     return _build(config, seed)
 
