@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,9 +18,19 @@ from system.config import ConfigError
 from system.function_process import FunctionProcess
 from system.functions import import_function
 from system.language_model import LanguageModel
+from system.log_rewards import LogRewards
 from system.prefix_tree import Packed, PrefixTree, rows_by_budget
-from system.reward_config import ContrastReward, Factor, FunctionReward, LMPosterior, ProductReward, at_ends, factors
-from system.reward_error import RewardError
+from system.reward_config import (
+    ContrastReward,
+    Factor,
+    FunctionReward,
+    LMPosterior,
+    ProductReward,
+    at_ends,
+    factors,
+    names,
+)
+from system.reward_error import RewardError, tolerated
 from system.trajectory import Prompt, Trajectory
 
 
@@ -207,27 +218,39 @@ class Function:
         return float(value) / self.beta
 
 
-class Product:
-    """The product of rewards: log-rewards add up, and a state has one where all factors have one."""
+class Part(NamedTuple):
+    """A factor of a product."""
 
-    def __init__(self, factors: Sequence[Reward]) -> None:
-        self.factors = tuple(factors)
+    name: str
+    reward: Reward
+    unit: float = 1.0
+    """Nats of its log R times this are what it is reported in."""
+
+
+class Product:
+    """The product of rewards: log-rewards add up, and a state has one where all factors have one. What each factor says of a
+    sample goes with the result."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
 
     @property
     def tokens_forwarded(self) -> int:
-        return sum(factor.tokens_forwarded for factor in self.factors)
+        return sum(part.reward.tokens_forwarded for part in self.parts)
 
-    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> LogRewards:
         faults: dict[int, str] = {}
         scores = []
-        for factor in self.factors:
-            try:
-                scores.append(factor.score(prompt, trajectories_K))
+        for part in self.parts:
             # Every factor has its say, so that what is left of a group is whole.
-            except RewardError as error:
-                faults = error.faults | faults
-                scores.append(error.log_reward_K)
-        result = [np.sum(per_factor, axis=0) for per_factor in zip(*scores, strict=True)]
+            log_reward_K, wrong = tolerated(partial(part.reward.score, prompt, trajectories_K))
+            faults = wrong | faults
+            scores.append(log_reward_K)
+        ends = {
+            part.name: part.unit * np.array([log_reward_T[-1] for log_reward_T in log_reward_K])
+            for part, log_reward_K in zip(self.parts, scores, strict=True)
+        }
+        result = LogRewards((np.sum(per_factor, axis=0) for per_factor in zip(*scores, strict=True)), ends)
         if faults:
             raise RewardError(faults, result)
         return result
@@ -247,18 +270,15 @@ class Checked:
     def tokens_forwarded(self) -> int:
         return self.reward.tokens_forwarded
 
-    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> LogRewards:
         """Raises RewardError with the prompt and the sequence."""
-        faults: dict[int, str] = {}
-        try:
-            scores = self.reward.score(prompt, trajectories_K)
         # What it has scored is checked as well before it goes on.
-        except RewardError as error:
-            faults, scores = dict(error.faults), error.log_reward_K
+        scores, wrong = tolerated(partial(self.reward.score, prompt, trajectories_K))
+        faults = dict(wrong)
         if len(scores) != len(trajectories_K):
             message = f"prompt {prompt.id!r}: {len(scores)} log-rewards for {len(trajectories_K)} trajectories"
             raise RewardError(dict.fromkeys(range(len(trajectories_K)), message), [])
-        result = []
+        result = LogRewards((), scores.factors_K)
         for k, (trajectory, log_reward_T) in enumerate(zip(trajectories_K, scores, strict=True)):
             if k not in faults and not _learnable(trajectory, log_reward_T):
                 faults[k] = (
@@ -310,7 +330,8 @@ def build(
     if isinstance(section, ProductReward):
         # Where one factor is not known, what the others say is for nothing.
         section = section if section.every_prefix else at_ends(section)
-        return Checked(Product([one(*factor) for factor in factors(section)]), decode)
+        parts = zip(names(section), factors(section), strict=True)
+        return Checked(Product([Part(name, one(*factor), factor[1].unit) for name, factor in parts]), decode)
     [factor] = factors(section)
     return Checked(one(*factor), decode)
 

@@ -278,8 +278,9 @@ class Sampler:
             with self.timeline.span("reward", "reward", group=job.request.group_id):
                 scores_K, faults = tolerated(lambda: self._reward.score(prompt, trajectories_K))
             left = [k for k in range(len(trajectories_K)) if k not in faults]
-            kept, scores = tuple(trajectories_K[k] for k in left), tuple(scores_K[k] for k in left)
-            group = Group(prompt, kept, scores, job.version, job.request.group_id, tuple(faults.values()))
+            kept, scores = tuple(trajectories_K[k] for k in left), scores_K.only(left)
+            numbers = (job.version, job.request.group_id)
+            group = Group(prompt, kept, tuple(scores), *numbers, tuple(faults.values()), scores.factors_K)
         # A border: an error of the reward is for the caller that asked for this group.
         except BaseException as error:
             job.done.set_exception(error)

@@ -7,6 +7,7 @@ samples, its MLflow run), for `deploy/compare.py`. All metrics are means over pr
     task/{max,mean}_log_reward       log R of the K samples, untempered, nats
     task/{max,mean}_log_likelihood   log p(Z stop | X) of the frozen model, nats, where the reward needs one
     task/diversity, task/distinct    1 - mean cosine of sentence embeddings; share of distinct samples
+    task/reward/NAME                 what a factor of a product says, means over the K samples
     task/…                           what the task's own judge says, and the samples' vote where the evidence has alternatives
     reward_faults                    how often the reward could not score what it was asked for: that is left out
     posterior/…                      bounds on log Z at the config's last reward temperature, where the method has weights
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from actors.decoding import Decoder, Draws
-    from actors.rewards import Reward
     from system.trajectory import Prompt, Trajectory
 
 logger = logging.getLogger("headwater")
@@ -57,32 +57,6 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 """Of the numbers among the settings of `actors.decoding`."""
 MEANS = ("task/", "posterior/", "model_tokens", "seconds")
-
-
-class Tolerant:
-    """A reward for which a sample that it cannot score has log R = NOTHING: as in training it is left out, and counted."""
-
-    def __init__(self, reward: Reward) -> None:
-        self._reward = reward
-        self.faults = 0
-
-    @property
-    def tokens_forwarded(self) -> int:
-        return self._reward.tokens_forwarded
-
-    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
-        import numpy as np
-
-        from actors.decoding import NOTHING
-        from system.reward_error import tolerated
-
-        scores_K, faults = tolerated(lambda: self._reward.score(prompt, trajectories_K))
-        if faults:
-            self.faults += len(faults)
-            logger.warning("%d samples of %s have no reward: %s", len(faults), prompt.id, next(iter(faults.values())))
-        return [
-            np.full(len(trajectory) + 1, NOTHING) if k in faults else scores_K[k] for k, trajectory in enumerate(trajectories_K)
-        ]
 
 
 class Baselines:
@@ -148,6 +122,7 @@ class Baselines:
     def measure(self, method: str, samples: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """(metrics, one row a sample) of a method of `actors.decoding`, or of `gflownet`."""
         from actors.decoding import Decoder
+        from actors.tolerant import Tolerant
         from system import evaluation
 
         model, temperature = self.base, self.config.learner.reward_temperature.end
@@ -172,26 +147,29 @@ class Baselines:
         import numpy as np
 
         from actors.decoding import NOTHING
+        from system.log_rewards import LogRewards
         from system.trajectory import Group, sampled
 
         started = time.perf_counter()
         draws = decoder.draw(method, prompt, samples)
         metrics = {"model_tokens": float(draws.model_tokens), "seconds": time.perf_counter() - started}
         drawn_K = [sampled(list(tokens)) for tokens in draws.tokens_K]
-        scores_K = decoder.reward.score(prompt, drawn_K)
+        scores_K = LogRewards.of(decoder.reward.score(prompt, drawn_K))
         kept = [k for k, log_reward_T in enumerate(scores_K) if log_reward_T[-1] > NOTHING]
         # Bounds need two; of a search there may be one in all.
         if len(kept) < min(2, len(scores_K)):
             return None
         draws = draws.of(kept)
         trajectories_K = tuple(drawn_K[k] for k in kept)
-        group = Group(prompt, trajectories_K, tuple(scores_K[k] for k in kept), 0, 0)
+        scores_K = scores_K.only(kept)
+        group = Group(prompt, trajectories_K, tuple(scores_K), 0, 0)
         log_reward_K = np.array([log_reward_T[-1] for log_reward_T in group.log_reward_K])
         metrics |= {"task/max_log_reward": float(log_reward_K.max()), "task/mean_log_reward": float(log_reward_K.mean())}
         if self.likelihood is not None:
             scores = self.likelihood.score(replace(prompt, evidence_tokens=None), trajectories_K)
             log_p_K = [float(score_T[-1]) for score_T in scores]
             metrics |= {"task/max_log_likelihood": max(log_p_K), "task/mean_log_likelihood": sum(log_p_K) / len(log_p_K)}
+        metrics |= {f"task/reward/{name}": float(value_K.mean()) for name, value_K in scores_K.factors_K.items()}
         metrics["task/distinct"] = len(set(draws.tokens_K)) / len(draws.tokens_K)
         metrics |= {f"task/{name}": value for name, value in self.judge(group).items()}
         log_weight_K = draws.log_weights(log_reward_K / decoder.reward_temperature)

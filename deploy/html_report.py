@@ -46,6 +46,9 @@ MEANING = {
     "posterior/ess": "effective share of the samples under the weights exp u; 1 at the posterior",
     "posterior/log_q_stop": "mean log q of the stop where samples ended, nats",
     "posterior/length": "tokens of a sample",
+    "posterior/engine_gap": "mean |log q of a sample by the engine that drew it - by the learner|, nats; rounding alone",
+    "task/max_log_reward": "largest log R of a prompt's samples, nats",
+    "task/mean_log_reward": "mean log R of a prompt's samples, nats",
     "seconds_training": "training time until then, seconds",
 }
 
@@ -101,6 +104,9 @@ def charts(metrics: Metrics) -> list[Chart]:
     spread = metrics.lines({"posterior/spread": "evaluation"})
     stop = metrics.lines({"posterior/log_q_stop": "evaluation"})
 
+    prefix = "reward/"
+    factors = metrics.lines({name: name.removeprefix(prefix) for name in metrics.series if name.startswith(prefix)})
+
     def of_samples(name: str) -> dict[str, dict[int, float]]:
         return metrics.lines({name: "training samples"})
 
@@ -113,6 +119,7 @@ def charts(metrics: Metrics) -> list[Chart]:
         Chart("log q of the stop where samples end", "nats", of_samples("log_q_stop") | stop, False, frozenset(stop)),
         Chart("Length of the samples", "tokens", metrics.lines({"length/mean": "mean", "length/max": "longest"})),
         Chart("log R of the samples", "nats", metrics.lines({"log_reward/mean": "mean", "log_reward/max": "best"})),
+        Chart("Factors of the reward, means", "in their own units", factors),
         Chart("Idle", "share of the time", metrics.lines({"idle/learner": "learner"}) | idle),
         Chart("Staleness", "updates", metrics.lines({"staleness": "mean"})),
         Chart("Rate", "trajectories/s", metrics.lines({"rate/trajectories_per_second": "trajectories/s"})),

@@ -91,8 +91,9 @@ class Recorder:
                 "planted": bool(trajectory.behaviour.planted),
                 "version": group.adapter_version,
             }
+            | {f"reward/{name}": float(value_K[k]) for name, value_K in group.factors_K.items()}
             for group in groups
-            for trajectory, log_reward_T in zip(group.trajectories_K, group.log_reward_K, strict=True)
+            for k, (trajectory, log_reward_T) in enumerate(zip(group.trajectories_K, group.log_reward_K, strict=True))
         ]
 
     def evaluate(self, loop: Orchestrator) -> None:

@@ -172,8 +172,8 @@ def sampled(
     Draws by another `behaviour` than the policy's own bound nothing: then the metrics are task/… and the samples' length.
 
     `judge` adds what it says of each prompt's group to its row, beside the largest and the mean log R (nats, as
-    `deploy/baselines.py` has them), and the means to the metrics, as task/… (a prompt without a metric takes no part in
-    its mean).
+    `deploy/baselines.py` has them) and what the factors of a product say, and the means to the metrics, as task/… (a prompt
+    without a metric takes no part in its mean).
 
     Raises:
         SamplerDied: the samplers that a prompt was given to died again and again.
@@ -189,18 +189,29 @@ def sampled(
         row = {name: getattr(bounds, name) for name in Bounds.__dataclass_fields__}
         row["task/max_log_reward"] = float(np.max(score.log_reward_K))
         row["task/mean_log_reward"] = float(np.mean(score.log_reward_K))
+        row |= {f"task/reward/{name}": float(np.mean(value_K)) for name, value_K in group.factors_K.items()}
         verdict = {f"task/{name}": value for name, value in judge(group).items()}
         per_prompt.append({"prompt": group.prompt.id, **row, "length": float(np.mean(lengths)), **verdict})
-        for trajectory, log_q, log_reward in zip(group.trajectories_K, score.log_q_K, score.log_reward_K, strict=True):
+        for k, trajectory in enumerate(group.trajectories_K):
             of = {"prompt": group.prompt.id, "tokens": trajectory.tokens_T.tolist(), "length": len(trajectory)}
-            table.append(of | {"log_q": float(log_q), "log_reward": float(log_reward)})
+            of |= {"log_q": float(score.log_q_K[k]), "log_reward": float(score.log_reward_K[k])}
+            table.append(of | {f"reward/{name}": float(value_K[k]) for name, value_K in group.factors_K.items()})
     metrics = {}
     if behaviour == ON_POLICY:
         metrics |= mean_metrics(bounds_G)
         metrics["posterior/log_q_stop"] = float(np.mean([score.log_q_stop_K.mean() for score in scores]))
+        gaps = [_engine_gap(group, score.log_q_K) for group, score in zip(groups, scores, strict=True)]
+        metrics["posterior/engine_gap"] = float(np.mean(gaps))
     metrics["posterior/length"] = float(np.mean([row["length"] for row in per_prompt]))
     metrics |= means(per_prompt)
     return Evaluation(metrics, per_prompt, table)
+
+
+def _engine_gap(group: Group, log_q_K: np.ndarray) -> float:
+    """Mean difference of a sample's log q by the engine that drew it from that by the learner, nats: bounds take the learner's
+    for what samples were drawn with."""
+    drawn_K = np.array([trajectory.logp_T.sum(dtype=np.float64) for trajectory in group.trajectories_K])
+    return float(np.abs(drawn_K - log_q_K).mean())
 
 
 def means(per_prompt: Sequence[Mapping[str, Any]], prefix: str | tuple[str, ...] = "task/") -> dict[str, float]:

@@ -25,7 +25,7 @@ from system.loop_state import Counters, LoopState
 from system.requests import Requests
 from system.run_error import RunError
 from system.timeline import Timeline
-from system.trajectory import Group, merge_by_prompt
+from system.trajectory import Group, joined, merge_by_prompt
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -191,6 +191,7 @@ class Orchestrator:
             "forced_stops": float(np.mean([trajectory.stop == "forced" for trajectory in trajectories])),
             "log_reward/mean": float(np.mean([values[-1] for group in fresh for values in group.log_reward_K])),
             "log_reward/max": float(np.max([values[-1] for group in fresh for values in group.log_reward_K])),
+            **{f"reward/{name}": float(value_K.mean()) for name, value_K in joined([g.factors_K for g in fresh]).items()},
             "replay/size": float(len(self.replay)),
             "groups/in_flight": float(self.flow.in_flight),
             "groups/waiting": float(self.flow.waiting),

@@ -19,6 +19,15 @@ class LMPosterior(Section):
     every_prefix: bool = True
     """False: where a trajectory ends alone, which saves the evidence at every other prefix; for `vargrad` or `pooled`."""
 
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    @property
+    def unit(self) -> float:
+        """It is reported in nats."""
+        return 1.0
+
 
 class FunctionReward(Section):
     """A python function `f(prompt: Prompt, text: str, tokens: list[int]) -> float` as log R = f / beta, in nats."""
@@ -39,6 +48,15 @@ class FunctionReward(Section):
     start_seconds: float = Field(default=120.0, gt=0)
     """Longest wait until that process has imported it; what it needs, such as a model, may be loaded then."""
 
+    @property
+    def name(self) -> str:
+        return self.path.partition(":")[2]
+
+    @property
+    def unit(self) -> float:
+        """It is reported as the function returned it."""
+        return self.beta
+
 
 class ContrastReward(Section):
     """(p(Y | X Z stop) / Σ p(Y' | X Z stop))^power, over the evidence Y and those of the task's other labels: how well Z tells
@@ -49,6 +67,15 @@ class ContrastReward(Section):
     """1 for the share itself; more sharpens it."""
     every_prefix: bool = True
     """As of `lm_posterior`."""
+
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    @property
+    def unit(self) -> float:
+        """It is reported as the log of the share itself, in nats."""
+        return 1 / self.power
 
 
 Factor = Annotated[LMPosterior | FunctionReward | ContrastReward, Field(discriminator="kind")]
@@ -79,6 +106,13 @@ def factors(reward: Reward, field: str = "task.reward") -> Iterator[tuple[str, F
         yield from ((f"{field}.of.{at}", factor) for at, factor in enumerate(reward.of))
     else:
         yield field, reward
+
+
+def names(reward: ProductReward) -> list[str]:
+    """What its factors are called where they are reported: by their kind or function, with their place where two have one
+    name."""
+    called = [factor.name for factor in reward.of]
+    return [name if called.count(name) == 1 else f"{at}.{name}" for at, name in enumerate(called)]
 
 
 R = TypeVar("R", bound=LMPosterior | FunctionReward | ContrastReward | ProductReward)

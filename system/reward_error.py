@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from system.log_rewards import LogRewards
 from system.run_error import RunError
 
 if TYPE_CHECKING:
@@ -17,19 +18,19 @@ class RewardError(RunError):
     def __init__(self, faults: dict[int, str], log_reward_K: Sequence[np.ndarray]) -> None:
         """`faults` says by a trajectory's index what is wrong with it; `log_reward_K` is good for the others."""
         super().__init__(faults, log_reward_K)
-        self.faults, self.log_reward_K = faults, list(log_reward_K)
+        self.faults, self.log_reward_K = faults, LogRewards.of(log_reward_K)
 
     def __str__(self) -> str:
         first, *others = self.faults.values()
         return first + (f" (and {len(others)} more of this group)" if others else "")
 
 
-def tolerated(score: Callable[[], Sequence[np.ndarray]]) -> tuple[Sequence[np.ndarray], dict[int, str]]:
+def tolerated(score: Callable[[], Sequence[np.ndarray]]) -> tuple[LogRewards, dict[int, str]]:
     """(log R at every prefix, what is wrong with a trajectory that has none, by its index) of what a reward is asked for.
 
     A border: tolerated on purpose; whoever asks counts what it lacks.
     """
     try:
-        return score(), {}
+        return LogRewards.of(score()), {}
     except RewardError as error:
         return error.log_reward_K, error.faults

@@ -6,7 +6,7 @@ Suffixes name the axes everywhere: `_G` groups, `_K` samples of one prompt, `_T`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -126,6 +126,9 @@ class Group:
     group_id: int
     faults: tuple[str, ...] = ()
     """Why samples that were drawn are not here: a line for each whose reward could not be had."""
+    factors_K: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Where the reward is a product, by its name what each factor says of a sample where it ends, in the factor's own unit:
+    float64 [K]. Empty where that is not known."""
 
     def __post_init__(self) -> None:
         if len(self.trajectories_K) != len(self.log_reward_K):
@@ -136,6 +139,9 @@ class Group:
                     f"group {self.group_id}, prompt {self.prompt.id!r}: a trajectory of {len(trajectory)} tokens "
                     f"needs {len(trajectory) + 1} log-rewards, got {len(log_reward_T)}"
                 )
+        for name, value_K in self.factors_K.items():
+            if len(value_K) != len(self.trajectories_K):
+                raise ValueError(f"{len(self.trajectories_K)} trajectories but {len(value_K)} values of the factor {name!r}")
 
     def __len__(self) -> int:
         return len(self.trajectories_K)
@@ -161,6 +167,13 @@ def merge_by_prompt(groups: Sequence[Group]) -> list[Group]:
             log_reward_K=tuple(log_reward_T for group in same for log_reward_T in group.log_reward_K),
             adapter_version=min(group.adapter_version for group in same),
             faults=tuple(fault for group in same for fault in group.faults),
+            factors_K=joined([group.factors_K for group in same]),
         )
         for same in by_prompt.values()
     ]
+
+
+def joined(factors_G: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The values of the samples of all groups in one array for each factor that all of them know."""
+    names = [name for name in factors_G[0] if all(name in factors for factors in factors_G)]
+    return {name: np.concatenate([factors[name] for factors in factors_G]) for name in names}

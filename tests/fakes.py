@@ -24,7 +24,8 @@ def group_for(request: Request, version: int) -> Group:
         tokens = rng.integers(0, 9, length).astype(np.int32)
         trajectories.append(Trajectory(tokens, np.ones(length, bool), np.zeros(length + 1, np.float32), "sampled", behaviour))
         rewards.append(-rng.random(length + 1))
-    return Group(request.prompt, tuple(trajectories), tuple(rewards), version, request.group_id)
+    factors = {"digits": np.array([float(trajectory.tokens_T.sum()) for trajectory in trajectories])}
+    return Group(request.prompt, tuple(trajectories), tuple(rewards), version, request.group_id, factors_K=factors)
 
 
 class FakeSamplers:

@@ -140,7 +140,8 @@ class Lossy(FakeSamplers):
         group = super()._work(request, version)
         lost = self.lost.get(group.group_id, 0)
         kept, rewards = group.trajectories_K[lost:], group.log_reward_K[lost:]
-        return replace(group, trajectories_K=kept, log_reward_K=rewards, faults=("log of zero",) * lost)
+        factors = {name: value_K[lost:] for name, value_K in group.factors_K.items()}
+        return replace(group, trajectories_K=kept, log_reward_K=rewards, faults=("log of zero",) * lost, factors_K=factors)
 
 
 def test_samples_without_a_reward_are_left_out_and_a_group_with_fewer_than_two_is_given_up(
@@ -163,7 +164,7 @@ def test_a_group_of_one_that_lost_none_is_used(tmp_path: Path) -> None:
     class Alone(FakeSamplers):
         def _work(self, request: Request, version: int) -> Group:
             group = super()._work(request, version)
-            return replace(group, trajectories_K=group.trajectories_K[:1], log_reward_K=group.log_reward_K[:1])
+            return replace(group, trajectories_K=group.trajectories_K[:1], log_reward_K=group.log_reward_K[:1], factors_K={})
 
     loop = orchestrator(tmp_path, config(steps=3), Alone(), FakeLearner())
     loop.train()
@@ -203,3 +204,16 @@ def test_groups_that_were_issued_and_not_used_are_issued_again_after_a_resume(tm
     assert Counter(rest.issued).most_common(1)[0][1] == 1
     assert again.counters.groups == 60
     assert set(samplers.issued) | set(rest.issued) == set(range(60 + again.counters.too_stale))
+
+
+def test_deaths_with_groups_in_between_are_not_in_a_row(tmp_path: Path) -> None:
+    lost = set(range(2, 24, 3))
+
+    def fate(request: Request) -> None:
+        if request.group_id in lost:
+            lost.discard(request.group_id)
+            dies(f"sampler-{request.group_id}")
+
+    loop = orchestrator(tmp_path, config(), FakeSamplers(workers=1, fate=fate), FakeLearner())
+    loop.train()
+    assert (loop.counters.deaths, loop.counters.groups) == (8, 24)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from system import checkpoint
@@ -423,3 +424,28 @@ def test_what_a_learner_takes_to_publish_and_to_save_is_no_wait_for_groups(tmp_p
     assert min(loop.tracker.series("seconds/step")[1:]) > 0.2  # type: ignore[attr-defined]
     assert max(loop.tracker.series("seconds/wait")) < 0.1  # type: ignore[attr-defined]
     assert loop.counters.seconds - loop.counters.learner_busy_seconds < 0.1 < loop.counters.seconds
+
+
+def test_as_many_checkpoints_stay_as_the_config_says(tmp_path: Path) -> None:
+    orchestrator(tmp_path, config(checkpoint_every=2, keep_checkpoints=4), FakeSamplers(), FakeLearner()).train()
+    assert checkpoint.steps(tmp_path / "checkpoints") == [6, 8, 10, 12]
+
+
+def test_an_update_learns_from_the_buffer_too(tmp_path: Path) -> None:
+    cfg, learner = config().model_copy(update={"replay": Replay(fresh=0.5, uniform=0.5)}), FakeLearner()
+    orchestrator(tmp_path, cfg, FakeSamplers(), learner).train()
+    assert used(learner) > 100, "72 are fresh"
+
+
+def test_what_an_update_used_is_counted(tmp_path: Path) -> None:
+    learner = FakeLearner()
+    loop = orchestrator(tmp_path, config(steps=4), FakeSamplers(), learner)
+    loop.train()
+    groups = [group for batch in learner.batches for group in batch]
+    assert loop.counters.trajectories == 4 * 2 * 3
+    assert loop.counters.sampled_tokens == sum(group.tokens for group in groups)
+    last, logged = learner.batches[-1], loop.tracker.series  # type: ignore[attr-defined]
+    ends = [values[-1] for group in last for values in group.log_reward_K]
+    assert logged("log_reward/mean")[-1] == pytest.approx(sum(ends) / len(ends))
+    digits = np.concatenate([group.factors_K["digits"] for group in last])
+    assert logged("reward/digits")[-1] == pytest.approx(digits.mean())

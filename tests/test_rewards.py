@@ -16,14 +16,15 @@ from transformers import PreTrainedModel
 
 from actors import rewards
 from actors.build import build_reward
-from actors.rewards import Checked, Contrast, Function, Posterior, Product
+from actors.rewards import Checked, Contrast, Function, Part, Posterior, Product
 from system import tasks
 from system.config import ConfigError
 from system.config_file import parse
 from system.functions import import_function
 from system.language_model import LanguageModel
+from system.log_rewards import LogRewards
 from system.prefix_tree import PrefixTree
-from system.reward_config import at_ends
+from system.reward_config import at_ends, factors
 from system.reward_error import RewardError
 from system.trajectory import Prompt, Trajectory, sampled
 from tests import faulty, tiny
@@ -130,7 +131,10 @@ def test_each_distinct_prefix_is_forwarded_once() -> None:
     assert nodes == 15  # the root, 5 6 7 8, 9, 10 11 12 13 14 15 16 17, 30
     assert reward.tokens_forwarded == len(PROMPT.reward_tokens) + nodes - 1
     reward.score(PROMPT, trajectories() * 10)
-    assert rewards.Checked(rewards.Product([reward, reward]), str).tokens_forwarded == 2 * reward.tokens_forwarded
+    assert (
+        rewards.Checked(Product([Part("one", reward), Part("same", reward)]), str).tokens_forwarded
+        == 2 * reward.tokens_forwarded
+    )
     assert reward.tokens_forwarded == 2 * (len(PROMPT.reward_tokens) + nodes - 1)
 
     reward = Posterior(LanguageModel(tiny.llama()), (2,))
@@ -235,7 +239,7 @@ def test_a_function_is_not_called_where_a_sample_cannot_stop() -> None:
     assert np.isfinite(plain).tolist() == [False, False, True, True]
     assert np.isfinite(written).tolist() == [False, False, False, False, True, True]
     # Where another factor knows a value and this one cannot stop, the product has none.
-    [both] = Product([Given([0.0] * 4), reward]).score(PROMPT, [sampled([6, 7, 8])])
+    [both] = Product([Part("given", Given([0.0] * 4)), Part("noted", reward)]).score(PROMPT, [sampled([6, 7, 8])])
     assert np.isfinite(both).tolist() == [False, False, True, True]
 
 
@@ -339,10 +343,26 @@ class Given:
 
 
 def test_a_product_adds_logs_and_has_a_reward_where_all_factors_have_one() -> None:
-    product = Product([Given([1.0, 2.0, 3.0], [4.0]), Given([math.nan, 10.0, 20.0], [40.0]), Given([0.5, 0.5, 0.5], [0.5])])
+    given = Given([1.0, 2.0, 3.0], [4.0]), Given([math.nan, 10.0, 20.0], [40.0]), Given([0.5, 0.5, 0.5], [0.5])
+    product = Product([Part(str(number), factor) for number, factor in enumerate(given)])
     first, second = product.score(PROMPT, trajectories([[1, 2], []]))
     assert np.isnan(first[0])
     assert (first[1:].tolist(), second.tolist()) == ([12.5, 23.5], [44.5])
+
+
+def test_a_product_tells_what_each_factor_says_in_its_own_unit() -> None:
+    """A function's value as it returned it, also where beta divides it; with their place where two have one name."""
+    score = {"kind": "function", "path": "tests.faulty:length", "seconds": None}
+    contrast: dict[str, Any] = {"kind": "contrast", "power": 4}
+    twice = section(kind="product", of=[score | {"beta": 0.5}, score | {"beta": 2}])
+    built = rewards.build(twice, model=None, stop=(), decode=text_of, token_budget=64)
+    answer = LogRewards.of(built.score(PROMPT, trajectories([[1, 2, 3], [1]])))
+    assert [log_reward_T[-1] for log_reward_T in answer] == [3 / 0.5 + 3 / 2, 1 / 0.5 + 1 / 2]
+    assert {name: value_K.tolist() for name, value_K in answer.factors_K.items()} == {"0.length": [3, 1], "1.length": [3, 1]}
+    assert answer.only([1]).factors_K["1.length"].tolist() == [1]
+    reward = {"kind": "product", "of": [{"kind": "lm_posterior"}, contrast, score]}
+    found = factors(parse({"task": {"kind": "subjectivity", "reward": reward}}).task.reward)
+    assert [(part.name, part.unit) for _, part in found] == [("lm_posterior", 1), ("contrast", 0.25), ("length", 1)]
 
 
 @pytest.mark.parametrize(
@@ -371,7 +391,7 @@ def test_the_others_of_a_group_keep_their_rewards_and_each_fault_is_named() -> N
 
     samples = trajectories([[k] for k in range(5)])
     other = Given(*[[math.nan, 10.0 * k] for k in range(4)], [math.nan, math.nan])
-    checked = Checked(Product([function(judge), other]), text_of)
+    checked = Checked(Product([Part("judge", function(judge)), Part("other", other)]), text_of)
     with pytest.raises(RewardError) as caught:
         checked.score(PROMPT, samples)
     error = pickle.loads(pickle.dumps(caught.value))  # as it crosses processes

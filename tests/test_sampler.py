@@ -23,6 +23,7 @@ from system.config import ConfigError
 from system.config_file import parse
 from system.constraints import Constraints
 from system.language_model import load_tokenizer
+from system.log_rewards import LogRewards
 from system.models import locate
 from system.reward_error import RewardError
 from system.trajectory import Behaviour, Prompt, Request, Trajectory
@@ -79,6 +80,22 @@ def test_a_canary_is_judged_by_its_mean_where_both_compute_in_float32(
         Sampler.build(config, tmp_path, CONSTRAINTS, Lengths(), longest_prompt=10)
     [settings] = built
     assert (settings.canary_by_mean, settings.canary_tolerance) == (by_mean, tolerance)
+
+
+def test_the_engine_has_the_tool_of_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Any] = []
+
+    def build(*arguments: Any) -> None:
+        built.append(arguments[4])
+        raise MemoryError
+
+    monkeypatch.setattr("actors.sampler.Engine", build)
+    config = parse({"model": {"path": str(tiny.folder(tmp_path))}, "task": {"kind": "random_number", "high": 9}})
+    tool: Any = object()
+    problem = replace(tasks.build(config.task, load_tokenizer(locate(config.model))), tool=tool)
+    with pytest.raises(MemoryError):
+        build_sampler(config, problem)
+    assert built == [tool]
 
 
 # ------------------------------------------------------------------------------------------------- on a real vLLM
@@ -369,13 +386,15 @@ def test_an_error_of_the_reward_is_its_callers_and_the_sampler_goes_on() -> None
 def test_samples_without_a_reward_are_left_out_of_their_group_with_the_reason() -> None:
     class Picky(Lengths):
         def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
-            raise RewardError({0: "log of zero", 2: "no answer"}, super().score(prompt, trajectories_K))
+            known = LogRewards(super().score(prompt, trajectories_K), {"rank": np.arange(3.0)})
+            raise RewardError({0: "log of zero", 2: "no answer"}, known)
 
     engine: Any = ScriptedEngine()
     sampler = Sampler(engine, Picky())
     group = sampler.sample(request_of(0), adapter_of(1))
     assert group.faults == ("log of zero", "no answer")
     assert len(group.trajectories_K) == len(group.log_reward_K) == 1
+    assert {name: value_K.tolist() for name, value_K in group.factors_K.items()} == {"rank": [1.0]}
     with pytest.raises(RewardError, match="log of zero"):
         sampler.score(PROMPT, group.trajectories_K)
     sampler.close()

@@ -1,0 +1,71 @@
+"""What an evaluation makes of samples and their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from system import evaluation
+from system.evaluation import Evaluation
+from system.posterior import log_mean_exp
+from system.requests import Requests
+from system.sampler_config import Exploration
+from system.trajectory import Group
+from tests.fakes import PROMPTS, FakeSamplers
+from tests.test_group_flow import Lossy
+
+
+class Scores:
+    """log q of the samples of a group is -1, -2, …"""
+
+    def score(self, groups: Sequence[Group]) -> Future[list[Any]]:
+        answer: Future[list[Any]] = Future()
+        answer.set_result([self.of(group) for group in groups])
+        return answer
+
+    def of(self, group: Group) -> Any:
+        return SimpleNamespace(
+            log_q_K=-np.arange(1.0, len(group) + 1),
+            log_q_stop_K=np.zeros(len(group)),
+            log_reward_K=np.array([values[-1] for values in group.log_reward_K]),
+        )
+
+
+def evaluated(samplers: FakeSamplers, temperature: float = 1.0) -> Evaluation:
+    requests = Requests(PROMPTS, 2, Exploration(), 0)
+    samplers.publish(0)
+    return evaluation.sampled(requests, samplers, Scores(), samples=4, temperature=temperature, round_=0)
+
+
+def test_bounds_are_at_the_temperature_of_the_reward() -> None:
+    result = evaluated(FakeSamplers(), 0.5)
+    assert len(result.per_prompt) == 3
+    for row in result.per_prompt:
+        mine = [sample for sample in result.samples if sample["prompt"] == row["prompt"]]
+        u_K = np.array([sample["log_reward"] / 0.5 - sample["log_q"] for sample in mine])
+        assert (row["log_z_lower"], row["log_z_weighted"]) == pytest.approx((u_K.mean(), log_mean_exp(u_K)))
+
+
+def test_a_prompt_with_a_single_sample_left_is_left_out() -> None:
+    assert [row["prompt"] for row in evaluated(Lossy({-1: 3})).per_prompt] == ["prompt-1", "prompt-2"]
+
+
+def test_what_factors_of_the_reward_say_is_told_of_samples_prompts_and_all() -> None:
+    result = evaluated(FakeSamplers())
+    sums = {row["prompt"]: [] for row in result.per_prompt}
+    for sample in result.samples:
+        sums[sample["prompt"]].append(sample["reward/digits"])
+        assert sample["reward/digits"] == sum(sample["tokens"])
+    means = [row["task/reward/digits"] for row in result.per_prompt]
+    assert means == pytest.approx([np.mean(values) for values in sums.values()])
+    assert result.metrics["task/reward/digits"] == pytest.approx(np.mean(means))
+
+
+def test_the_gap_of_the_engine_is_the_difference_in_whole_samples() -> None:
+    # The fakes draw with a log-prob of 0 for every token.
+    assert evaluated(FakeSamplers()).metrics["posterior/engine_gap"] == pytest.approx(np.mean([1, 2, 3, 4]))
