@@ -151,7 +151,7 @@ class Sampler:
         return self._rewards.submit(self._reward.score, prompt, trajectories_K).result()
 
     def stats(self) -> dict[str, float]:
-        """Totals since the start and the state of the last install; seconds, tokens, nats, bytes."""
+        """Totals since the start and the state of the last install; seconds, tokens, nats."""
         elapsed = time.perf_counter() - self._started
         return {
             "tokens": float(self._engine.tokens),

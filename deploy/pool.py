@@ -232,8 +232,8 @@ class RaySamplers:
             silent = now - member.heard
             if not member.is_built and silent > actors.start_seconds:
                 self._failed(member, TimeoutError(f"it was not built within actors.start_seconds={actors.start_seconds:g}"))
-            elif member.calls and silent > actors.answer_seconds:
-                self._lose(member, f"it was asked and answered nothing for actors.answer_seconds={actors.answer_seconds:g}")
+            elif member.calls and silent > self.config.answer_seconds:
+                self._lose(member, f"it was asked and answered nothing for {self.config.silence}")
             elif member.is_built and silent > actors.answer_seconds:
                 # One that rests is asked for a sign of life: it may be needed soon.
                 self._give(member, _Call("ready", ()))

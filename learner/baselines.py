@@ -18,6 +18,9 @@ from system.learner_config import GRPO, MLE, PPO, RLOO, Loss
 from system.prefix_tree import PrefixTree
 from system.trajectory import Group
 
+TRUNCATION = 2.0
+"""Of the weights of RLOO's samples."""
+
 
 @dataclass(frozen=True, eq=False)
 class Actions:
@@ -112,11 +115,13 @@ def grpo(actions: Actions, clip: float, kl: float) -> Tensor:
 def rloo(actions: Actions, kl: float) -> Tensor:
     """REINFORCE on whole trajectories; the others of the group are the baseline, the KL is part of the reward.
 
+    Samples that an earlier policy drew weigh q over theirs, at most TRUNCATION (Ionides 2008).
     Source: Ahmadian et al. 2024, arXiv:2402.14740.
     """
     reward_K = _reward_with_kl(actions, kl)
     others_K = (reward_K.sum() - reward_K) / (len(reward_K) - 1)
-    return -((reward_K - others_K) * actions.log_q_KT.sum(1)).mean()
+    ratio_K = (actions.log_q_KT - actions.log_drawn_KT).sum(1).detach().exp().clamp(max=TRUNCATION)
+    return -(ratio_K * (reward_K - others_K) * actions.log_q_KT.sum(1)).mean()
 
 
 def ppo(actions: Actions, clip: float, kl: float) -> Tensor:

@@ -67,16 +67,19 @@ class Score:
 
 
 class Facts(NamedTuple):
-    """Of one group in an update; nats, NaN where unknown. A small loss alone is no evidence that q is the posterior."""
+    """Of one group in an update; NaN where unknown. A small loss alone is no evidence that q is the posterior."""
 
     loss: float
     tokens: float
     """Forwarded."""
     log_z: float
-    """Mean of u over all samples, exploring and replayed ones too: log Z at the posterior, and no bound before it."""
+    """Mean of u over all samples, exploring and replayed ones too, nats: log Z at the posterior, and no bound before it."""
     spread: float
+    """Variance of the same, nats²."""
     ess: float
+    """Effective share of the samples under the weights exp u."""
     log_q_stop: float
+    """Mean log q of the stop where samples end, nats."""
 
 
 class Piece(NamedTuple):

@@ -7,6 +7,7 @@ day, so what is stored stays true while the temperature anneals. A rare mode tha
 from __future__ import annotations
 
 import heapq
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ class Replay:
         for trajectory, log_reward_T in zip(group.trajectories_K, group.log_reward_K, strict=True):
             if np.isfinite(log_reward_T[-1]):
                 entries.pop(trajectory.key, None)
-                entries[trajectory.key] = (trajectory, log_reward_T)
+                entries[trajectory.key] = (_owned(trajectory), log_reward_T.copy())
         # Of equal rewards the oldest goes: nsmallest keeps the order of what ties.
         excess = max(0, len(entries) - self.config.capacity)
         for key in heapq.nsmallest(excess, entries, key=lambda key: entries[key][1][-1]):
@@ -115,3 +116,9 @@ class Replay:
             entry = (trajectory, arrays["log_reward"][after : after + length + 1])
             self._prompts.setdefault(record["prompt"], {})[trajectory.key] = entry
             at, after = at + length, after + length + 1
+
+
+def _owned(trajectory: Trajectory) -> Trajectory:
+    """With arrays of its own: what comes from another process are views of the whole group's message, which would stay too."""
+    arrays = {name: getattr(trajectory, name).copy() for name in ("tokens_T", "is_action_T", "logp_T")}
+    return replace(trajectory, **arrays)

@@ -12,9 +12,10 @@ from system.trajectory import Group
 
 
 def node_log_reward(tree: PrefixTree, group: Group) -> np.ndarray:
-    """Untempered log R float64 [N]; NaN where no trajectory knows one."""
+    """Untempered log R float64 [N]; NaN where no trajectory knows one. Where a reward is noisy the first one's counts: fresh
+    samples come before replayed ones."""
     log_reward_N = np.full(len(tree), np.nan)
-    for nodes_T, log_reward_T in zip(tree.nodes_K, group.log_reward_K, strict=True):
+    for nodes_T, log_reward_T in zip(reversed(tree.nodes_K), reversed(group.log_reward_K), strict=True):
         known = np.isfinite(log_reward_T)
         log_reward_N[nodes_T[known]] = log_reward_T[known]
     return log_reward_N

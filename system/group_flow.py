@@ -3,20 +3,22 @@
 How far the samplers may run ahead of the learner is decided here, and what becomes of a group whose sampler dies.
 
 A number stands for one group alone. One that is lost with its sampler is asked for again under its number, so that no prompt
-is skipped, whatever dies; one that comes too late to be used fresh serves as replay, where there is any, and is counted.
+is skipped, whatever dies. One that comes staler than the gate meant, as long samples do, is counted, and used all the same,
+since leaving it out would favour short ones; only a policy gradient, which is not valid off policy, does without.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from system.config import Config
-from system.handles import Buffer, Pool, SamplerDied, SamplerLeft
+from system.handles import Pool, SamplerDied, SamplerLeft
+from system.learner_config import PolicyGradient
 from system.loop_state import Counters
 from system.requests import Requests
 from system.run_error import RunError
@@ -41,7 +43,6 @@ class GroupFlow:
     config: Config
     requests: Requests
     samplers: Pool
-    replay: Buffer
     counters: Counters = field(default_factory=Counters)
     """The loop's, which counts in them too."""
     taken: list[Group] = field(default_factory=list)
@@ -58,6 +59,8 @@ class GroupFlow:
     _waves: int = 0
     """Deaths of samplers, those that fell together as one."""
     _waves_in_a_row: int = 0
+    _deaths_over: Counter[int] = field(default_factory=Counter)
+    """Deaths of samplers that had a group which did not come back since, by its number."""
     _last_cause: str = ""
 
     def begin(self) -> None:
@@ -97,11 +100,7 @@ class GroupFlow:
         while len(self.taken) < wanted:
             if should_stop():
                 return False
-            if self._waves_in_a_row > (limit := self.config.actors.max_deaths):
-                raise RunError(
-                    f"samplers died {self._waves_in_a_row} times with no group in between (actors.max_deaths={limit}); "
-                    f"the last cause: {self._last_cause}"
-                )
+            self._check_deaths()
             self.feed()
             if not self._arrived:
                 self.receive()
@@ -111,10 +110,32 @@ class GroupFlow:
                 continue
             if self.staleness(group) > self.config.learner.max_staleness:
                 self.counters.too_stale += 1
-                self.replay.add(group)
-            else:
-                self.taken.append(group)
+                if isinstance(self.config.loss, PolicyGradient):
+                    continue
+            self.taken.append(group)
         return True
+
+    def settle(self, should_stop: Callable[[], bool]) -> None:
+        """Waits for what is in flight, which no evaluation is to draw in the training's stead; a death leaves it to `feed`."""
+        while self._in_flight and not should_stop():
+            self.receive()
+
+    def _check_deaths(self) -> None:
+        """Raises RunError where dying has no end: with no group in between, or over one and the same, which ends whoever has
+        it and lets others live."""
+        limit = self.config.actors.max_deaths
+        if self._waves_in_a_row > limit:
+            raise RunError(
+                f"samplers died {self._waves_in_a_row} times with no group in between (actors.max_deaths={limit}); "
+                f"the last cause: {self._last_cause}"
+            )
+        for group_id, deaths in self._deaths_over.items():
+            if deaths > limit:
+                prompt = self.requests.training(group_id).prompt.id
+                raise RunError(
+                    f"group {group_id} (prompt {prompt!r}) was under way at {deaths} deaths of samplers in a row "
+                    f"(actors.max_deaths={limit}): it may be what they die of; the last cause: {self._last_cause}"
+                )
 
     def feed(self) -> None:
         """Asks for groups as long as the gate is open."""
@@ -155,6 +176,7 @@ class GroupFlow:
                 self._mourn(issued, error)
                 continue
             self._waves_in_a_row = 0
+            self._deaths_over.pop(issued.group_id, None)
             self._arrived.append(group)
 
     def _usable(self, group: Group) -> bool:
@@ -181,7 +203,10 @@ class GroupFlow:
         self.counters.reissued += 1
         cause, name = death.args
         logger.warning("group %d is issued again: %s", issued.group_id, death)
-        if isinstance(death, SamplerLeft) or name in self._dead:
+        if isinstance(death, SamplerLeft):
+            return
+        self._deaths_over[issued.group_id] += 1
+        if name in self._dead:
             return
         self._dead.add(name)
         self._last_cause = cause

@@ -176,7 +176,9 @@ class Learner(Section):
     publish_every: int = Field(default=4, ge=1)
     """Updates between two adapter versions."""
     max_staleness: int = Field(default=6, ge=0)
-    """Largest number of updates between the adapter that drew a group and the update that uses it fresh. 0: synchronous."""
+    """Largest number of updates between the adapter that draws a group and the update that uses it: no group is asked for that
+    would have more. 0: synchronous. One that others overtake may have more: it is counted, and left out by policy gradients
+    alone."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Updates between two checkpoints: at most so many are done again after a fault."""
     keep_checkpoints: int = Field(default=2, ge=2)

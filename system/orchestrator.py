@@ -59,7 +59,7 @@ class Orchestrator:
     """The batches of the updates since then: a new learner does them again, so that a death of the old one costs time alone."""
 
     def __post_init__(self) -> None:
-        self.flow = GroupFlow(self.config, self.requests, self.samplers, self.replay)
+        self.flow = GroupFlow(self.config, self.requests, self.samplers)
 
     @property
     def counters(self) -> Counters:
@@ -88,11 +88,12 @@ class Orchestrator:
         if self._due(evaluate_every) or self._new_task:
             self._evaluate()
         began = time.perf_counter()
+        settled = 0.0
         while self.counters.step < settings.steps and not self.should_stop():
             asked = time.perf_counter()
             with self.timeline.span("wait for groups", "loop", step=self.counters.step):
                 collected = self.flow.collect(settings.groups_per_update, self.should_stop)
-            waited = time.perf_counter() - asked
+            waited, settled = time.perf_counter() - asked + settled, 0.0
             if not collected:
                 break
             # In the order of their numbers, not of their arrival: a synchronous run repeats itself to the bit.
@@ -116,8 +117,12 @@ class Orchestrator:
             if self._due(settings.checkpoint_every) or self._due(evaluate_every):
                 self.checkpoint()
             if self._due(evaluate_every) and not (self.should_stop() and self.counters.step < settings.steps):
+                asked = time.perf_counter()
+                self.flow.settle(self.should_stop)
+                settled = time.perf_counter() - asked
+                evaluated = time.perf_counter()
                 self._evaluate()
-                began = time.perf_counter()  # it is no part of the next step
+                began += time.perf_counter() - evaluated  # it is no part of the next step
         if self._saved_step != self.counters.step:
             self.checkpoint()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.baselines import Actions, actions_of, build, grpo, mle, ppo, rloo
+from learner.baselines import TRUNCATION, Actions, actions_of, build, grpo, mle, ppo, rloo
 from system.learner_config import GRPO, PPO, RLOO
 from system.prefix_tree import PrefixTree
 from system.trajectory import Group, Prompt, Trajectory
@@ -101,6 +101,15 @@ def test_rloo_compares_each_sample_with_the_mean_of_the_others() -> None:
     subject = actions([1.0, 2.0, 6.0], [[-1, -2], [-1, -1], [-2, -1]])
     rloo(subject, kl=0.0).backward()
     advantage = np.array([1 - 4, 2 - 3.5, 6 - 1.5])
+    assert subject.log_q_KT.grad is not None
+    np.testing.assert_allclose(subject.log_q_KT.grad, np.repeat(-advantage[:, None] / 3, 2, 1))
+
+
+def test_rloo_weighs_what_an_earlier_policy_drew_up_to_a_bound() -> None:
+    subject = actions([1.0, 2.0, 6.0], [[-1, -2], [-1, -1], [-2, -1]], [[-1, -1.5], [-3, -1], [-2, -1]])
+    rloo(subject, kl=0.0).backward()
+    weight = np.array([np.exp(-0.5), TRUNCATION, 1.0])  # the second would be e²
+    advantage = weight * np.array([1 - 4, 2 - 3.5, 6 - 1.5])
     assert subject.log_q_KT.grad is not None
     np.testing.assert_allclose(subject.log_q_KT.grad, np.repeat(-advantage[:, None] / 3, 2, 1))
 

@@ -10,9 +10,12 @@ import pytest
 
 from system.config_file import parse
 from system.handles import SamplerLeft
+from system.run_error import RunError
 from system.trajectory import Group, Request
 from tests.fakes import FakeLearner, FakeSamplers, dies
 from tests.loops import config, orchestrator, resume, used
+
+POLICY_GRADIENT: dict[str, object] = {"sampler": {"exploration": {"on_policy": 1}}, "replay": {"fresh": 1}}
 
 
 @pytest.mark.parametrize(("max_staleness", "publish_every"), [(1, 1), (3, 1), (3, 2), (4, 5)])
@@ -203,7 +206,7 @@ def test_groups_that_were_issued_and_not_used_are_issued_again_after_a_resume(tm
     again.train()
     assert Counter(rest.issued).most_common(1)[0][1] == 1
     assert again.counters.groups == 60
-    assert set(samplers.issued) | set(rest.issued) == set(range(60 + again.counters.too_stale))
+    assert set(samplers.issued) | set(rest.issued) == set(range(60))
 
 
 def test_deaths_with_groups_in_between_are_not_in_a_row(tmp_path: Path) -> None:
@@ -217,3 +220,54 @@ def test_deaths_with_groups_in_between_are_not_in_a_row(tmp_path: Path) -> None:
     loop = orchestrator(tmp_path, config(), FakeSamplers(workers=1, fate=fate), FakeLearner())
     loop.train()
     assert (loop.counters.deaths, loop.counters.groups) == (8, 24)
+
+
+def test_a_group_over_which_samplers_die_again_and_again_ends_the_run_by_its_name(tmp_path: Path) -> None:
+    """Groups that come back in between do not hide it."""
+    deaths = iter(range(1000))
+
+    def fate(request: Request) -> None:
+        time.sleep(0.002)
+        if request.group_id == 7:
+            dies(f"sampler-{next(deaths)}")
+
+    loop = orchestrator(tmp_path, config(steps=400, max_staleness=50, publish_every=10), FakeSamplers(fate=fate), FakeLearner())
+    with pytest.raises(RunError, match=r"group 7 \(prompt 'prompt-.'\) was under way at 4 deaths .*last cause: killed"):
+        loop.train()
+    assert loop.counters.groups > 8
+
+
+@pytest.mark.parametrize(("kind", "used_late"), [("pooled", True), ("vargrad", True), ("grpo", False)])
+def test_a_group_that_others_overtook_is_counted_and_used_where_the_loss_is_valid_off_policy(
+    tmp_path: Path, kind: str, used_late: bool
+) -> None:
+    late = threading.Event()
+
+    def fate(request: Request) -> None:
+        if request.group_id == 0:
+            assert late.wait(60)
+
+    loss = parse(POLICY_GRADIENT | {"task": {"kind": "random_number"}, "loss": {"kind": kind}}).loss
+    cfg = config(steps=20, groups_per_update=1, max_staleness=3, publish_every=2).model_copy(update={"loss": loss})
+    learner = FakeLearner()
+    loop = orchestrator(tmp_path, cfg, FakeSamplers(workers=3, fate=fate), learner)
+    loop.on_step = lambda loop, metrics, fresh: late.set() if loop.counters.step == 8 else None
+    loop.train()
+    assert loop.counters.too_stale == 1
+    assert (0 in {group.group_id for batch in learner.batches for group in batch}) == used_late
+    assert loop.counters.groups == 20
+
+
+def test_an_evaluation_waits_for_what_is_in_flight(tmp_path: Path) -> None:
+    """Else the training's samples would be drawn while its clock stands still."""
+    at: list[int] = []
+    loop = orchestrator(
+        tmp_path,
+        config(steps=12, max_staleness=5, evaluate_every=3),
+        FakeSamplers(fate=lambda request: time.sleep(0.005)),
+        FakeLearner(),
+        evaluate=lambda loop: at.append(loop.flow.in_flight),
+    )
+    loop.train()
+    assert at == [0] * 5
+    assert loop.counters.groups == 24

@@ -163,7 +163,8 @@ def test_a_kl_is_to_the_base_beside_the_tempered_reward(folder: Path) -> None:
             log_base = np.array([own_log_q(model, group.prompt, z) for z in tokens])
         reward = np.array([values[-1] for values in group.log_reward_K]) / 0.5 - 0.5 * (log_q - log_base)
         others = (reward.sum() - reward) / (len(reward) - 1)
-        expected.append(-((reward - others) * log_q).mean())
+        # They count as drawn with certainty, so that the weight of a sample is its q.
+        expected.append(-(np.exp(log_q) * (reward - others) * log_q).mean())
     assert subject.update(groups())["loss"] == pytest.approx(np.mean(expected), rel=1e-4)
 
 

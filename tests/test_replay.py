@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from learner.replay import Replay
+from learner.states import node_log_reward
 from system.learner_config import Replay as ReplayConfig
+from system.prefix_tree import PrefixTree
 from system.trajectory import Behaviour, Group, Prompt, Trajectory
 
 Sample = tuple[tuple[int, ...], float]
@@ -264,3 +267,24 @@ def test_an_empty_buffer_comes_back_empty() -> None:
 def test_a_buffer_that_nothing_is_drawn_from_stays_empty() -> None:
     assert len(buffer([((3, 4), -1.0)], fresh=1.0)) == 0
     assert len(buffer([((3, 4), -1.0)], fresh=0.9, uniform=0.1)) == 1
+
+
+def test_what_is_kept_of_a_group_is_its_own() -> None:
+    """Not views, which would keep the whole group's message in memory."""
+    message = np.arange(64, dtype=np.int32)
+    sample = trajectory((0, 1))
+    viewed = Trajectory(message[:2], sample.is_action_T, sample.logp_T, "sampled")
+    replay = buffer()
+    replay.add(Group(Prompt("a", (1,), (1,)), (viewed,), (np.zeros(300)[:3],), 0, 0))
+    [(kept, log_reward_T)] = replay._prompts["a"].values()
+    assert [array.base for array in (kept.tokens_T, kept.is_action_T, kept.logp_T, log_reward_T)] == [None] * 4
+
+
+def test_of_noisy_rewards_of_a_prefix_the_fresh_one_counts() -> None:
+    samples = group([((0, 1), -1.0), ((0, 2), -2.0)])
+    tree = PrefixTree.of(samples.trajectories_K)
+    noisy = (np.array([5.0, 6.0, 7.0]), np.array([8.0, 9.0, np.nan]))
+    log_reward_N = node_log_reward(tree, replace(samples, log_reward_K=noisy))
+    first, second = tree.nodes_K
+    assert log_reward_N[first].tolist() == [5.0, 6.0, 7.0]
+    assert np.isnan(log_reward_N[second[-1]])
