@@ -49,7 +49,7 @@ def alone(config: Config) -> Config:
     cores = int(exported) if exported.isdecimal() else len(os.sched_getaffinity(0))
     update = {
         "actors": config.actors.model_copy(update={"cpus": max(cores, config.actors.threads)}),
-        "learner": config.learner.model_copy(update={"threads": max(cores, config.learner.threads)}),
+        "learner": config.learner.model_copy(update={"threads": max(cores, config.learner.thread_count)}),
     }
     return config.model_copy(update=update)
 

@@ -13,6 +13,11 @@ from system.run_error import RunError
 
 FAILED, REFUSED = 1, 2
 """Exit statuses: of what went wrong, and of what the user asked for and cannot be."""
+LESS_MEMORY = (
+    "To need less: in the learner lower sampler.samples_per_prompt or task.max_tokens, set "
+    "learner.gradient_checkpointing=true, lora.layers below 1 or learner.dtype=bfloat16; in what scores lower "
+    "sampler.token_budget or set sampler.reward_dtype=bfloat16; sampler.gpu_memory_utilization is the engine's share"
+)
 
 
 def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
@@ -31,6 +36,13 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
         # A FloatingPointError is a loss without a value.
         except (RunError, FloatingPointError) as error:
             print(f"error: {plain(error)}", file=sys.stderr)
+            return FAILED
+        except Exception as error:
+            cause = plain(error)
+            # torch's, which is not imported for a name.
+            if type(cause).__name__ != "OutOfMemoryError":
+                raise
+            print(f"error: {next(iter(str(cause).splitlines()), cause)} {LESS_MEMORY}", file=sys.stderr)
             return FAILED
 
     return run

@@ -37,7 +37,7 @@ from actors.settings import take_machine  # noqa: E402
 from deploy.command import command, log_to_stderr  # noqa: E402
 from deploy.runs import adapter_at, add_step, check_output, find_run  # noqa: E402
 from system import config_file  # noqa: E402
-from system.config import NAME, Config, ConfigError  # noqa: E402
+from system.config import NAME, Config, ConfigError, Tracking  # noqa: E402
 from system.journal import TrackingError  # noqa: E402
 from system.task_config import PROMPT_FILES, WHOLE  # noqa: E402
 from system.trajectory import ON_POLICY, Behaviour  # noqa: E402
@@ -192,7 +192,7 @@ def main(argv: list[str]) -> int:
         # Of an earlier evaluation, beside whose figures it would now stand.
         plot.unlink(missing_ok=True)
     try:
-        _track(run_dir, metrics, files)
+        _track(run_dir, config.tracking, metrics, files)
     except TrackingError as error:
         print(f"error: {path} has the metrics, but MLflow does not: {error}", file=sys.stderr)
         return 1
@@ -221,12 +221,13 @@ def _earlier(path: Path, how: dict[str, Any]) -> dict[str, float]:
         raise ConfigError(f"{path} is damaged: {type(error).__name__}: {error}; remove it") from error
 
 
-def _track(run_dir: Path, metrics: dict[str, float], files: list[Path]) -> None:
+def _track(run_dir: Path, tracking: Tracking, metrics: dict[str, float], files: list[Path]) -> None:
     """Raises TrackingError if the run's journal is in use."""
     from system.tracking import Tracker
 
     # The run's own config: what this evaluation changes is no param of the run.
-    tracker = Tracker(run_dir, config_file.load(run_dir / "config.yaml", []), amend=True)
+    config = config_file.load(run_dir / "config.yaml", []).model_copy(update={"tracking": tracking})
+    tracker = Tracker(run_dir, config, amend=True)
     tracker.metrics(metrics, 0)
     for file in files:
         tracker.artifact(file)

@@ -60,7 +60,7 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, argparse.Namespace]:
     parser.add_argument("config", nargs="?", help="a YAML file, such as deploy/configs/random_number.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as actors.count=2")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
-    parser.add_argument("--check", action="store_true", help="read data, reward modules and weights too, and stop")
+    parser.add_argument("--check", action="store_true", help="read data and weights and import rewards too, and stop")
     parser.add_argument(
         "--resume", metavar="RUN", help="folder of a run, or its name under runs/, with its own config; key=value may follow"
     )
@@ -96,8 +96,14 @@ class Job:
     def check(self) -> str:
         """What the task has, as a run would find it. Raises ConfigError for what would be refused of it before a process is
         started for it, and CheckpointError for a checkpoint that cannot be gone on from."""
+        from system.function_process import FunctionProcess
+
         _, prepared, _ = self._begin()
         problem = prepared.problem
+        for field, factor in factors(self.config.task.reward):
+            if isinstance(factor, FunctionReward):
+                with contextlib.closing(FunctionProcess(factor.path, f"{field}.path", 1.0, factor.start_seconds)) as function:
+                    function.start()
         kept = f", {len(problem.held_out)} of them held out" if problem.held_out else ""
         return f"{len(problem.prompts)} prompts{kept}, contexts of up to {problem.longest_prompt} tokens; nothing was started"
 

@@ -71,7 +71,7 @@ class RayLearner:
     def _start(self) -> None:
         learner = self.config.learner
         environment = ray_cluster.ONE_ARENA | {
-            "OMP_NUM_THREADS": str(learner.threads),
+            "OMP_NUM_THREADS": str(learner.thread_count),
             # Threads that spin while they wait would take the samplers' cores.
             "OMP_WAIT_POLICY": "PASSIVE",
         }

@@ -1,7 +1,8 @@
-"""A finished run behind an OpenAI-compatible API: `python deploy/serve.py RUN [--host 127.0.0.1] [--port 8000]`.
+"""A finished run behind an OpenAI-compatible API: `python deploy/serve.py RUN [--host 127.0.0.1] [--port 8000] [-- …]`.
 
 Starts vLLM's own server with the base model, under the name that the config gives it, and the run's adapter beside it, under
 the name of the run's folder; the same command on CPU and on GPU. Ctrl-C ends it. Clients need $VLLM_API_KEY, if that is set.
+What stands after `--` is for vLLM's server, such as `--tensor-parallel-size 2 --gpu-memory-utilization 0.5`.
 
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
         -d '{"model": "RUN", "prompt": "The sky is", "max_tokens": 20, "stop": ".", "n": 4}'
@@ -70,9 +71,8 @@ def command_line(config: Config, run_dir: Path, adapter: Path, host: str, port: 
         "generation-config": "vllm",
         "load-format": "safetensors",
     }
-    if gpu:
-        options["gpu-memory-utilization"] = config.gpu_memory_utilization
-    else:
+    # A GPU is the server's own, whatever share of one the run gave its samplers.
+    if not gpu:
         options |= {"kv-cache-memory-bytes": section.kv_cache_mb << 20, "block-size": BLOCK}
     flags = [f"--{name}={value}" for name, value in options.items()]
     # `vllm serve` looks for a package named vllm, which the CPU build is not.
@@ -155,7 +155,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000)
     add_step(parser)
-    arguments = parser.parse_intermixed_args(argv)
+    own, passed_on = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    arguments = parser.parse_intermixed_args(own)
     run_dir = find_run(arguments.run)
     if arguments.step is None:
         adapter_file(run_dir)  # missed now, and not when torch is loaded
@@ -165,7 +166,7 @@ def main(argv: list[str]) -> int:
 
     gpu = torch.cuda.is_available()
     adapter = adapter_at(run_dir, config, arguments.step)
-    line = command_line(config, run_dir, adapter, arguments.host, arguments.port, gpu=gpu)
+    line = [*command_line(config, run_dir, adapter, arguments.host, arguments.port, gpu=gpu), *passed_on]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(arguments.host, arguments.host)
     with closing(Server(line, environment(config, gpu=gpu), f"http://{host}:{arguments.port}")) as server:
         for number in heard():

@@ -113,7 +113,7 @@ class Learner:
         torch.manual_seed(config.seed)
         device = resolve_device(self.config.device, self.config.gpus)
         if device.type == "cpu":
-            torch.set_num_threads(self.config.threads)
+            torch.set_num_threads(self.config.thread_count)
         self.constraints = constraints
         self.policy = Policy(
             folder,

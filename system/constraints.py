@@ -77,7 +77,13 @@ class Constraints:
 
     def admits(self, tokens: Sequence[int] | np.ndarray) -> bool:
         """The policy could draw these actions and then stop."""
-        return self.allows(tokens) and self.min_tokens <= len(tokens) <= self.max_tokens
+        if not (self.allows(tokens) and self.min_tokens <= len(tokens) <= self.max_tokens):
+            return False
+        if self.required is None:
+            return True
+        drawn = [int(token) for token in tokens]
+        certain_T = [self.after(drawn[:t])[1] for t in range(len(drawn))]
+        return self.after(drawn)[0] and all(certain in (None, token) for certain, token in zip(certain_T, drawn, strict=True))
 
     def allows(self, tokens: Sequence[int] | np.ndarray) -> bool:
         """Each of these tokens may be drawn before the stop."""

@@ -154,7 +154,8 @@ class Learner(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the base weights and activations. LoRA weights are kept, and the loss computed, in float32."""
     token_budget: int = Field(default=2048, ge=64)
-    """Most tokens of one micro-batch: the trees of an update are packed into rows of this length."""
+    """Most tokens of one micro-batch: the trees of an update are packed into rows of this length. A group of more is a row of
+    its own, which `sampler.samples_per_prompt` and `task.max_tokens` bound."""
     logits_chunk: int = Field(default=256, ge=1)
     """Positions whose logits exist at one time; twice as many where a baseline with `kl` asks the base too."""
     attention: Literal["auto", "dense", "block"] = "auto"
@@ -167,8 +168,8 @@ class Learner(Section):
     """Processes that share the groups of an update (data parallel); what they learn is what one would."""
     shard_base: bool = False
     """Keep each frozen layer in shards over the ranks, for a base model that does not fit one GPU."""
-    threads: int = Field(default=1, ge=1)
-    """Of each rank."""
+    threads: int | None = Field(default=None, ge=1)
+    """Of each rank; by default as many as cpus (rounded down, at least one)."""
     cpus: float = Field(default=1, ge=0)
     """CPUs reserved for each rank."""
     gpus: float = Field(default=0, ge=0)
@@ -194,6 +195,10 @@ class Learner(Section):
     records."""
     evaluation_samples: int = Field(default=32, ge=2)
     """On-policy samples of each prompt in an evaluation, where the outcomes cannot be listed."""
+
+    @property
+    def thread_count(self) -> int:
+        return self.threads or max(1, int(self.cpus))
 
     @field_validator("betas")
     @classmethod
@@ -223,6 +228,11 @@ class Learner(Section):
                 raise ValueError("shard_base=true has nothing to share with ranks=1; raise ranks or set shard_base=false")
             if self.device == "cpu" and self.gpus:
                 raise ValueError(f"gpus={self.gpus:g} would be reserved for device=cpu; set gpus=0, or device=auto")
+            if self.gpus > 1:
+                raise ValueError(
+                    f"gpus={self.gpus:g} would be reserved for one rank, which computes on one; for several GPUs set "
+                    f"ranks={int(self.gpus)} and gpus=1"
+                )
             return self
         if self.ranks > self.groups_per_update and not self.shard_base:
             raise ValueError(

@@ -21,6 +21,8 @@ from system.config import ConfigError, Model
 logger = logging.getLogger(__name__)
 
 PACKAGED_PREFIX = "packaged:"
+REASON = 400
+"""Characters of the hub client's reasons that a message has."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,12 @@ def _from_hub(model: Model) -> Path:
         return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns))
     # The hub client raises many kinds of error for one meaning: these files cannot be had.
     except (OSError, ValueError, RuntimeError, HFValidationError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
+        # The client says what is missing, a licence to be agreed to or a token, on its later lines.
+        reason = " ".join((str(error) or repr(error)).split())[:REASON]
         raise ConfigError(
             f"model.path={model.path!r} cannot be loaded: {reason}. It is neither a folder here nor a hub id "
-            f"that can be reached; name a folder in Hugging Face format, set HF_HUB_OFFLINE=0 and check the network, "
-            f"or use one of: {', '.join(PACKAGED_PREFIX + name for name in PACKAGED)}"
+            f"that can be reached; name a folder in Hugging Face format; set HF_HUB_OFFLINE=0, HF_TOKEN where the model asks "
+            f"for it, and check the network; or use one of: {', '.join(PACKAGED_PREFIX + name for name in PACKAGED)}"
         ) from error
 
 

@@ -106,7 +106,8 @@ class Sentence(Drawn):
     illegal: tuple[str, ...] = (
         "\n", "\r", "\t", '"', "“", "”", "?", "!", ":", ";", "(", ")", "[", "]", "<", ">", "http", "www", ".",
     )  # fmt: skip
-    """A token whose text contains one of these is outside the policy's support, as are special tokens."""
+    """A token whose text contains one of these is outside the policy's support, as are special tokens, and those that are a
+    part of a character alone: characters that a tokenizer writes in several pieces are not drawn."""
     reward: Reward = LMPosterior()
 
 
@@ -114,8 +115,9 @@ class NextSentence(Sentence):
     prompts: str = "packaged"
     """A UTF-8 text file with one prompt a line; a .jsonl file of lines, or a .json list, of {"prompt": text}, taken as it is,
     or {"messages": [{"role": "user", "content": text}]}, which the model's chat template writes; or `packaged` for a small one
-    that comes with the project. A reward finds all that a line has in `prompt.meta`, where "text" is the prompt as the policy
-    sees it."""
+    that comes with the project. Where the last message is the assistant's, samples go on from it. A "completion" beside it, a
+    text as it goes on (often with a space in front), or a list of "completions", are demonstrations. A reward finds all that a
+    line has in `prompt.meta`, where "text" is the prompt as the policy sees it."""
 
 
 class Continuation(NextSentence):
@@ -186,8 +188,9 @@ class Verifiable(Drawn):
 
     kind: Literal["verifiable"] = "verifiable"
     questions: str = "packaged"
-    """JSONL, each line {"question": text, "answer": text or number}; `packaged` for all sums of two digits. A verifier finds
-    all that a line has in `prompt.meta`."""
+    """JSONL, each line {"question": text, "answer": text or number}; `packaged` for all sums of two digits. A "completion"
+    beside it, a text as it goes on, or a list of "completions", are demonstrations. A verifier finds all that a line has in
+    `prompt.meta`."""
     prompt: str = Field(default="Question: {question}\nAnswer:", min_length=1)
     """`{question}` is filled in."""
     chat: bool = False

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from deploy.command import FAILED, REFUSED, command
 from system.config import ConfigError
@@ -56,3 +57,15 @@ def test_an_error_that_nobody_foresaw_keeps_its_traceback() -> None:
 
     with pytest.raises(KeyError):
         main([])
+
+
+def test_a_gpu_without_memory_is_one_line_with_the_fields_that_need_less(capsys: pytest.CaptureFixture[str]) -> None:
+    @command
+    def main(argv: list[str]) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    assert main([]) == FAILED
+    line = capsys.readouterr().err
+    assert line.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB. To need less: ")
+    assert "learner.gradient_checkpointing=true" in line
+    assert line.count("\n") == 1

@@ -117,6 +117,7 @@ def test_a_bad_value_is_refused_by_field_value_and_fix(field: str, value: Any, f
     [
         (with_field("learner.warmup_steps", 100), ["learner: warmup_steps=100", "steps=100", "lower warmup_steps"]),
         (with_field("learner.shard_base", True), ["learner: shard_base=true", "ranks=1", "raise ranks"]),
+        (with_field("learner.gpus", 4), ["learner: gpus=4", "one rank", "ranks=4 and gpus=1"]),
         (with_field("learner.ranks", 2), ["learner: ranks=2", "groups_per_update=1", "set groups_per_update >= 2"]),
         (ranks(gpus=0.5), ["learner: gpus=0.5", "ranks=2", "set gpus=1 or 0"]),
         (ranks(device="cuda"), ["learner: device=cuda with ranks=2 and gpus=0", "gpus=1"]),
@@ -463,9 +464,13 @@ def test_a_check_reads_the_tokenizer_and_the_data_and_starts_nothing(tmp_path: P
     done = job("--check", config, *few, "task.prompts=none.txt", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "task.prompts='none.txt' cannot be read" in done.stderr
+    (tmp_path / "mine.py").write_text("def score(*_): return 0.0\n")
+    (tmp_path / "broken.py").write_text("def score(\n")
     refused = {
         "lora.start=nosuch": "lora.start='nosuch': no run and no PEFT folder",
         "task.reward={kind: function, path: 'nosuch:score'}": "task.reward.path='nosuch:score': there is no module 'nosuch'",
+        "task.reward={kind: function, path: 'mine:scor'}": "task.reward.path='mine:scor'",
+        "task.reward={kind: function, path: 'broken:score'}": "task.reward.path='broken:score' cannot be imported: SyntaxError",
         "loss.kind=mle": "task: no prompt has a demonstration",
     }
     for override, message in refused.items():
@@ -601,3 +606,10 @@ def test_a_sampler_may_be_silent_for_as_long_as_the_functions_of_its_reward_may_
     assert allowed({"kind": "continuation", "reward": function | {"seconds": None}}) == 100
     assert allowed({"kind": "continuation", "reward": product}) == 100 + 40 * 3 + 3
     assert allowed({"kind": "constrained", "pattern": "a", "seconds": 2}) == 100 + 40 * 2
+
+
+def test_a_learner_has_as_many_threads_as_cpus_unless_it_is_said() -> None:
+    def threads(**learner: Any) -> int:
+        return parse({"task": {"kind": "continuation"}, "learner": learner}).learner.thread_count
+
+    assert [threads(), threads(cpus=4), threads(cpus=0.5), threads(cpus=0), threads(cpus=4, threads=2)] == [1, 4, 1, 1, 2]

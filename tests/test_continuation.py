@@ -16,6 +16,7 @@ from system.config import ConfigError
 from system.task_config import Continuation
 from system.tasks.continuation import length, read_prompts, variety
 from system.tasks.problem import Problem, single_token
+from system.text import decode
 from system.trajectory import Prompt, Trajectory
 from tests.problems import TOKENIZER, asked, judged, problem, text_of
 
@@ -121,3 +122,25 @@ def test_continuations_are_judged_by_the_share_of_distinct_ones() -> None:
 
 def test_a_sentence_is_worth_its_tokens() -> None:
     assert length(asked(), "abc", [7, 8]) == 2.0
+
+
+def test_completions_are_demonstrations_where_the_policy_can_draw_them(tmp_path: Path) -> None:
+    lines = [
+        '{"prompt": "one", "completion": " two."}',
+        '{"prompt": "three", "completions": [" four", " fi?ve.", " six."], "note": 1}',
+        '{"prompt": "seven"}',
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(lines))
+    task = problem("continuation", prompts=str(path))
+    known = {
+        name: [decode(TOKENIZER, known.tokens_T.tolist()) for known in known_K] for name, known_K in task.demonstrations.items()
+    }
+    assert known == {"line-1": [" two"], "line-2": [" four", " six"]}
+    assert task.undrawable == 1
+    asks = problem("constrained", prompts=str(path), keywords=["six"], guided=True)
+    assert [decode(TOKENIZER, known.tokens_T.tolist()) for known in asks.demonstrations["line-2"]] == [" six"]
+    assert (set(asks.demonstrations), asks.undrawable) == ({"line-2"}, 3)
+    path.write_text('{"prompt": "one", "completion": ["two"]}')
+    with pytest.raises(ConfigError, match=r'line 1: "completion" is a text, and "completions" a list of texts'):
+        problem("continuation", prompts=str(path))

@@ -117,7 +117,7 @@ def test_a_process_of_its_own_takes_all_cores(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cfg = config_file.parse({"task": {"kind": "continuation"}})
     cores = len(os.sched_getaffinity(0))
-    assert (alone(cfg).actors.threads, alone(cfg).learner.threads) == (cores, cores)
+    assert (alone(cfg).actors.threads, alone(cfg).learner.thread_count) == (cores, cores)
     wide = config_file.parse({"task": {"kind": "continuation"}, "actors": {"cpus": cores + 3}})
     assert alone(wide).actors.threads == cores + 3
     monkeypatch.setenv("OMP_NUM_THREADS", "1,2")

@@ -78,6 +78,18 @@ def test_a_hub_id_is_fetched_at_its_revision_without_code_or_pickles(tmp_path: P
 # -------------------------------------------------------------------------------------------------- context length
 
 
+def test_what_the_hub_says_of_a_model_that_asks_for_a_licence_is_in_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gated(repo: str, **options: Any) -> str:
+        raise OSError("401 Client Error. (Request ID: x)\n\nCannot access gated repo.\nPlease log in.")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", gated)
+    with pytest.raises(
+        ConfigError, match=r"Cannot access gated repo. Please log in.*HF_TOKEN where the model asks for it"
+    ) as error:
+        locate(Model(path="someone/some-model"))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("kind", list(tiny.KINDS))
 def test_the_context_length_is_read_from_the_config(tmp_path: Path, kind: str) -> None:
     assert context_length(tiny.folder(tmp_path, kind)) == tiny.CONTEXT

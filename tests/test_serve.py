@@ -42,7 +42,7 @@ def prompt_log_probs(client: openai.OpenAI, model: str) -> np.ndarray:
 def test_the_server_offers_the_base_and_the_adapter_with_the_learners_log_probs(layers: float, tmp_path: Path) -> None:
     run_dir, config = finished.run(tmp_path, lora={"rank": 4, "alpha": 8, "layers": layers})
     port = free_port()
-    line = [sys.executable, str(ROOT / "deploy/serve.py"), "one", "--port", str(port)]
+    line = [sys.executable, str(ROOT / "deploy/serve.py"), "one", "--port", str(port), "--", "--max-model-len", "64"]
     log = (tmp_path / "log.txt").open("w")
     process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
@@ -58,7 +58,9 @@ def test_the_server_offers_the_base_and_the_adapter_with_the_learners_log_probs(
         assert addresses == {"127.0.0.1"}
 
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        assert {model.id for model in client.models.list()} == {config.model.path, "one"}
+        models: dict[str, Any] = {model.id: model for model in client.models.list()}
+        assert set(models) == {config.model.path, "one"}
+        assert models[config.model.path].max_model_len == 64, "what stands after -- is vLLM's"
         answer = client.completions.create(model="one", prompt="abc", max_tokens=5, n=3, seed=0, stop=".")
         assert len({choice.text for choice in answer.choices}) > 1
 
@@ -183,3 +185,9 @@ def test_a_port_in_use_is_named() -> None:
     serve.check_port("127.0.0.1", port)
     with pytest.raises(ConfigError, match="--port 70000"):
         serve.check_port("127.0.0.1", 70000)
+
+
+def test_a_server_takes_a_gpu_of_which_its_run_had_a_part(tmp_path: Path) -> None:
+    run_dir, config = finished.run(tmp_path, actors={"gpus": 0.5})
+    line = serve.command_line(config, run_dir, run_dir / "adapter/adapter_model.safetensors", "127.0.0.1", 1, gpu=True)
+    assert not [flag for flag in line if "gpu-memory" in flag]

@@ -134,6 +134,9 @@ def test_messages_are_written_by_the_models_chat_template(tmp_path: Path, smollm
     [prompt] = problem("continuation", smollm2, prompts=path, stop="<|im_end|>").prompts
     assert smollm2.decode(list(prompt.policy_tokens)) == expected == prompt.meta["text"]
     assert prompt.meta["messages"] == messages
+    begun = written(tmp_path / "begun.jsonl", {"messages": [*messages, {"role": "assistant", "content": "I am"}]})
+    [prompt] = problem("continuation", smollm2, prompts=begun, stop="<|im_end|>").prompts
+    assert prompt.meta["text"] == expected + "I am", "a last message of the assistant's is gone on from"
     [asked] = problem("verifiable", smollm2, chat=True, prompt="{question} Be short.", limit=1, stop="<|im_end|>").prompts
     assert str(smollm2.decode(list(asked.policy_tokens))).endswith(
         "<|im_start|>user\nWhat is 0 + 0? Be short.<|im_end|>\n<|im_start|>assistant\n"

@@ -12,7 +12,7 @@ from system.config import ConfigError
 from system.tasks.verifiable import correctness, last_number
 from system.text import decode
 from system.trajectory import Prompt
-from tests.problems import asked, judged, problem
+from tests.problems import TOKENIZER, asked, judged, problem
 
 
 @pytest.mark.parametrize(
@@ -99,3 +99,12 @@ def test_answers_are_judged_alone_and_by_their_majority(
 
 def test_an_answer_that_is_no_number_gets_no_verdict() -> None:
     assert judged(correctness, asked(answer="Paris"), ["Paris"]) == {}
+
+
+def test_completions_are_demonstrations(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"question": "1 + 1", "answer": 2, "completion": " two\\n"}\n{"question": "1 + 2", "answer": 3}')
+    given = problem("verifiable", questions=str(path))
+    [known] = given.demonstrations["question-1"]
+    assert decode(TOKENIZER, known.tokens_T.tolist()) == " two"
+    assert set(given.demonstrations) == {"question-1"}

@@ -13,11 +13,12 @@ import regex
 from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError
+from system.constraints import Constraints
 from system.function_process import FunctionFault, function_process
 from system.required import Required, has_word
 from system.task_config import Constrained
 from system.tasks import continuation
-from system.tasks.problem import Problem
+from system.tasks.problem import Problem, demonstrated
 from system.text import decode
 from system.trajectory import Prompt
 
@@ -71,7 +72,15 @@ def build(section: Constrained, tokenizer: PreTrainedTokenizerBase) -> Problem:
         except ValueError as error:
             raise ConfigError(f"task.keywords: {error}; raise task.max_tokens") from error
         constraints = replace(constraints, required=required)
+        problem = _without_others(problem, constraints)
     return replace(problem, prompts=prompts, constraints=constraints, judge=validity)
+
+
+def _without_others(problem: Problem, constraints: Constraints) -> Problem:
+    """Without the demonstrations that the constraints do not admit."""
+    tokens = {name: [known.tokens_T.tolist() for known in known_K] for name, known_K in problem.demonstrations.items()}
+    demonstrations, undrawable = demonstrated(tokens, constraints)
+    return replace(problem, demonstrations=demonstrations, undrawable=problem.undrawable + undrawable)
 
 
 def _check_characters(keywords: Sequence[str], drawable: set[str]) -> None:

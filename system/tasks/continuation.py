@@ -18,7 +18,15 @@ from transformers import PreTrainedTokenizerBase
 from system.config import ConfigError
 from system.task_config import NextSentence
 from system.tasks.files import choose, distinct, read_lines, read_records
-from system.tasks.problem import Problem, chat_context, context_tokens, single_token, support
+from system.tasks.problem import (
+    Problem,
+    chat_context,
+    completions,
+    context_tokens,
+    demonstrated,
+    single_token,
+    support,
+)
 from system.text import special_tokens
 from system.trajectory import Prompt
 
@@ -31,19 +39,23 @@ def build(section: NextSentence, tokenizer: PreTrainedTokenizerBase) -> Problem:
     """Raises ConfigError if the prompts cannot be read, the stop is not one token, or there is nothing else to draw."""
     stop = single_token(tokenizer, section.stop, "task.stop")
     constraints = support(section, tokenizer, stop, legal_tokens(tokenizer, section.illegal))
-    prompts = []
+    prompts, known = [], {}
     for number, record in read_prompts(section):
+        where = f"task.prompts={section.prompts!r}, line {number}"
         if "prompt" in record:
             text = record["prompt"]
             context = context_tokens(tokenizer, text)
         else:
-            where = f"task.prompts={section.prompts!r}, line {number}"
             text, context = chat_context(tokenizer, record["messages"], where)
         prompts.append(Prompt(f"line-{number}", context, context, meta=record | {"text": text}))
+        known[f"line-{number}"] = completions(record, tokenizer, section.stop, where)
+    demonstrations, undrawable = demonstrated(known, constraints)
     return Problem(
         prompts=tuple(prompts),
         constraints=constraints,
         reward_stop=(stop,),
+        demonstrations=demonstrations,
+        undrawable=undrawable,
         judge=variety,
     )
 

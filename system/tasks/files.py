@@ -83,4 +83,6 @@ def choose(items: Sequence[T], offset: int, limit: int | None, field: str, value
             f"{field}={value!r} has {len(items)} prompts, none of them after task.offset={offset}; "
             "lower the offset or name another file"
         )
+    if len(chosen) < len(items):
+        logger.info("%s=%r: %d of its %d entries are taken (task.offset, task.limit)", field, value, len(chosen), len(items))
     return chosen

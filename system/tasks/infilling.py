@@ -18,9 +18,9 @@ from system.config import ConfigError
 from system.task_config import Infilling
 from system.tasks.continuation import legal_tokens
 from system.tasks.files import choose, read_records
-from system.tasks.problem import Problem, context_tokens, single_token, support
+from system.tasks.problem import Problem, context_tokens, demonstrated, single_token, support
 from system.text import decode
-from system.trajectory import Prompt, sampled
+from system.trajectory import Prompt
 
 PACKAGED_STORIES = Path(__file__).with_name("stories.jsonl")
 
@@ -41,7 +41,7 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
     nothing else to draw."""
     stop = single_token(tokenizer, section.stop, "task.stop")
     constraints = support(section, tokenizer, stop, legal_tokens(tokenizer, section.illegal))
-    prompts, demonstrations, told, undrawable = [], {}, set(), 0
+    prompts, middles, told = [], {}, set()
     for story in read_stories(section):
         policy = context_tokens(tokenizer, section.prompt.format(before=story.before, after=story.after))
         tokens = story.tokens or {"after": tokenizer.encode(" " + story.after, add_special_tokens=False)}
@@ -54,20 +54,19 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
         middle = tokens.get("middle")
         if middle is None and story.middle:
             middle = tokenizer.encode(" " + story.middle.removesuffix(section.stop), add_special_tokens=False)
-        if middle is not None and not constraints.admits(middle):
-            undrawable += 1
-        elif middle is not None:
-            demonstrations[story.id] = (sampled(middle, max_tokens=constraints.max_tokens),)
+        if middle is not None:
+            middles[story.id] = [middle]
             if story.tokens:
                 told.add(story.id)
         prompts.append(Prompt(story.id, policy, context_tokens(tokenizer, story.before), tuple(tokens["after"]), meta))
+    demonstrations, undrawable = demonstrated(middles, constraints)
     return Problem(
         prompts=tuple(prompts),
         constraints=constraints,
         reward_stop=(stop,),
         demonstrations=demonstrations,
         undrawable=undrawable,
-        exact=frozenset(told),
+        exact=frozenset(told) & demonstrations.keys(),
         judge=overlap,
     )
 

@@ -13,7 +13,7 @@ from system.config import ConfigError
 from system.constraints import Constraints
 from system.text import special_tokens
 from system.tools import Tool
-from system.trajectory import Prompt, Trajectory
+from system.trajectory import Prompt, Trajectory, sampled
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +92,27 @@ class Problem:
         return max(self.lengths.values())
 
 
+def demonstrated(
+    samples: Mapping[str, Sequence[Sequence[int]]], constraints: Constraints
+) -> tuple[dict[str, tuple[Trajectory, ...]], int]:
+    """(`demonstrations`, `undrawable`) of a problem, from tokens of known good samples, without their stop, by prompt id."""
+    drawable = {
+        name: tuple(sampled(tokens, max_tokens=constraints.max_tokens) for tokens in tokens_K if constraints.admits(tokens))
+        for name, tokens_K in samples.items()
+    }
+    undrawable = sum(len(samples[name]) - len(kept) for name, kept in drawable.items())
+    return {name: kept for name, kept in drawable.items() if kept}, undrawable
+
+
+def completions(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, stop: str, where: str) -> list[list[int]]:
+    """Tokens, without the stop, of what a record calls known good samples of its prompt: "completion", a text, or
+    "completions", a list of them. Raises ConfigError for anything else under these names."""
+    texts = record.get("completions", [record["completion"]] if "completion" in record else [])
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f'{where}: "completion" is a text, and "completions" a list of texts')
+    return [tokenizer.encode(text.removesuffix(stop), add_special_tokens=False) for text in texts]
+
+
 def support(section: Any, tokenizer: PreTrainedTokenizerBase, stop: int, allowed: Sequence[int] | np.ndarray) -> Constraints:
     """What a config section lets the policy draw: its lengths, the allowed tokens and the stop.
 
@@ -144,13 +165,19 @@ def context_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, 
 
 
 def chat_context(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], where: str) -> tuple[str, tuple[int, ...]]:
-    """(text, tokens) of a conversation as the tokenizer's chat template writes it, up to where the assistant answers.
+    """(text, tokens) of a conversation as the tokenizer's chat template writes it, up to where the assistant answers, or goes
+    on where the last message is its own.
 
     Raises:
         ConfigError: there is no template, or it does not take these messages; `where` says whose they are.
     """
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        begun = messages[-1]["role"] == "assistant"
+        text = str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
+            )
+        )
     # A border: a template is a program of the model's, and raises what it likes.
     except Exception as error:
         raise ConfigError(f"{where}: the model's chat template does not take it: {error}") from error

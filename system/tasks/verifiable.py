@@ -19,7 +19,16 @@ from system.config import ConfigError
 from system.reward_config import FunctionReward, factors
 from system.task_config import LAST_NUMBER, Verifiable
 from system.tasks.files import choose, distinct, read_records
-from system.tasks.problem import Problem, chat_context, context_tokens, ordinary_tokens, single_token, support
+from system.tasks.problem import (
+    Problem,
+    chat_context,
+    completions,
+    context_tokens,
+    demonstrated,
+    ordinary_tokens,
+    single_token,
+    support,
+)
 from system.trajectory import Prompt
 from system.voting import wins
 
@@ -27,7 +36,8 @@ from system.voting import wins
 def build(section: Verifiable, tokenizer: PreTrainedTokenizerBase) -> Problem:
     """Raises ConfigError if the questions cannot be read, the verifier takes no such answer, or the stop is not one token."""
     stop = single_token(tokenizer, section.stop, "task.stop")
-    prompts = []
+    constraints = support(section, tokenizer, stop, ordinary_tokens(tokenizer))
+    prompts, known = [], {}
     for number, record in read_questions(section):
         text = section.prompt.format(question=record["question"])
         if section.chat:
@@ -35,16 +45,21 @@ def build(section: Verifiable, tokenizer: PreTrainedTokenizerBase) -> Problem:
         else:
             context = context_tokens(tokenizer, text)
         prompts.append(Prompt(f"question-{number}", context, context, meta=record))
+        where = f"task.questions={section.questions!r}, line {number}"
+        known[f"question-{number}"] = completions(record, tokenizer, section.stop, where)
     if any(isinstance(factor, FunctionReward) and factor.path == LAST_NUMBER for _, factor in factors(section.reward)):
         for prompt in prompts:
             try:
                 _answer(prompt)
             except ValueError as error:
                 raise ConfigError(f"task.questions={section.questions!r}: {error}") from error
+    demonstrations, undrawable = demonstrated(known, constraints)
     return Problem(
         prompts=tuple(prompts),
-        constraints=support(section, tokenizer, stop, ordinary_tokens(tokenizer)),
+        constraints=constraints,
         reward_stop=(stop,),
+        demonstrations=demonstrations,
+        undrawable=undrawable,
         judge=correctness,
     )
 
