@@ -1,8 +1,9 @@
 """What sampling without training gives: `python deploy/baselines.py CONFIG [key=value …] --methods ancestral,smc --samples K`.
 
 For each prompt of the config's task, each method draws K samples from the base model; `--run RUN` adds the adapter of a
-finished run as the method `gflownet`. Writes OUTPUT_DIR/NAME-baselines-…/ with baselines.json and a folder a method (its
-samples, its MLflow run), for `deploy/compare.py`. All metrics are means over prompts:
+finished run as the method `gflownet`, and `gflownet_METHOD` among `--methods` is one of the others with it in place of the
+base: `gflownet_sir`, say, resamples its draws by their weights. Writes OUTPUT_DIR/NAME-baselines-…/ with baselines.json and a
+folder a method (its samples, its MLflow run), for `deploy/compare.py`. All metrics are means over prompts:
 
     task/{max,mean}_log_reward       log R of the K samples, untempered, nats
     task/{max,mean}_log_likelihood   log p(Z stop | X) of the frozen model, nats, where the reward needs one
@@ -125,13 +126,11 @@ class Baselines:
         from actors.tolerant import Tolerant
         from system import evaluation
 
-        model, temperature = self.base, self.config.learner.reward_temperature.end
-        if method == TUNED:
-            assert self.tuned is not None
-            method, model = "ancestral", self.tuned
+        name, temperature = untuned(method), self.config.learner.reward_temperature.end
+        model: Any = self.base if name == method else self.tuned
         reward = Tolerant(self.reward)
         decoder = Decoder(model, self.problem.constraints, reward, temperature, self.settings, self.config.seed)
-        found = [self._prompt(decoder, method, prompt, samples) for prompt in self.problem.evaluated]
+        found = [self._prompt(decoder, name, prompt, samples) for prompt in self.problem.evaluated]
         results = [result for result in found if result is not None]
         if not results:
             raise RunError(f"{method}: no prompt has two samples with a reward; the log has the reasons")
@@ -194,13 +193,20 @@ def _bounds(draws: Draws, log_weight_K: np.ndarray | None) -> dict[str, float]:
     return {} if log_weight_K is None else mean_metrics([Bounds.of(log_weight_K)])
 
 
-def check(methods: list[str], settings: dict[str, Any]) -> None:
+def untuned(method: str) -> str:
+    """The method of `actors.decoding` by which the base or the adapter draws: the adapter alone draws as it is."""
+    return "ancestral" if method == TUNED else method.removeprefix(f"{TUNED}_")
+
+
+def check(methods: list[str], settings: dict[str, Any], *, tuned: bool) -> None:
     """Raises ConfigError for a method that does not exist or comes twice, and for a setting out of its bounds."""
     from actors.decoding import METHODS
 
     for method in methods:
-        if method not in METHODS:
+        if untuned(method) not in METHODS or method == TUNED:
             raise ConfigError(f"--methods: no {method!r}; there are {', '.join(METHODS)} (and {TUNED} with --run)")
+        if untuned(method) != method and not tuned:
+            raise ConfigError(f"--methods: {method!r} draws from the adapter of a run: name it by --run, or leave it out")
         if methods.count(method) > 1:
             raise ConfigError(f"--methods: {method!r} is there {methods.count(method)} times; name each method once")
     for name, (holds, bounds) in BOUNDS.items():
@@ -218,7 +224,7 @@ def run(
     """
     from system.tracking import Tracker, resolve_uri
 
-    check(methods, settings)
+    check(methods, settings, tuned=run_dir is not None)
     resolve_uri(config.tracking.uri)
     baselines = Baselines(config, settings, run_dir, step)
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"

@@ -27,7 +27,7 @@ if str(ROOT) not in sys.path:
 
 import numpy as np  # noqa: E402
 
-from deploy.baselines import TUNED  # noqa: E402
+from deploy.baselines import untuned  # noqa: E402
 from deploy.command import command  # noqa: E402
 from deploy.runs import find_run  # noqa: E402
 from system import config_file  # noqa: E402
@@ -115,7 +115,8 @@ def _results(folder: Path, run: str, config: dict[str, Any]) -> Iterator[tuple[s
         if tuned:
             yield f"{run}: held out{of}", same, tuned
     for method, metrics in baselines.get("methods", {}).items():
-        adapter = _kept(baselines["adapter_config"]) | {"step": baselines.get("adapter_step")} if method == TUNED else {}
+        tuned = untuned(method) != method
+        adapter = _kept(baselines["adapter_config"]) | {"step": baselines.get("adapter_step")} if tuned else {}
         same = config | _under("adapter", adapter) | baselines["settings"] | {"samples": baselines["samples"]}
         yield f"{run}: {method}", same, metrics
 

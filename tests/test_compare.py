@@ -234,20 +234,21 @@ def test_each_method_is_measured_and_the_adapter_beside_it(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("system.diversity.find_spec", lambda name: None)
-    methods = ["ancestral", "beam", "smc"]
+    methods = ["ancestral", "beam", "smc", "gflownet_sir"]
     folder = baselines.run(tiny_config, methods, 8, {"oversample": 2}, trained(tiny_config))
     rows = table(folder)
     written = json.loads((folder / "baselines.json").read_text())
     assert written["adapter_config"] == tiny_config.model_dump(mode="json")
-    assert list(rows) == ["told: ancestral", "told: beam", "told: smc", "told: gflownet"]
+    assert list(rows) == ["told: ancestral", "told: beam", "told: smc", "told: gflownet_sir", "told: gflownet"]
     weighted = {name for name, row in rows.items() if "posterior/log_z_weighted" in row.values}
-    assert weighted == {"told: ancestral", "told: smc", "told: gflownet"}
+    assert weighted == {"told: ancestral", "told: smc", "told: gflownet_sir", "told: gflownet"}
     for row in rows.values():
         assert row.values["task/max_log_reward"] >= row.values["task/mean_log_reward"]
         assert row.values["task/max_log_likelihood"] == pytest.approx(row.values["task/max_log_reward"], abs=1e-4)
         assert row.values["model_tokens"][0] > 0
         assert "task/diversity" not in row.values
     assert rows["told: smc"].values["model_tokens"] > rows["told: ancestral"].values["model_tokens"]
+    assert rows["told: gflownet_sir"].values["model_tokens"] > rows["told: gflownet"].values["model_tokens"]
     assert rows["told: gflownet"].values["task/mean_log_reward"] != rows["told: ancestral"].values["task/mean_log_reward"]
     [samples] = (folder / "smc" / "tables" / "samples").glob("*.json")
     content = json.loads(samples.read_text())
@@ -308,8 +309,9 @@ def test_a_method_of_which_no_sample_has_a_reward_says_so(tiny_config: Config) -
 
 
 def test_a_method_that_is_not_there_is_named(tiny_config: Config) -> None:
-    with pytest.raises(ConfigError, match="no 'greedy'; there are ancestral, "):
-        baselines.run(tiny_config, ["greedy"], 4, {}, None)
+    for method, message in (("greedy", "no 'greedy'; there are ancestral, "), ("gflownet_sir", "name it by --run")):
+        with pytest.raises(ConfigError, match=message):
+            baselines.run(tiny_config, [method], 4, {}, None)
 
 
 @pytest.mark.parametrize(

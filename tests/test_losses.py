@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from learner import losses
 from learner.losses import States
+from system.learner_config import USES_PREFIX_REWARDS
 from tests.toy import STRINGS, Toy
 
 KINDS = ["pooled", "vargrad", "tb", "db", "subtb"]
@@ -172,3 +175,12 @@ def test_each_kind_is_its_own_loss(toy: Toy) -> None:
     values = {kind: loss.item() for kind, loss in expected.items()}
     assert {kind: losses.build(kind, 0.5)(states).item() for kind in KINDS} == values
     assert len({round(value, 6) for value in values.values()}) == len(KINDS)
+
+
+def test_losses_that_learn_from_states_inside_samples_are_known_for_it(toy: Toy) -> None:
+    """For others the rewards of these states are not computed at all."""
+    group = toy.group(0, [(0, 1, 1), (1, 0), (1,)])
+    ends = tuple(np.append(np.full(len(values) - 1, np.nan), values[-1]) for values in group.log_reward_K)
+    known, unknown = toy.states(0, group), toy.states(0, replace(group, log_reward_K=ends))
+    learns = [kind for kind in KINDS if losses.build(kind)(known).item() != losses.build(kind)(unknown).item()]
+    assert sorted(learns) == sorted(USES_PREFIX_REWARDS)
