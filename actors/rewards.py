@@ -8,6 +8,7 @@ which has the log R of the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from system.config import ConfigError
-from system.function_process import FunctionProcess
+from system.function_process import FunctionProcesses
 from system.functions import import_function
 from system.language_model import LanguageModel
 from system.log_rewards import LogRewards
@@ -136,9 +137,10 @@ class Function:
         min_tokens: int = 0,
         *,
         batch: bool = False,
+        concurrency: int = 1,
     ) -> None:
         """`min_tokens` is the fewest actions after which a sample can stop. With `batch` the function takes lists of texts and
-        of their tokens, and returns one of numbers."""
+        of their tokens, and returns one of numbers. It is called for `concurrency` samples at a time."""
         self.tokens_forwarded = 0
         self.function = function
         self.decode = decode
@@ -146,27 +148,33 @@ class Function:
         self.every_prefix = every_prefix
         self.min_tokens = min_tokens
         self.batch = batch
+        self._callers = ThreadPoolExecutor(concurrency, thread_name_prefix="function") if concurrency > 1 else None
 
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
         """Raises RewardError where the function raised, took too long, or returned NaN, an infinity or no number at all."""
         known = self._at_once(prompt, trajectories_K) if self.batch else {}
-        result, faults = [], {}
-        for k, trajectory in enumerate(trajectories_K):
-            tokens = trajectory.tokens_T.tolist()
-            log_reward_T = np.full(len(tokens) + 1, np.nan)
-            for t in self._called_at(trajectory):
-                prefix = tuple(tokens[:t])
-                if prefix not in known:
-                    known[prefix] = self._call(prompt, list(prefix))
-                value = known[prefix]
-                if isinstance(value, str):
-                    faults[k] = value
-                    break
-                log_reward_T[t] = value
-            result.append(log_reward_T)
-        if faults:
+        each = self._callers.map if self._callers else map
+        found = list(each(partial(self._of_sample, prompt, known), trajectories_K))
+        result = [log_reward_T for log_reward_T, _ in found]
+        if faults := {k: fault for k, (_, fault) in enumerate(found) if fault}:
             raise RewardError(faults, result)
         return result
+
+    def _of_sample(
+        self, prompt: Prompt, known: dict[tuple[int, ...], float | str], trajectory: Trajectory
+    ) -> tuple[np.ndarray, str | None]:
+        """(log R at every prefix, what is wrong). What is known of a prefix, of any sample, is not asked again."""
+        tokens = trajectory.tokens_T.tolist()
+        log_reward_T = np.full(len(tokens) + 1, np.nan)
+        for t in self._called_at(trajectory):
+            prefix = tuple(tokens[:t])
+            if prefix not in known:
+                known[prefix] = self._call(prompt, list(prefix))
+            value = known[prefix]
+            if isinstance(value, str):
+                return log_reward_T, value
+            log_reward_T[t] = value
+        return log_reward_T, None
 
     def _called_at(self, trajectory: Trajectory) -> list[int]:
         """Lengths of the prefixes that are scored. A text that cannot be drawn is nothing that the function has to know."""
@@ -321,7 +329,8 @@ def build(
     def one(field: str, factor: Factor) -> Reward:
         if isinstance(factor, FunctionReward):
             function = _function(factor, f"{field}.path")
-            return Function(function, decode, factor.beta, factor.every_prefix, min_tokens, batch=factor.batch)
+            how: dict[str, Any] = {"batch": factor.batch, "concurrency": factor.concurrency}
+            return Function(function, decode, factor.beta, factor.every_prefix, min_tokens, **how)
         if model is None:
             raise ValueError(f"a reward of kind {factor.kind} needs the frozen model")
         posterior = Posterior(model, stop, token_budget, factor.every_prefix)
@@ -339,6 +348,4 @@ def build(
 def _function(section: FunctionReward, field: str) -> Callable[..., Any]:
     if section.seconds is None:
         return import_function(section.path, field)
-    function = FunctionProcess(section.path, field, section.seconds, section.start_seconds)
-    function.start()
-    return function
+    return FunctionProcesses(section.path, field, section.seconds, section.start_seconds, section.concurrency)

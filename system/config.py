@@ -6,6 +6,7 @@ config; the larger sections are in files of their own.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
@@ -136,7 +137,7 @@ class Config(Section):
     def _reward_seconds(self) -> float:
         samples = max(self.sampler.samples_per_prompt, self.learner.evaluation_samples)
         functions = [factor for _, factor in factors(self.task.reward) if isinstance(factor, FunctionReward)]
-        seconds = sum((function.seconds or 0.0) * (1 if function.batch else samples) for function in functions)
+        seconds = sum((f.seconds or 0.0) * (1 if f.batch else math.ceil(samples / f.concurrency)) for f in functions)
         if isinstance(self.task, Constrained):
             seconds += self.task.seconds * samples * (bool(self.task.pattern) + bool(self.task.predicate))
         return seconds

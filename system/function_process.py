@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -86,6 +87,27 @@ class FunctionProcess:
         if error:
             self.close()
             raise ConfigError(error)
+
+
+class FunctionProcesses:
+    """As many processes with the function at `path`, for as many callers at a time. Thread-safe."""
+
+    def __init__(self, path: str, field: str, seconds: float, start_seconds: float, count: int) -> None:
+        """Starts them. Raises ConfigError as `FunctionProcess.start`."""
+        self.__qualname__ = path.partition(":")[2]
+        self._idle: queue.SimpleQueue[FunctionProcess] = queue.SimpleQueue()
+        for _ in range(count):
+            process = FunctionProcess(path, field, seconds, start_seconds)
+            process.start()
+            self._idle.put(process)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Raises as a FunctionProcess."""
+        process = self._idle.get()
+        try:
+            return process(*arguments)
+        finally:
+            self._idle.put(process)
 
 
 def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:

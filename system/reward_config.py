@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from system.section import Section
 
@@ -47,6 +47,15 @@ class FunctionReward(Section):
     null: in the sampler's process and without a limit, for a function that is known to end."""
     start_seconds: float = Field(default=120.0, gt=0)
     """Longest wait until that process has imported it; what it needs, such as a model, may be loaded then."""
+    concurrency: int = Field(default=1, ge=1)
+    """Such processes in each sampler, for as many samples of a group at a time: for a judge that is waited for."""
+
+    @model_validator(mode="after")
+    def _there_are_calls_and_processes_to_share(self) -> FunctionReward:
+        if self.concurrency > 1 and (self.batch or self.seconds is None):
+            what = "batch=true is one call for a group" if self.batch else "seconds=null is without a process of its own"
+            raise ValueError(f"concurrency={self.concurrency} shares calls out over processes, but {what}; set concurrency=1")
+        return self
 
     @property
     def name(self) -> str:

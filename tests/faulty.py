@@ -6,7 +6,9 @@ import math
 import os
 import re
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -78,3 +80,15 @@ def always(prompt: Any, text: str, tokens: list[int]) -> float:
 
 def length(prompt: Any, text: str, tokens: list[int]) -> int:
     return len(tokens)
+
+
+def in_company(prompt: Any, text: str, tokens: list[int]) -> float:
+    """Processes of this function that were at work meanwhile, itself among them."""
+    folder = Path(tempfile.gettempdir()) / f"company-{os.getppid()}"
+    folder.mkdir(exist_ok=True)
+    mine = folder / str(os.getpid())
+    mine.touch()
+    time.sleep(0.2)
+    found = len(list(folder.iterdir()))
+    mine.unlink()
+    return float(found)

@@ -605,6 +605,7 @@ def test_a_sampler_may_be_silent_for_as_long_as_the_functions_of_its_reward_may_
     assert allowed({"kind": "continuation"}) == 100
     assert allowed({"kind": "continuation", "reward": function | {"seconds": None}}) == 100
     assert allowed({"kind": "continuation", "reward": product}) == 100 + 40 * 3 + 3
+    assert allowed({"kind": "continuation", "reward": function | {"concurrency": 16}}) == 100 + 3 * 3
     assert allowed({"kind": "constrained", "pattern": "a", "seconds": 2}) == 100 + 40 * 2
 
 

@@ -403,6 +403,35 @@ def test_the_others_of_a_group_keep_their_rewards_and_each_fault_is_named() -> N
     assert "(and 3 more of this group)" in str(error)
 
 
+def test_samples_of_a_group_are_judged_at_the_same_time_with_the_result_of_one_after_another() -> None:
+    options: Any = {
+        "model": None,
+        "stop": (),
+        "token_budget": 64,
+        "decode": lambda tokens: " ".join(map(str, tokens)),
+    }
+    samples = trajectories([[k, 1, 2] for k in range(8)])
+    judge = {"kind": "function", "path": "tests.faulty:in_company", "every_prefix": True}
+    one, four = (rewards.build(section(**judge, concurrency=n), **options) for n in (1, 4))
+    assert [values[-1] for values in one.score(PROMPT, samples)] == [1.0] * 8
+    company = [values[-1] for values in four.score(PROMPT, samples)]
+    assert max(company) > 1
+    faulty_judge = section(kind="function", path="tests.faulty:score", concurrency=3)
+    words = ["good", "raise", "fine", "nan"]
+    options["decode"] = lambda tokens: words[tokens[0]]
+    built = rewards.build(faulty_judge, **options)
+    with pytest.raises(RewardError) as caught:
+        built.score(PROMPT, trajectories([[k] for k in range(4)]))
+    assert [caught.value.log_reward_K[k][-1] for k in (0, 2)] == [-4.0, -4.0]
+    assert list(caught.value.faults) == [1, 3]
+
+
+@pytest.mark.parametrize("field", [{"batch": True}, {"seconds": None}])
+def test_concurrency_without_calls_or_processes_to_share_is_refused(field: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"concurrency=2 shares calls out over processes, but .*; set concurrency=1"):
+        section(kind="function", path="tests.faulty:score", concurrency=2, **field)
+
+
 def test_a_function_that_hangs_costs_its_sample_and_no_other() -> None:
     options: dict[str, Any] = {"model": None, "stop": (), "token_budget": 64}
     words = ["good", "sleep", "spin", "fine"]
