@@ -106,7 +106,7 @@ class Orchestrator:
                 metrics = self.with_learner(lambda batch=batch: self._update(batch))
             self._since_saved.append(batch)
             now = time.perf_counter()
-            self._account(metrics, waited, now - began)
+            self._account(metrics | {"replay/share": self._replayed(batch)}, waited, now - began)
             if self._failure is not None:
                 raise self._failure
             began = now
@@ -125,6 +125,11 @@ class Orchestrator:
                 began += time.perf_counter() - evaluated  # it is no part of the next step
         if self._saved_step != self.counters.step:
             self.checkpoint()
+
+    def _replayed(self, batch: list[Group]) -> float:
+        """Share of a batch's samples that the buffer gave: with few in it, less than the config asks for."""
+        total = sum(len(group) for group in batch)
+        return 1 - sum(len(group) for group in self.flow.taken) / total
 
     def _keep(self, error: Exception) -> None:
         """A checkpoint before the run ends by `error`, which is what the run is to say of its end: not why there is none."""

@@ -194,6 +194,8 @@ class Tracker:
         if self.lag():
             replay_it = f"python -m system.tracking {self._dir}"
             log.warning("%d entries did not reach %s; send them with: %s", self.lag(), self._courier.state.uri, replay_it)
+        elif run_id := self._courier.state.run_id:
+            log.info("in MLflow at %s it is run %s", self._courier.state.uri, run_id)
         self._journal.close()
 
     def _deliver(self) -> None:

@@ -433,8 +433,12 @@ def test_as_many_checkpoints_stay_as_the_config_says(tmp_path: Path) -> None:
 
 def test_an_update_learns_from_the_buffer_too(tmp_path: Path) -> None:
     cfg, learner = config().model_copy(update={"replay": Replay(fresh=0.5, uniform=0.5)}), FakeLearner()
-    orchestrator(tmp_path, cfg, FakeSamplers(), learner).train()
+    loop = orchestrator(tmp_path, cfg, FakeSamplers(), learner)
+    loop.train()
     assert used(learner) > 100, "72 are fresh"
+    shares = loop.tracker.series("replay/share")  # type: ignore[attr-defined]
+    assert shares == pytest.approx([1 - 6 / sum(len(group) for group in batch) for batch in learner.batches])
+    assert shares[0] == 0.0
 
 
 def test_what_an_update_used_is_counted(tmp_path: Path) -> None:
