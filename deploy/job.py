@@ -114,6 +114,7 @@ class Job:
         from deploy.ray_metrics import RayMetrics
         from deploy.recorder import Recorder
         from deploy.remote import RayLearner, wait_until_ready
+        from system.evaluation import needs_samples
         from system.orchestrator import Orchestrator
         from system.requests import Requests
         from system.tracking import Tracker
@@ -158,7 +159,7 @@ class Job:
             )
             loop = Orchestrator(
                 config, training, pool, learner, replay, tracker, run_dir / "checkpoints",
-                on_step=on_step, evaluate=recorder.evaluate, should_stop=self.stop,
+                on_step=on_step, evaluate=recorder.evaluate, evaluation_draws=needs_samples(problem), should_stop=self.stop,
             )  # fmt: skip
             if saved is not None:
                 loop.restore(saved)

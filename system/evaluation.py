@@ -54,9 +54,14 @@ class Evaluation:
 def without_samples(problem: Problem, scorer: Scorer, most: int | None = None) -> Evaluation | None:
     """The evaluation from log-probs alone; None where neither the outcomes nor the choices can be listed. Choices are asked for
     `most` records, where there are more."""
-    if problem.outcomes is not None:
-        return exact(problem, scorer)
-    return chosen(problem, scorer, most) if problem.choices else None
+    if needs_samples(problem):
+        return None
+    return chosen(problem, scorer, most) if problem.outcomes is None else exact(problem, scorer)
+
+
+def needs_samples(problem: Problem) -> bool:
+    """Neither the outcomes nor the choices can be listed."""
+    return problem.outcomes is None and not problem.choices
 
 
 def exact(problem: Problem, scorer: Scorer) -> Evaluation:

@@ -43,8 +43,10 @@ class Orchestrator:
     on_step: Callable[[Orchestrator, dict[str, float], list[Group]], None] = lambda loop, metrics, fresh: None
     """Called after each update, with its metrics and the fresh groups it used: progress and tables."""
     evaluate: Callable[[Orchestrator], None] = lambda loop: None
-    """Called before the first update, every evaluate_every updates and after the last; the learner's weights are published,
-    and what was learned is in a checkpoint."""
+    """Called before the first update, every evaluate_every updates and after the last; what was learned is in a checkpoint, and
+    nothing is in flight."""
+    evaluation_draws: bool = True
+    """Evaluations draw from the samplers, to which the learner's weights are published first."""
     should_stop: Callable[[], bool] = lambda: False
     timeline: Timeline = field(default_factory=Timeline)
     _learner_deaths_in_a_row: int = 0
@@ -111,7 +113,7 @@ class Orchestrator:
                 raise self._failure
             began = now
             # An evaluation draws from the weights that it scores.
-            if self._due(settings.publish_every) or self._due(evaluate_every):
+            if self._due(settings.publish_every) or (self.evaluation_draws and self._due(evaluate_every)):
                 self.publish()
             # An evaluation takes long, and may be cut off.
             if self._due(settings.checkpoint_every) or self._due(evaluate_every):

@@ -317,6 +317,13 @@ def test_an_evaluation_draws_from_the_weights_that_it_scores(tmp_path: Path) -> 
     assert at == [(0, 0), (5, 5), (10, 10), (12, 12)]
 
 
+def test_an_evaluation_from_log_probs_alone_makes_no_version(tmp_path: Path) -> None:
+    learner = FakeLearner()
+    settings = config(evaluate_every=5, publish_every=4, max_staleness=3)
+    orchestrator(tmp_path, settings, FakeSamplers(), learner, evaluation_draws=False).train()
+    assert learner.published == [0, 1, 2, 3], "before the first update, and after 4, 8 and 12"
+
+
 def test_a_run_that_was_cut_off_before_an_evaluation_has_it_after_a_resume(tmp_path: Path) -> None:
     cfg = config(checkpoint_every=5, evaluate_every=5)
 

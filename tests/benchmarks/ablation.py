@@ -55,7 +55,7 @@ SETTINGS: dict[str, list[str]] = {
 class Task:
     metric: str
     every: int
-    """Updates between two evaluations."""
+    """Updates between two evaluations. Where these draw, a version is made for each: it is no other than there is anyway."""
     steps: int
     overrides: tuple[str, ...] = ()
     target: float | None = None
@@ -66,7 +66,7 @@ TASKS = {
     "random_number": Task("exact/kl_target_q", every=3, steps=40, target=TARGET),
     "continuation": Task(
         "posterior/spread",
-        every=10,
+        every=8,
         steps=60,
         overrides=(
             "task.limit=6",
