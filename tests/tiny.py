@@ -9,6 +9,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -32,6 +33,17 @@ SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 CHARACTERS = [*string.digits, *string.ascii_lowercase, " ", ".", ",", "\n", '"', "?", "!", ":", ";", "'", "-", "A", "T", "é"]
 
 
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
+
+
 def _build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -43,18 +55,12 @@ def llama(vocab_size: int = VOCABULARY, seed: int = 0) -> PreTrainedModel:
     """Rotary positions, grouped-query attention, an output layer of its own."""
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,  # the smallest that vLLM's CPU kernels take
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.3,
         bos_token_id=1,
         eos_token_id=2,
-        pad_token_id=0,
         tie_word_embeddings=False,
+        **SMALL,
     )
     return _build(config, seed)
 
@@ -63,18 +69,12 @@ def mistral(vocab_size: int = VOCABULARY, seed: int = 0) -> PreTrainedModel:
     """A sliding window of 16 tokens in all layers, longer than the samples that a model is checked with when it is loaded."""
     config = MistralConfig(
         vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
         sliding_window=16,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.3,
         bos_token_id=1,
         eos_token_id=2,
-        pad_token_id=0,
+        **SMALL,
     )
     return _build(config, seed)
 
@@ -102,18 +102,12 @@ def gemma2(vocab_size: int = VOCABULARY, seed: int = 0) -> PreTrainedModel:
     """The logits of attention are capped."""
     config = Gemma2Config(
         vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
         query_pre_attn_scalar=8,
         sliding_window=64,
         attn_logit_softcapping=2.0,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.3,
-        pad_token_id=0,
+        **SMALL,
     )
     return _build(config, seed)
 
@@ -122,16 +116,10 @@ def lfm2(vocab_size: int = VOCABULARY, seed: int = 0) -> PreTrainedModel:
     """One layer that convolves neighbouring tokens, one with attention."""
     config = Lfm2Config(
         vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.3,
         block_multiple_of=8,
         layer_types=["conv", "full_attention"],
-        pad_token_id=0,
+        **SMALL,
     )
     return _build(config, seed)
 
@@ -140,21 +128,15 @@ def gemma3(vocab_size: int = VOCABULARY, seed: int = 0) -> PreTrainedModel:
     """One layer with a sliding window of 8 tokens, one with full attention, tied embeddings, capped logits."""
     config = Gemma3TextConfig(
         vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
         query_pre_attn_scalar=8,
-        max_position_embeddings=CONTEXT,
         sliding_window=8,
         layer_types=["sliding_attention", "full_attention"],
         final_logit_softcapping=30.0,
-        initializer_range=0.3,
         bos_token_id=1,
         eos_token_id=2,
-        pad_token_id=0,
+        **SMALL,
     )
     return _build(config, seed)
 
