@@ -41,6 +41,11 @@ class Reward(Protocol):
         """Tokens that a model has computed for it since the start."""
         ...
 
+    @property
+    def progress(self) -> int:
+        """Grows while it scores: tokens that a model has computed, calls that came back."""
+        ...
+
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
         """K arrays float64 [T + 1]. Raises RewardError."""
         ...
@@ -61,6 +66,10 @@ class Posterior:
         self.stop = tuple(stop)
         self.token_budget = token_budget
         self.tokens_forwarded = 0
+
+    @property
+    def progress(self) -> int:
+        return self.tokens_forwarded
 
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
         suffix = self.stop + tuple(prompt.evidence_tokens or ())
@@ -114,6 +123,10 @@ class Contrast:
     def tokens_forwarded(self) -> int:
         return self.posterior.tokens_forwarded
 
+    @property
+    def progress(self) -> int:
+        return self.posterior.progress
+
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
         others = [evidence for evidence in self.evidences[prompt.id] if evidence != prompt.evidence_tokens]
         prompts = [prompt, *(replace(prompt, evidence_tokens=evidence) for evidence in others)]
@@ -141,7 +154,7 @@ class Function:
     ) -> None:
         """`min_tokens` is the fewest actions after which a sample can stop. With `batch` the function takes lists of texts and
         of their tokens, and returns one of numbers. It is called for `concurrency` samples at a time."""
-        self.tokens_forwarded = 0
+        self.tokens_forwarded = self.progress = 0
         self.function = function
         self.decode = decode
         self.beta = beta
@@ -152,29 +165,33 @@ class Function:
 
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
         """Raises RewardError where the function raised, took too long, or returned NaN, an infinity or no number at all."""
-        known = self._at_once(prompt, trajectories_K) if self.batch else {}
-        each = self._callers.map if self._callers else map
-        found = list(each(partial(self._of_sample, prompt, known), trajectories_K))
-        result = [log_reward_T for log_reward_T, _ in found]
-        if faults := {k: fault for k, (_, fault) in enumerate(found) if fault}:
+        known: dict[tuple[int, ...], float | str] = {}
+        if self.batch:
+            known = self._at_once(prompt, trajectories_K)
+        elif self._callers is not None:
+            prefixes = self._prefixes(trajectories_K)
+            known = dict(zip(prefixes, self._callers.map(partial(self._call, prompt), map(list, prefixes)), strict=True))
+        result, faults = [], {}
+        for k, trajectory in enumerate(trajectories_K):
+            tokens = trajectory.tokens_T.tolist()
+            log_reward_T = np.full(len(tokens) + 1, np.nan)
+            for t in self._called_at(trajectory):
+                prefix = tuple(tokens[:t])
+                if prefix not in known:
+                    known[prefix] = self._call(prompt, list(prefix))
+                value = known[prefix]
+                if isinstance(value, str):
+                    faults[k] = value
+                    break
+                log_reward_T[t] = value
+            result.append(log_reward_T)
+        if faults:
             raise RewardError(faults, result)
         return result
 
-    def _of_sample(
-        self, prompt: Prompt, known: dict[tuple[int, ...], float | str], trajectory: Trajectory
-    ) -> tuple[np.ndarray, str | None]:
-        """(log R at every prefix, what is wrong). What is known of a prefix, of any sample, is not asked again."""
-        tokens = trajectory.tokens_T.tolist()
-        log_reward_T = np.full(len(tokens) + 1, np.nan)
-        for t in self._called_at(trajectory):
-            prefix = tuple(tokens[:t])
-            if prefix not in known:
-                known[prefix] = self._call(prompt, list(prefix))
-            value = known[prefix]
-            if isinstance(value, str):
-                return log_reward_T, value
-            log_reward_T[t] = value
-        return log_reward_T, None
+    def _prefixes(self, trajectories_K: Sequence[Trajectory]) -> list[tuple[int, ...]]:
+        """Those that are scored, each once."""
+        return list(dict.fromkeys(tuple(tr.tokens_T[:t].tolist()) for tr in trajectories_K for t in self._called_at(tr)))
 
     def _called_at(self, trajectory: Trajectory) -> list[int]:
         """Lengths of the prefixes that are scored. A text that cannot be drawn is nothing that the function has to know."""
@@ -191,11 +208,13 @@ class Function:
         # A border: what the user's function does with one text is the fault of that sample alone, and is counted.
         except Exception as error:
             return f"{self._name} failed for prompt {prompt.id!r}, text {text!r}: {type(error).__name__}: {error}"
+        finally:
+            self.progress += 1
         return self._log_reward(prompt, text, value)
 
     def _at_once(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> dict[tuple[int, ...], float | str]:
         """log R, or what is wrong, of each distinct prefix that is scored."""
-        prefixes = list(dict.fromkeys(tuple(tr.tokens_T[:t].tolist()) for tr in trajectories_K for t in self._called_at(tr)))
+        prefixes = self._prefixes(trajectories_K)
         texts = [self.decode(list(prefix)) for prefix in prefixes]
         try:
             values = list(self.function(prompt, texts, [list(prefix) for prefix in prefixes]))
@@ -205,6 +224,8 @@ class Function:
         except Exception as error:
             fault = f"{self._name} failed for prompt {prompt.id!r}, {len(texts)} texts: {type(error).__name__}: {error}"
             return dict.fromkeys(prefixes, fault)
+        finally:
+            self.progress += 1
         if len(values) != len(texts):
             fault = (
                 f"{self._name} returned {len(values)} values for prompt {prompt.id!r}, {len(texts)} texts; return one for each"
@@ -246,6 +267,10 @@ class Product:
     def tokens_forwarded(self) -> int:
         return sum(part.reward.tokens_forwarded for part in self.parts)
 
+    @property
+    def progress(self) -> int:
+        return sum(part.reward.progress for part in self.parts)
+
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> LogRewards:
         faults: dict[int, str] = {}
         scores = []
@@ -277,6 +302,10 @@ class Checked:
     @property
     def tokens_forwarded(self) -> int:
         return self.reward.tokens_forwarded
+
+    @property
+    def progress(self) -> int:
+        return self.reward.progress
 
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> LogRewards:
         """Raises RewardError with the prompt and the sequence."""

@@ -169,6 +169,11 @@ class Sampler:
             "busy": (self._seconds["generate"] + self._seconds["install"]) / elapsed,
         }
 
+    @property
+    def progress(self) -> int:
+        """Grows while it draws or scores: tokens, and calls of the reward."""
+        return self._engine.tokens + self._engine.prompt_tokens + self._reward.progress
+
     def close(self) -> None:
         """Ends the engine; callers that still wait get EngineDied. May be called twice."""
         with self._wake:

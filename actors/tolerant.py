@@ -28,6 +28,10 @@ class Tolerant:
     def tokens_forwarded(self) -> int:
         return self._reward.tokens_forwarded
 
+    @property
+    def progress(self) -> int:
+        return self._reward.progress
+
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> LogRewards:
         scores_K, faults = tolerated(partial(self._reward.score, prompt, trajectories_K))
         if faults:

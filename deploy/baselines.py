@@ -126,8 +126,8 @@ class Baselines:
         from actors.tolerant import Tolerant
         from system import evaluation
 
-        name, temperature = untuned(method), self.config.learner.reward_temperature.end
-        model: Any = self.base if name == method else self.tuned
+        name, temperature = _of_base(method), self.config.learner.reward_temperature.end
+        model: Any = self.tuned if is_tuned(method) else self.base
         reward = Tolerant(self.reward)
         decoder = Decoder(model, self.problem.constraints, reward, temperature, self.settings, self.config.seed)
         found = [self._prompt(decoder, name, prompt, samples) for prompt in self.problem.evaluated]
@@ -193,8 +193,13 @@ def _bounds(draws: Draws, log_weight_K: np.ndarray | None) -> dict[str, float]:
     return {} if log_weight_K is None else mean_metrics([Bounds.of(log_weight_K)])
 
 
-def untuned(method: str) -> str:
-    """The method of `actors.decoding` by which the base or the adapter draws: the adapter alone draws as it is."""
+def is_tuned(method: str) -> bool:
+    """It draws from a run's adapter, not from the base."""
+    return method == TUNED or method.startswith(f"{TUNED}_")
+
+
+def _of_base(method: str) -> str:
+    """The method of `actors.decoding` that is taken: of the adapter without another word, its draws as they are."""
     return "ancestral" if method == TUNED else method.removeprefix(f"{TUNED}_")
 
 
@@ -203,9 +208,11 @@ def check(methods: list[str], settings: dict[str, Any], *, tuned: bool) -> None:
     from actors.decoding import METHODS
 
     for method in methods:
-        if untuned(method) not in METHODS or method == TUNED:
-            raise ConfigError(f"--methods: no {method!r}; there are {', '.join(METHODS)} (and {TUNED} with --run)")
-        if untuned(method) != method and not tuned:
+        if _of_base(method) not in METHODS or method in (TUNED, f"{TUNED}_ancestral"):
+            raise ConfigError(
+                f"--methods: no {method!r}; there are {', '.join(METHODS)}, and with --run {TUNED}_ before each but ancestral"
+            )
+        if is_tuned(method) and not tuned:
             raise ConfigError(f"--methods: {method!r} draws from the adapter of a run: name it by --run, or leave it out")
         if methods.count(method) > 1:
             raise ConfigError(f"--methods: {method!r} is there {methods.count(method)} times; name each method once")

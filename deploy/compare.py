@@ -27,7 +27,7 @@ if str(ROOT) not in sys.path:
 
 import numpy as np  # noqa: E402
 
-from deploy.baselines import untuned  # noqa: E402
+from deploy.baselines import is_tuned  # noqa: E402
 from deploy.command import command  # noqa: E402
 from deploy.runs import find_run  # noqa: E402
 from system import config_file  # noqa: E402
@@ -115,8 +115,9 @@ def _results(folder: Path, run: str, config: dict[str, Any]) -> Iterator[tuple[s
         if tuned:
             yield f"{run}: held out{of}", same, tuned
     for method, metrics in baselines.get("methods", {}).items():
-        tuned = untuned(method) != method
-        adapter = _kept(baselines["adapter_config"]) | {"step": baselines.get("adapter_step")} if tuned else {}
+        adapter = {}
+        if is_tuned(method):
+            adapter = _kept(baselines["adapter_config"]) | {"step": baselines.get("adapter_step")}
         same = config | _under("adapter", adapter) | baselines["settings"] | {"samples": baselines["samples"]}
         yield f"{run}: {method}", same, metrics
 

@@ -72,7 +72,7 @@ def evaluate(
 
     with opened(config, samples) as local:
         problem, tokenizer = local.problem, local.tokenizer
-        if behaviour != ON_POLICY and (problem.outcomes is not None or problem.choices):
+        if behaviour != ON_POLICY and not evaluation.needs_samples(problem):
             raise ConfigError(
                 f"--temperature={behaviour.temperature:g}: task.kind={config.task.kind} is evaluated here from the log-probs "
                 "of all that it may answer, and nothing is drawn; leave it out"

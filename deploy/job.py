@@ -94,8 +94,8 @@ class Job:
         self.stop = Stop()
 
     def check(self) -> str:
-        """What the task has, as a run would find it. Raises ConfigError for what would be refused of it before a process is
-        started for it, and CheckpointError for a checkpoint that cannot be gone on from."""
+        """What the task has, as a run would find it. Raises ConfigError for what would be refused of it, and CheckpointError
+        for a checkpoint that cannot be gone on from."""
         from system.function_process import FunctionProcess
 
         _, prepared, _ = self._begin()
@@ -105,7 +105,9 @@ class Job:
                 with contextlib.closing(FunctionProcess(factor.path, f"{field}.path", 1.0, factor.start_seconds)) as function:
                     function.start()
         kept = f", {len(problem.held_out)} of them held out" if problem.held_out else ""
-        return f"{len(problem.prompts)} prompts{kept}, contexts of up to {problem.longest_prompt} tokens; nothing was started"
+        return (
+            f"{len(problem.prompts)} prompts{kept}, contexts of up to {problem.longest_prompt} tokens; nothing is left running"
+        )
 
     def run(self) -> dict[str, Any]:
         from deploy import ray_cluster

@@ -336,7 +336,7 @@ def _of_run(run: str, samples: int) -> Durations:
     measured = config_file.load(run_dir / "config.yaml", [])
     if (of_run := measured.sampler.samples_per_prompt) != samples:
         print(f"the run has groups of {of_run}, the config of {samples}, whose work is another", file=sys.stderr)
-    one_thread = measured.actors.threads == measured.learner.threads == 1
+    one_thread = measured.actors.threads == measured.learner.thread_count == 1
     one_thread = one_thread and not (measured.actors.gpus or measured.learner.gpus)
     return Durations.of_trace(json.loads(path.read_text(encoding="utf-8")), one_thread)
 

@@ -45,6 +45,8 @@ ROOM_SECONDS = 8.0
 """Until what a killed process held is free; a stopped one takes 5 s to go."""
 SPARE_THREADS = 8
 """Of an actor, besides those for groups: for scores, statistics and signs of life."""
+QUESTIONS = 4
+"""To a silent sampler that has work, how far it is, before it is given up."""
 LONGEST_PAUSE = 60.0
 """Seconds before the next start, after starts that failed; the first pause is 2 s, and each is twice the one before."""
 
@@ -75,7 +77,11 @@ class _Member:
     built: Any
     """Reference to its first answer."""
     heard: float
-    """When it was started, then when it answered last or was given work after a rest."""
+    """When it was started, then when it answered last, got further, or was given work after a rest."""
+    progress: int = -1
+    """Of its work, as it was told last."""
+    asked: float = 0.0
+    """When that was asked for."""
     is_built: bool = False
     calls: list[_Call] = field(default_factory=list)
 
@@ -226,17 +232,25 @@ class RaySamplers:
             pass
 
     def _watch(self) -> None:
-        """Gives up samplers that say nothing: a process may be stopped, a kernel or a reward hang, a network be parted."""
+        """Gives up samplers that get nowhere: a process may be stopped, a kernel or a reward hang, a network be parted."""
         actors, now = self.config.actors, time.monotonic()
         for member in list(self._members.values()):
             silent = now - member.heard
             if not member.is_built and silent > actors.start_seconds:
                 self._failed(member, TimeoutError(f"it was not built within actors.start_seconds={actors.start_seconds:g}"))
-            elif member.calls and silent > self.config.answer_seconds:
-                self._lose(member, f"it was asked and answered nothing for {self.config.silence}")
+            elif member.calls and silent > actors.answer_seconds:
+                self._lose(member, f"it has work and got no further for actors.answer_seconds={actors.answer_seconds:g}")
+            elif member.calls and min(silent, now - member.asked) > actors.answer_seconds / QUESTIONS:
+                member.asked = now
+                self._when_done(member.actor.progress.remote(), lambda source, member=member: self._told(member, source))
             elif member.is_built and silent > actors.answer_seconds:
                 # One that rests is asked for a sign of life: it may be needed soon.
                 self._give(member, _Call("ready", ()))
+
+    def _told(self, member: _Member, source: Future[Any]) -> None:
+        """How far a busy sampler is. What is wrong with one that cannot say shows elsewhere."""
+        if source.exception() is None and (progress := source.result()) > member.progress:
+            member.progress, member.heard = progress, time.monotonic()
 
     def _fill(self) -> None:
         while not self._paused and len(self._members) < self._target and time.monotonic() >= self._start_after:

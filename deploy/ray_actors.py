@@ -85,6 +85,9 @@ class SamplerActor(BuiltActor):
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
         return self.part.score(prompt, trajectories_K)
 
+    def progress(self) -> int:
+        return self.part.progress
+
     def stats(self) -> dict[str, float]:
         return self.part.stats() | super().stats()
 

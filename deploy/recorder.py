@@ -97,7 +97,7 @@ class Recorder:
         ]
 
     def evaluate(self, loop: Orchestrator) -> None:
-        """Of the weights that the samplers have."""
+        """Of the learner's weights, which the samplers have where it draws."""
         step = loop.counters.step
         # It takes long, and nothing is lost with it.
         with self.stop.patient(False):

@@ -87,6 +87,17 @@ def environment(config: Config, *, gpu: bool) -> dict[str, str]:
     return own | os.environ
 
 
+def check_passed_on(flags: list[str], overrides: list[str]) -> None:
+    """Raises ConfigError for what is set on the other side of `--`."""
+    for flag in flags:
+        if flag.partition("=")[0] in ("--host", "--port"):
+            raise ConfigError(f"{flag} after --: it is this command's own; put it before --")
+    for override in overrides:
+        if override.startswith("sampler.gpu_memory_utilization="):
+            share = override.partition("=")[2]
+            raise ConfigError(f"{override} is of a run's engines; for the server add -- --gpu-memory-utilization {share}")
+
+
 def check_port(host: str, port: int) -> None:
     """Raises ConfigError if nothing can listen there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -157,6 +168,7 @@ def main(argv: list[str]) -> int:
     add_step(parser)
     own, passed_on = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     arguments = parser.parse_intermixed_args(own)
+    check_passed_on(passed_on, arguments.overrides)
     run_dir = find_run(arguments.run)
     if arguments.step is None:
         adapter_file(run_dir)  # missed now, and not when torch is loaded

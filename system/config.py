@@ -6,7 +6,6 @@ config; the larger sections are in files of their own.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
@@ -14,10 +13,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from system.learner_config import MLE, NEEDS_PREFIX_REWARDS, Learner, Loss, PolicyGradient, Pooled, Replay
-from system.reward_config import FunctionReward, ProductReward, factors
+from system.reward_config import ProductReward
 from system.sampler_config import Actors, Sampler
 from system.section import ConfigError, Section
-from system.task_config import PROMPT_FILES, Constrained, RandomNumber, Task
+from system.task_config import PROMPT_FILES, RandomNumber, Task
 
 NAME = r"^[A-Za-z0-9][\w.-]*$"
 
@@ -120,27 +119,6 @@ class Config(Section):
     @property
     def canary_tolerance(self) -> float:
         return self.sampler.canary_tolerance or (0.005 if self.canary_by_mean else 0.15)
-
-    @property
-    def answer_seconds(self) -> float:
-        """Longest silence of a sampler that was asked. The functions of a reward may take their own limits beside, once for
-        each sample of a group, and be tolerated."""
-        return self.actors.answer_seconds + self._reward_seconds
-
-    @property
-    def silence(self) -> str:
-        """The same, as settings."""
-        beside = f", and {self._reward_seconds:g} s that the reward's functions may take beside" if self._reward_seconds else ""
-        return f"actors.answer_seconds={self.actors.answer_seconds:g}{beside}"
-
-    @property
-    def _reward_seconds(self) -> float:
-        samples = max(self.sampler.samples_per_prompt, self.learner.evaluation_samples)
-        functions = [factor for _, factor in factors(self.task.reward) if isinstance(factor, FunctionReward)]
-        seconds = sum((f.seconds or 0.0) * (1 if f.batch else math.ceil(samples / f.concurrency)) for f in functions)
-        if isinstance(self.task, Constrained):
-            seconds += self.task.seconds * samples * (bool(self.task.pattern) + bool(self.task.predicate))
-        return seconds
 
     def warnings(self) -> list[str]:
         """What is allowed and hardly meant. A run may be shortened to have a look at it, so nothing here is an error."""

@@ -43,8 +43,8 @@ def scored(problem: Problem, rewards: Rewards) -> list[Group]:
     prompts = shown(problem)
     if problem.undrawable:
         logger.warning(
-            "%d demonstrations are left out, and %d kept: the policy cannot draw them with this task.max_tokens and these "
-            "allowed tokens", problem.undrawable, len(prompts),
+            "%d demonstrations are left out, and %d kept: the policy cannot draw them with this task.max_tokens, these allowed "
+            "tokens, or what must be in a sample", problem.undrawable, sum(map(len, problem.demonstrations.values())),
         )  # fmt: skip
     answers = [asked(partial(rewards.log_reward, prompt, problem.demonstrations[prompt.id])) for prompt in prompts]
     groups: list[Group] = []

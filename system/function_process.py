@@ -65,6 +65,11 @@ class FunctionProcess:
 
     def start(self) -> None:
         """Starts the process, by which it is known that the function can be had. Raises ConfigError if it cannot."""
+        self.spawn()
+        self.wait_until_imported()
+
+    def spawn(self) -> None:
+        """Starts the process and does not wait for it."""
         self.close()
         ours, theirs = socket.socketpair()
         with theirs:
@@ -77,6 +82,9 @@ class FunctionProcess:
             )
         self._connection = Connection(ours.detach())
         self._end = weakref.finalize(self, _end, self._process, self._connection)
+
+    def wait_until_imported(self) -> None:
+        """Raises ConfigError where the function cannot be had."""
         if not self._connection.poll(self.start_seconds):
             self.close()
             raise ConfigError(f"{self.field}={self.path!r} was not imported within {self.start_seconds:g} s")
@@ -96,9 +104,11 @@ class FunctionProcesses:
         """Starts them. Raises ConfigError as `FunctionProcess.start`."""
         self.__qualname__ = path.partition(":")[2]
         self._idle: queue.SimpleQueue[FunctionProcess] = queue.SimpleQueue()
-        for _ in range(count):
-            process = FunctionProcess(path, field, seconds, start_seconds)
-            process.start()
+        processes = [FunctionProcess(path, field, seconds, start_seconds) for _ in range(count)]
+        for process in processes:
+            process.spawn()
+        for process in processes:
+            process.wait_until_imported()
             self._idle.put(process)
 
     def __call__(self, *arguments: Any) -> Any:

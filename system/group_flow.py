@@ -96,7 +96,7 @@ class GroupFlow:
         self._reissue = deque(unused)
 
     def collect(self, wanted: int, should_stop: Callable[[], bool]) -> bool:
-        """Takes the next `wanted` groups that are fresh enough; False if a stop was asked for meanwhile."""
+        """Takes the next `wanted` groups; False if a stop was asked for meanwhile."""
         while len(self.taken) < wanted:
             if should_stop():
                 return False
@@ -129,13 +129,12 @@ class GroupFlow:
                 f"samplers died {self._waves_in_a_row} times with no group in between (actors.max_deaths={limit}); "
                 f"the last cause: {self._last_cause}"
             )
-        for group_id, deaths in self._deaths_over.items():
-            if deaths > limit:
-                prompt = self.requests.training(group_id).prompt.id
-                raise RunError(
-                    f"group {group_id} (prompt {prompt!r}) was under way at {deaths} deaths of samplers in a row "
-                    f"(actors.max_deaths={limit}): it may be what they die of; the last cause: {self._last_cause}"
-                )
+        if over := [group_id for group_id, deaths in self._deaths_over.items() if deaths > limit]:
+            prompts = {group_id: self.requests.training(group_id).prompt.id for group_id in over}
+            raise RunError(
+                f"samplers died {limit + 1} times in a row over the same group, one of {prompts} by number and prompt "
+                f"(actors.max_deaths={limit}); the last cause: {self._last_cause}"
+            )
 
     def feed(self) -> None:
         """Asks for groups as long as the gate is open."""

@@ -231,9 +231,8 @@ class Courier:
             self._attempts[lane] = 0
             state.refused += len(reasons)
             state.cursors[lane] = end
-            # They are delivered, also if that cannot be noted: a full disk.
-            self._journal.settle(len(entries))
             self._save()
+            self._journal.settle(len(entries))
             if reasons:
                 log.warning("refused for good: %d %s, %d in this run; first: %s", len(reasons), kind, state.refused, reasons[0])
 

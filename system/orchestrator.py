@@ -1,8 +1,8 @@
 """The loop: keep samplers fed up to the capacity gate, train on what comes back, publish what was learned.
 
 It holds no mathematics and knows neither Ray nor vLLM: samplers and the learner are handles that answer with futures.
-GFlowNet losses are valid off policy, so a group that an older adapter drew needs no correction; `max_staleness` bounds
-how old it may be, and 0 makes the loop synchronous.
+GFlowNet losses are valid off policy, so a group that an older adapter drew needs no correction; `max_staleness` bounds how
+old what is asked for will be, and 0 makes the loop synchronous.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Orchestrator:
         what was learned, unless the learner itself is lost.
 
         Raises:
-            RunError: samplers died more than actors.max_deaths times with no group in between, or the learner with no
-                checkpoint; or more than sampler.max_reward_faults samples had no reward.
+            RunError: samplers died more than actors.max_deaths times with no group in between or over the same group, or the
+                learner with no checkpoint; or more than sampler.max_reward_faults samples had no reward.
         """
         try:
             self._train()
@@ -90,12 +90,11 @@ class Orchestrator:
         if self._due(evaluate_every) or self._new_task:
             self._evaluate()
         began = time.perf_counter()
-        settled = 0.0
         while self.counters.step < settings.steps and not self.should_stop():
             asked = time.perf_counter()
             with self.timeline.span("wait for groups", "loop", step=self.counters.step):
                 collected = self.flow.collect(settings.groups_per_update, self.should_stop)
-            waited, settled = time.perf_counter() - asked + settled, 0.0
+            waited = time.perf_counter() - asked
             if not collected:
                 break
             # In the order of their numbers, not of their arrival: a synchronous run repeats itself to the bit.
@@ -119,9 +118,9 @@ class Orchestrator:
             if self._due(settings.checkpoint_every) or self._due(evaluate_every):
                 self.checkpoint()
             if self._due(evaluate_every) and not (self.should_stop() and self.counters.step < settings.steps):
-                asked = time.perf_counter()
                 self.flow.settle(self.should_stop)
-                settled = time.perf_counter() - asked
+                if self.should_stop() and self.counters.step < settings.steps:
+                    break
                 evaluated = time.perf_counter()
                 self._evaluate()
                 began += time.perf_counter() - evaluated  # it is no part of the next step

@@ -104,12 +104,12 @@ class Actors(Section):
     gpus: float = Field(default=0, ge=0, le=1)
     """GPUs reserved for each; fractions share a GPU."""
     max_deaths: int = Field(default=3, ge=0)
-    """The run stops after more than this many deaths in a row: of samplers without a group in between, or of the learner
-    without a checkpoint in between."""
+    """The run stops after more than this many deaths in a row: of samplers without a group in between or over the same group,
+    or of the learner without a checkpoint in between."""
     answer_seconds: float = Field(default=300.0, gt=0)
-    """A sampler that is asked and answers nothing for this long, and for as long beside as functions of the reward may take for
-    a group, is killed and replaced; one that rests is asked for a sign of life as often. Long enough for the slowest group, and
-    for the first one, which installs a version and compiles kernels."""
+    """A sampler that has work and gets no further for this long is killed and replaced: it neither answers nor draws a token
+    nor has a call of its reward come back. One that rests is asked for a sign of life as often. Long enough to install the
+    first version and to compile kernels, and for a call of the reward."""
     start_seconds: float = Field(default=600.0, gt=0)
     """Longest wait for an actor to be placed and built: a first start converts or fetches the model."""
 

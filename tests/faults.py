@@ -32,6 +32,8 @@ class Faults:
     always: bool = False
     seconds: float = 0.0
     """Of each group."""
+    gets_further: bool = False
+    """All the while."""
 
 
 @dataclass
@@ -49,6 +51,10 @@ class Part:
         for number in range(self.faults.killed_builds):
             if once(self.config, f"killed-{number}"):
                 os._exit(1)
+
+    @property
+    def progress(self) -> int:
+        return time.monotonic_ns() if self.faults.gets_further else 0
 
     def sample(self, request: Request, adapter: int) -> Group:
         time.sleep(self.faults.seconds)
@@ -68,6 +74,9 @@ class FaultySampler(BuiltActor):
 
     def sample(self, request: Request, adapter: int) -> Group:
         return self.part.sample(request, adapter)
+
+    def progress(self) -> int:
+        return self.part.progress
 
     def node(self) -> str:
         import ray

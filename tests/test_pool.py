@@ -166,6 +166,20 @@ class TestOneNode:
         assert [future.result(60).group_id for future in futures] == list(range(30))
         samplers.close()
 
+    def test_a_group_that_takes_long_is_no_hang_while_its_sampler_gets_further(self, tmp_path: Path) -> None:
+        """The verdicts of a slow judge, say."""
+        for gets_further in (True, False):
+            cfg = config(tmp_path / str(gets_further), {"count": 1, "answer_seconds": 2})
+            samplers = pool(cfg, Faults(seconds=6, gets_further=gets_further))
+            wait_until_ready(samplers)
+            future = samplers.sample(request(0, cfg))
+            if gets_further:
+                assert future.result(30).group_id == 0
+            else:
+                with pytest.raises(SamplerDied, match=r"has work and got no further for actors\.answer_seconds=2"):
+                    future.result(30)
+            samplers.close()
+
     def test_an_answer_of_a_sampler_that_was_given_up_is_dropped(self, tmp_path: Path) -> None:
         cfg = config(tmp_path, {"count": 1})
         samplers = pool(cfg, Faults(seconds=0.5))

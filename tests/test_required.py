@@ -138,7 +138,7 @@ def test_decoding_draws_with_the_learners_log_q(folder: Path) -> None:
     expected = dict(zip(samples, log_q_K, strict=True))
 
     class Unit:
-        tokens_forwarded = 0
+        tokens_forwarded = progress = 0
         score: Callable[..., list[np.ndarray]] = staticmethod(lambda _, group: [np.zeros(len(t) + 1) for t in group])
 
     decoder = Decoder(learner.policy.language_model.model, constraints(7), Unit())  # type: ignore[arg-type]

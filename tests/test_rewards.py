@@ -333,7 +333,7 @@ def test_what_is_no_finite_number_is_refused_with_prompt_and_text(value: Any) ->
 class Given:
     """A reward that gives what it is told to."""
 
-    tokens_forwarded = 0
+    tokens_forwarded = progress = 0
 
     def __init__(self, *values: list[float]) -> None:
         self.values = [np.array(value, np.float64) for value in values]
@@ -403,23 +403,21 @@ def test_the_others_of_a_group_keep_their_rewards_and_each_fault_is_named() -> N
     assert "(and 3 more of this group)" in str(error)
 
 
-def test_samples_of_a_group_are_judged_at_the_same_time_with_the_result_of_one_after_another() -> None:
-    options: Any = {
-        "model": None,
-        "stop": (),
-        "token_budget": 64,
-        "decode": lambda tokens: " ".join(map(str, tokens)),
-    }
-    samples = trajectories([[k, 1, 2] for k in range(8)])
+def test_samples_of_a_group_are_judged_at_the_same_time_and_each_text_once(tmp_path: Path) -> None:
+    options: Any = {"model": None, "stop": (), "token_budget": 64, "decode": lambda tokens: " ".join(map(str, tokens))}
+    asked = replace(PROMPT, meta={"folder": str(tmp_path)})
     judge = {"kind": "function", "path": "tests.faulty:in_company", "every_prefix": True}
-    one, four = (rewards.build(section(**judge, concurrency=n), **options) for n in (1, 4))
-    assert [values[-1] for values in one.score(PROMPT, samples)] == [1.0] * 8
-    company = [values[-1] for values in four.score(PROMPT, samples)]
-    assert max(company) > 1
-    faulty_judge = section(kind="function", path="tests.faulty:score", concurrency=3)
+    for processes in (1, 4):
+        built = rewards.build(section(**judge, concurrency=processes), **options)
+        company = [values[-1] for values in built.score(asked, trajectories([[k, 1] for k in range(6)]))]
+        assert (max(company) > 1) == (processes > 1)
+        assert built.progress == 1 + 6 + 6, "the empty text, and what begins with each"
+        equal = built.score(asked, trajectories([[1], [1], [1]]))
+        assert len({values[-1] for values in equal}) == 1
+        assert built.progress == 13 + 2
     words = ["good", "raise", "fine", "nan"]
     options["decode"] = lambda tokens: words[tokens[0]]
-    built = rewards.build(faulty_judge, **options)
+    built = rewards.build(section(kind="function", path="tests.faulty:score", concurrency=3), **options)
     with pytest.raises(RewardError) as caught:
         built.score(PROMPT, trajectories([[k] for k in range(4)]))
     assert [caught.value.log_reward_K[k][-1] for k in (0, 2)] == [-4.0, -4.0]

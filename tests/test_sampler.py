@@ -39,7 +39,7 @@ SECONDS = 30
 class Lengths:
     """log R = -T, from a minimum of one token on."""
 
-    tokens_forwarded = 0
+    tokens_forwarded = progress = 0
 
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
         return [np.array([np.nan, *np.arange(-1.0, -len(t) - 1, -1)]) for t in trajectories_K]

@@ -191,3 +191,18 @@ def test_a_server_takes_a_gpu_of_which_its_run_had_a_part(tmp_path: Path) -> Non
     run_dir, config = finished.run(tmp_path, actors={"gpus": 0.5})
     line = serve.command_line(config, run_dir, run_dir / "adapter/adapter_model.safetensors", "127.0.0.1", 1, gpu=True)
     assert not [flag for flag in line if "gpu-memory" in flag]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--", "--port", "9000"], "--port after --: it is this command's own; put it before --"),
+        (["--", "--host=0.0.0.0"], "--host=0.0.0.0 after --: "),
+        (["sampler.gpu_memory_utilization=0.9"], "for the server add -- --gpu-memory-utilization 0.9"),
+    ],
+)
+def test_what_is_set_on_the_other_side_of_the_dashes_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serve.main(["nosuch", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -18,7 +18,7 @@ from system.function_process import FunctionFault, function_process
 from system.required import Required, has_word
 from system.task_config import Constrained
 from system.tasks import continuation
-from system.tasks.problem import Problem, demonstrated
+from system.tasks.problem import Problem
 from system.text import decode
 from system.trajectory import Prompt
 
@@ -72,15 +72,19 @@ def build(section: Constrained, tokenizer: PreTrainedTokenizerBase) -> Problem:
         except ValueError as error:
             raise ConfigError(f"task.keywords: {error}; raise task.max_tokens") from error
         constraints = replace(constraints, required=required)
-        problem = _without_others(problem, constraints)
+        problem = _admitted(problem, constraints)
     return replace(problem, prompts=prompts, constraints=constraints, judge=validity)
 
 
-def _without_others(problem: Problem, constraints: Constraints) -> Problem:
-    """Without the demonstrations that the constraints do not admit."""
-    tokens = {name: [known.tokens_T.tolist() for known in known_K] for name, known_K in problem.demonstrations.items()}
-    demonstrations, undrawable = demonstrated(tokens, constraints)
-    return replace(problem, demonstrations=demonstrations, undrawable=problem.undrawable + undrawable)
+def _admitted(problem: Problem, constraints: Constraints) -> Problem:
+    """With the demonstrations alone that the constraints admit."""
+    kept = {
+        name: tuple(known for known in known_K if constraints.admits(known.tokens_T))
+        for name, known_K in problem.demonstrations.items()
+    }
+    lost = sum(map(len, problem.demonstrations.values())) - sum(map(len, kept.values()))
+    demonstrations = {name: known_K for name, known_K in kept.items() if known_K}
+    return replace(problem, demonstrations=demonstrations, undrawable=problem.undrawable + lost)
 
 
 def _check_characters(keywords: Sequence[str], drawable: set[str]) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError
 from system.task_config import NextSentence
-from system.tasks.files import choose, distinct, read_lines, read_records
+from system.tasks.files import choose, distinct, joined, read_lines, read_records
 from system.tasks.problem import (
     Problem,
     chat_context,
@@ -85,7 +85,7 @@ def read_prompts(section: NextSentence) -> list[tuple[int, dict[str, Any]]]:
             )
         # What follows a prompt begins with a space of its own, as words do in a byte-pair vocabulary.
         records = [(number, {"prompt": line}) for number, line in lines]
-    prompts = distinct(records, "task.prompts", section.prompts, key=_said)
+    prompts = distinct(joined(records, _said), "task.prompts", section.prompts, key=_said)
     return choose(prompts, section.offset, section.limit, "task.prompts", section.prompts)
 
 

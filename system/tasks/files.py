@@ -51,6 +51,29 @@ def distinct(
     return list(first.values())
 
 
+def joined(
+    items: Sequence[tuple[int, dict[str, Any]]], key: Callable[[dict[str, Any]], Hashable]
+) -> list[tuple[int, dict[str, Any]]]:
+    """Records of equal keys that each have a "completion", or "completions", as the first of them with all of these."""
+    first: dict[Hashable, dict[str, Any]] = {}
+    result = []
+    for number, record in items:
+        if not isinstance(more := _completions(record), list):
+            result.append((number, record))
+        elif (known := first.get(key(record))) is not None:
+            known["completions"] = [*known["completions"], *more]
+        else:
+            first[key(record)] = kept = {name: value for name, value in record.items() if name != "completion"} | {
+                "completions": more
+            }
+            result.append((number, kept))
+    return result
+
+
+def _completions(record: dict[str, Any]) -> Any:
+    return [record["completion"]] if "completion" in record else record.get("completions")
+
+
 def read_records(path: Path, field: str) -> list[tuple[int, Any]]:
     """(line, value) of a JSONL file; (number from 1, value) of a .json file with a list.
 

@@ -66,7 +66,7 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
         reward_stop=(stop,),
         demonstrations=demonstrations,
         undrawable=undrawable,
-        exact=frozenset(told) & demonstrations.keys(),
+        exact=frozenset(told & demonstrations.keys()),
         judge=overlap,
     )
 

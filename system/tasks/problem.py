@@ -105,9 +105,9 @@ def demonstrated(
 
 
 def completions(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, stop: str, where: str) -> list[list[int]]:
-    """Tokens, without the stop, of what a record calls known good samples of its prompt: "completion", a text, or
-    "completions", a list of them. Raises ConfigError for anything else under these names."""
-    texts = record.get("completions", [record["completion"]] if "completion" in record else [])
+    """Tokens, without the stop, of what a record, as `files.joined` has it, calls known good samples of its prompt. Raises
+    ConfigError for what are no texts."""
+    texts = record.get("completions", [])
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ConfigError(f'{where}: "completion" is a text, and "completions" a list of texts')
     return [tokenizer.encode(text.removesuffix(stop), add_special_tokens=False) for text in texts]

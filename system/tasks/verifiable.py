@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from system.config import ConfigError
 from system.reward_config import FunctionReward, factors
 from system.task_config import LAST_NUMBER, Verifiable
-from system.tasks.files import choose, distinct, read_records
+from system.tasks.files import choose, distinct, joined, read_records
 from system.tasks.problem import (
     Problem,
     chat_context,
@@ -76,10 +76,13 @@ def read_questions(section: Verifiable) -> list[tuple[int, dict[str, Any]]]:
     else:
         records = read_records(Path(section.questions), "task.questions")
         asked = [(number, _question(record, number, section)) for number, record in records]
-        everything = distinct(
-            asked, "task.questions", section.questions, key=lambda record: (record["question"], record["answer"])
-        )
+        everything = distinct(joined(asked, _said), "task.questions", section.questions, key=_said)
     return choose(everything, section.offset, section.limit, "task.questions", section.questions)
+
+
+def _said(record: dict[str, Any]) -> tuple[str, str]:
+    """What makes two questions the same."""
+    return record["question"], record["answer"]
 
 
 def _question(record: Any, number: int, section: Verifiable) -> dict[str, Any]:

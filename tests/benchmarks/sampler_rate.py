@@ -61,7 +61,7 @@ class Bare:
 
 
 class Nothing:
-    tokens_forwarded = 0
+    tokens_forwarded = progress = 0
 
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
         return [np.zeros(len(trajectory) + 1) for trajectory in trajectories_K]
