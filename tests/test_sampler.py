@@ -181,9 +181,10 @@ def test_a_version_that_is_published_again_with_other_weights_is_installed(real:
 def test_stats_count_what_was_done(real: Real) -> None:
     measured = real.sampler.install(lora.publish(10, real.models[0]))
     assert measured["version"] == 10
-    before = real.sampler.stats()
+    before, progress = real.sampler.stats(), real.sampler.progress
     group = real.sampler.sample(request_of(6), real.adapters[0])
     after = real.sampler.stats()
+    assert real.sampler.progress >= progress + after["tokens"] - before["tokens"] > progress
     assert after["groups"] == before["groups"] + 1
     stops = sum(t.stop == "sampled" for t in group.trajectories_K)
     assert after["tokens"] == before["tokens"] + group.tokens + stops
