@@ -60,7 +60,7 @@ def test_how_many_demonstrations_are_left_out_is_said(caplog: pytest.LogCaptureF
     demonstrations.scored(PROBLEM, Lengths())
     assert not caplog.text
     demonstrations.scored(replace(PROBLEM, undrawable=3), Lengths())
-    assert "3 demonstrations are left out, and 2 kept" in caplog.text
+    assert "3 demonstrations are left out, and 3 kept" in caplog.text
 
 
 def test_a_task_without_demonstrations_is_refused() -> None:
