@@ -42,10 +42,10 @@ def scored(problem: Problem, rewards: Rewards) -> list[Group]:
     log. Raises ConfigError if none has."""
     prompts = shown(problem)
     if problem.undrawable:
-        kept = sum(len(problem.demonstrations[prompt.id]) for prompt in prompts)
+        drawable = sum(len(problem.demonstrations[prompt.id]) for prompt in prompts)
         logger.warning(
             "%d demonstrations are left out, and %d kept: the policy cannot draw them with this task.max_tokens, these allowed "
-            "tokens, or what must be in a sample", problem.undrawable, kept,
+            "tokens, or what must be in a sample", problem.undrawable, drawable,
         )  # fmt: skip
     answers = [asked(partial(rewards.log_reward, prompt, problem.demonstrations[prompt.id])) for prompt in prompts]
     groups: list[Group] = []
