@@ -231,7 +231,7 @@ def searched(exact: Exact, widths: list[int], penalty: float) -> list[Tokens]:
     return [z for _, z in sorted((end for each in ended for end in each), reverse=True)]
 
 
-@pytest.mark.parametrize("width", range(2, 7))
+@pytest.mark.parametrize("width", [2, 4, 6])
 @pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: prompt.id)
 def test_beams_narrower_than_the_support_are_the_textbooks(prompt: Prompt, width: int) -> None:
     exact = enumerated(prompt, penalty=2.0)
