@@ -153,7 +153,7 @@ class Function:
         concurrency: int = 1,
     ) -> None:
         """`min_tokens` is the fewest actions after which a sample can stop. With `batch` the function takes lists of texts and
-        of their tokens, and returns one of numbers. It is called for `concurrency` samples at a time."""
+        of their tokens, and returns one of numbers. It is called for `concurrency` prefixes at a time."""
         self.tokens_forwarded = self.progress = 0
         self.function = function
         self.decode = decode

@@ -91,7 +91,7 @@ class Recorder:
                 "planted": bool(trajectory.behaviour.planted),
                 "version": group.adapter_version,
             }
-            | {f"reward/{name}": float(value_K[k]) for name, value_K in group.factors_K.items()}
+            | group.factors_of(k)
             for group in groups
             for k, (trajectory, log_reward_T) in enumerate(zip(group.trajectories_K, group.log_reward_K, strict=True))
         ]

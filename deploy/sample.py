@@ -116,7 +116,7 @@ def _record(local: Local, group: Group) -> dict[str, Any]:
                 "log_weight": float(log_weight_K[k]),
                 "weight": float(weights_K[k]),
             }
-            | {f"reward/{name}": float(value_K[k]) for name, value_K in group.factors_K.items()}
+            | group.factors_of(k)
         )
     return record | {"log_z": log_mean_exp(log_weight_K), "ess": effective_share(log_weight_K), "samples": rows}
 

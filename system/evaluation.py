@@ -200,7 +200,7 @@ def sampled(
         for k, trajectory in enumerate(group.trajectories_K):
             of = {"prompt": group.prompt.id, "tokens": trajectory.tokens_T.tolist(), "length": len(trajectory)}
             of |= {"log_q": float(score.log_q_K[k]), "log_reward": float(score.log_reward_K[k])}
-            table.append(of | {f"reward/{name}": float(value_K[k]) for name, value_K in group.factors_K.items()})
+            table.append(of | group.factors_of(k))
     metrics = {}
     if behaviour == ON_POLICY:
         metrics |= mean_metrics(bounds_G)

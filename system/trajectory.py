@@ -146,6 +146,10 @@ class Group:
     def __len__(self) -> int:
         return len(self.trajectories_K)
 
+    def factors_of(self, k: int) -> dict[str, float]:
+        """What the factors of the reward say of a sample, as the columns of a table."""
+        return {f"reward/{name}": float(value_K[k]) for name, value_K in self.factors_K.items()}
+
     @property
     def tokens(self) -> int:
         """Sampled tokens in the group."""
