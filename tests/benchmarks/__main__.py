@@ -1,14 +1,15 @@
 """The benchmark suite: every figure with its spread, as a table and as MLflow runs.
 
-    python -m tests.benchmarks [NAME … | all]
+    python -m tests.benchmarks [NAME | "NAME argument …" … | all]
 
 Each benchmark runs in a process of its own, on a machine that should be doing nothing else. Without names all run but
-those that take many minutes, which are in `LONG`; `all` takes hours.
+those that take many minutes, which are in `LONG`; `all` takes hours. A name with arguments runs with these alone.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -46,7 +47,7 @@ LONG = [
 def run(command: str) -> list[Figure]:
     """The figures that a benchmark printed. Raises CalledProcessError if it failed."""
     print(f"== {command}", flush=True)
-    name, *arguments = command.split()
+    name, *arguments = shlex.split(command)
     figures = []
     with subprocess.Popen(
         [sys.executable, "-m", f"tests.benchmarks.{name}", *arguments], stdout=subprocess.PIPE, text=True
@@ -73,14 +74,23 @@ def log(figures: list[Figure]) -> None:
             mlflow.log_metrics(spread | {"reached": float(figure.reached)})
 
 
-def main(names: list[str]) -> None:
+def chosen(names: list[str]) -> list[str]:
+    """The commands that are asked for, in their order; exits where there is no such benchmark."""
+    known: dict[str, list[str]] = {}
+    for command in QUICK + LONG:
+        known.setdefault(command.split()[0], []).append(command)
+    if not names:
+        return QUICK
     if names == ["all"]:
-        names = [each.split()[0] for each in QUICK + LONG]
-    unknown = [name for name in names if not any(name == each.split()[0] for each in QUICK + LONG)]
-    if unknown:
-        sys.exit(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(each.split()[0] for each in QUICK + LONG)}")
+        return QUICK + LONG
+    if unknown := [name for name in names if name.split()[0] not in known]:
+        sys.exit(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(known)}")
+    return [command for name in names for command in ([name] if " " in name else known[name])]
+
+
+def main(names: list[str]) -> None:
     figures, failed = [], []
-    for command in [each for each in QUICK + LONG if each.split()[0] in names] if names else QUICK:
+    for command in chosen(names):
         try:
             found = run(command)
         # One that fails costs none of the others.

@@ -1,5 +1,6 @@
-"""The driver's own time per group, with replay and MLflow tracking: the loop alone, over samplers and a learner that answer at
-once; and all threads of its process, over Ray actors that answer without a model.
+"""The driver's own time per group, with replay and MLflow tracking, for updates of one and of eight groups: the loop alone,
+over samplers and a learner that answer at once; and over Ray actors that answer without a model, on the wall and of all its
+threads.
 
     python -m tests.benchmarks.driver_rate [--repeats 5]
 """
@@ -30,7 +31,9 @@ from tests.benchmarks.figures import Figure, report
 from tests.fakes import PROMPTS, FakeLearner, group_for
 from tests.faults import Faults, FaultySampler
 
-GROUPS, SAMPLES, TOGETHER = 2000, 20, 8
+GROUPS, SAMPLES = 2000, 20
+TOGETHER = (1, 8)
+"""Groups of an update."""
 
 
 class Instant:
@@ -52,9 +55,9 @@ class Instant:
         return future
 
 
-def config(folder: str) -> Config:
-    settings = [f"sampler.samples_per_prompt={SAMPLES}", f"learner.groups_per_update={TOGETHER}",
-                f"learner.steps={GROUPS // TOGETHER}", "learner.checkpoint_every=1000000", "actors.count=2", "actors.cpus=0.5",
+def config(folder: str, together: int) -> Config:
+    settings = [f"sampler.samples_per_prompt={SAMPLES}", f"learner.groups_per_update={together}",
+                f"learner.steps={GROUPS // together}", "learner.checkpoint_every=1000000", "actors.count=2", "actors.cpus=0.5",
                 "learner.cpus=0.5", f"tracking.uri=sqlite:///{folder}/mlflow.db", f"output_dir={folder}"]  # fmt: skip
     return config_file.load("deploy/configs/random_number.yaml", settings)
 
@@ -75,34 +78,35 @@ def milliseconds(cfg: Config, samplers: Any) -> tuple[float, float]:
     tracker.close("FINISHED")
     assert loop.counters.groups == GROUPS
     warm = len(clocks) // 10
-    wall, cpu = np.subtract(clocks[-1], clocks[warm]) / ((len(clocks) - 1 - warm) * TOGETHER) * 1000
+    wall, cpu = np.subtract(clocks[-1], clocks[warm]) / ((len(clocks) - 1 - warm) * cfg.learner.groups_per_update) * 1000
     return float(wall), float(cpu)
 
 
-def alone() -> float:
+def alone(together: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        cfg = config(folder)
+        cfg = config(folder, together)
         return milliseconds(cfg, Instant(requests_of(cfg)))[0]
 
 
-def over_ray() -> float:
+def over_ray(together: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        cfg = config(folder)
+        cfg = config(folder, together)
         stack.callback(ray_cluster.disconnect)
         ray_cluster.connect(cfg)
         samplers = stack.enter_context(closing(RaySamplers(cfg, Faults(), actor=FaultySampler)))  # type: ignore[arg-type]
         wait_until_ready(samplers)
-        return milliseconds(cfg, samplers)[1]
+        return milliseconds(cfg, samplers)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     repeats = range(parser.parse_args().repeats)
-    report(
-        Figure(f"driver, per group of {SAMPLES}, the loop alone", "ms", [alone() for _ in repeats], at_most=1.0),
-        Figure(f"driver, per group of {SAMPLES}, CPU of all its threads over Ray", "ms", [over_ray() for _ in repeats]),
-    )
+    for together in TOGETHER:
+        what = f"driver, per group of {SAMPLES}, {together} an update"
+        report(Figure(f"{what}, the loop alone", "ms", [alone(together) for _ in repeats], at_most=1.0))
+        wall, cpu = zip(*(over_ray(together) for _ in repeats), strict=True)
+        report(Figure(f"{what}, over Ray", "ms", wall), Figure(f"{what}, over Ray, CPU of all its threads", "ms", cpu))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.reward_rate [--repeats 5] [--against rows passes]
 
 `passes` are the T + 1 of the paper's code: the whole of X, the prefix, the stop and Y again for each prefix length, K rows at a
-time. `rows` are packed trees that have X in each row. All give the same log R, which is checked first.
+time; the output layer is computed behind X alone, which that code does not spare itself. `rows` are packed trees that have X in
+each row. All give the same log R, which is checked first.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def measure(model: PreTrainedModel, prompt_tokens: int, repeats: int, against: l
         columns = []
         for t in range(T + 1):
             rows = torch.tensor([[*x, *sample[:t].tolist(), STOP, *y] for sample in samples])
-            logp = model(rows).logits[:, prompt_tokens - 1 : -1].log_softmax(-1)
+            logits = model(rows, logits_to_keep=rows.shape[1] - prompt_tokens + 1).logits
+            logp = logits[:, :-1].log_softmax(-1)
             columns.append(logp.gather(2, rows[:, prompt_tokens:, None])[..., 0].sum(1).numpy())
         return np.stack(columns, 1)
 

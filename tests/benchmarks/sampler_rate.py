@@ -18,15 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from actors.engine import Engine
-from actors.sampler import Sampler
 from actors.settings import BLOCK, EngineSettings, engine_environment
 from system.adapters import Adapter, BaseWeights
 from system.config import Model
 from system.constraints import Constraints
 from system.models import locate
 from system.trajectory import Behaviour, Prompt, Request, Trajectory
-from tests.benchmarks.figures import in_turns, ratio, report
+from tests.benchmarks.figures import Figure, in_turns, ratio, report
 from tests.benchmarks.worker import Worker
 
 NEW_TOKENS, PROMPT_TOKENS, SAMPLES, RANK = 32, 40, 16, 16
@@ -60,13 +58,6 @@ class Bare:
         return sum(len(output.outputs[0].token_ids) for output in outputs) / (time.perf_counter() - started)
 
 
-class Nothing:
-    tokens_forwarded = progress = 0
-
-    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
-        return [np.zeros(len(trajectory) + 1) for trajectory in trajectories_K]
-
-
 def random_adapter(base: BaseWeights, name: str, rng: np.random.Generator) -> Adapter:
     """Small random updates of all attention and MLP projections."""
     tensors = {}
@@ -79,6 +70,36 @@ def random_adapter(base: BaseWeights, name: str, rng: np.random.Generator) -> Ad
     return Adapter.publish(1, 1, tensors, {"r": RANK, "lora_alpha": 2.0 * RANK, "peft_type": "LORA"}, name)
 
 
+class Nothing:
+    tokens_forwarded = progress = 0
+
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+        return [np.zeros(len(trajectory) + 1) for trajectory in trajectories_K]
+
+
+class Ours:
+    """The sampler, with a version merged into its engine."""
+
+    def __init__(self, folder: Path, dtype: Any, threads: int) -> None:
+        from actors.engine import Engine
+        from actors.sampler import Sampler
+
+        constraints = Constraints.of(stop_token=2, min_tokens=NEW_TOKENS, max_tokens=NEW_TOKENS, vocab_size=49152)
+        self._engine = Engine(folder, "base", constraints, EngineSettings(max_model_len=128, dtype=dtype, threads=threads))
+        self._adapter = random_adapter(BaseWeights(folder), "base", np.random.default_rng(0))
+        self._sampler = Sampler(self._engine, Nothing())
+        self._sampler.install(self._adapter)
+
+    def rate(self, prompts: Sequence[Prompt], behaviours_K: tuple[Behaviour, ...]) -> float:
+        requests = [Request(i, prompt, behaviours_K, seed=i) for i, prompt in enumerate(prompts)]
+        self._engine._forget_prefixes()
+        started = time.perf_counter()
+        with ThreadPoolExecutor(len(requests)) as callers:
+            groups = callers.map(lambda request: self._sampler.sample(request, self._adapter), requests)
+            tokens = sum(group.tokens for group in groups)
+        return tokens / (time.perf_counter() - started)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -86,34 +107,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--groups", type=int, default=4, help=f"groups of {SAMPLES} samples in a measurement")
     arguments = parser.parse_args()
-    # What a process starts with: the child reads it when it imports vLLM.
+    # What a process starts with: the workers read it when they import torch.
     os.environ.update(engine_environment(arguments.threads, gpu=False))
-    folder = locate(Model())
-    constraints = Constraints.of(stop_token=2, min_tokens=NEW_TOKENS, max_tokens=NEW_TOKENS, vocab_size=49152)
-    engine = Engine(
-        folder, "base", constraints, EngineSettings(max_model_len=128, dtype=arguments.dtype, threads=arguments.threads)
-    )
-    rng = np.random.default_rng(0)
-    adapter = random_adapter(BaseWeights(folder), "base", rng)
-    sampler = Sampler(engine, Nothing())
-    sampler.install(adapter)
+    folder, rng = locate(Model()), np.random.default_rng(0)
     prompts = [Prompt(str(i), tuple(rng.integers(100, 40000, PROMPT_TOKENS).tolist()), (1,)) for i in range(arguments.groups)]
-
-    def rate(behaviours_K: tuple[Behaviour, ...]) -> float:
-        requests = [Request(i, prompt, behaviours_K, seed=i) for i, prompt in enumerate(prompts)]
-        engine._forget_prefixes()
-        started = time.perf_counter()
-        with ThreadPoolExecutor(len(requests)) as callers:
-            tokens = sum(group.tokens for group in callers.map(lambda request: sampler.sample(request, adapter), requests))
-        return tokens / (time.perf_counter() - started)
-
-    with Worker(Bare, folder, arguments.dtype) as bare:
-        runs = {"bare": lambda: bare("rate", prompts)} | {name: lambda b=b: rate(b) for name, b in BEHAVIOURS.items()}
+    with Worker(Bare, folder, arguments.dtype) as bare, Worker(Ours, folder, arguments.dtype, arguments.threads) as ours:
+        runs = {"bare": lambda: bare("rate", prompts)}
+        runs |= {name: lambda b=b: ours("rate", prompts, b) for name, b in BEHAVIOURS.items()}
         rates = in_turns(runs, arguments.repeats)
-    sampler.close()
     what = {"dtype": arguments.dtype, "threads": arguments.threads, "sequences": arguments.groups * SAMPLES}
     for name in BEHAVIOURS:
-        report(ratio(f"sampler over bare vLLM, tokens/s, {name}", rates[name], rates["bare"], 0.95, **what))
+        report(
+            ratio(f"sampler over bare vLLM, tokens/s, {name}", rates[name], rates["bare"], 0.95, **what),
+            Figure(f"sampler, {name}", "tokens/s", rates[name], detail=what),
+        )
+    report(Figure("bare vLLM", "tokens/s", rates["bare"], detail=what))
 
 
 if __name__ == "__main__":
