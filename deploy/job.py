@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # `python deploy/job.py` puts deploy/ on the path, not the root
     sys.path.insert(0, str(ROOT))
 
+from deploy.allocator import one_arena  # noqa: E402
 from deploy.command import command, log_to_stderr, plain  # noqa: E402
 from deploy.runs import find_run, make_folder, passes_away, starting_weights  # noqa: E402
 from deploy.stop import Stop  # noqa: E402
@@ -173,6 +174,7 @@ class Job:
                 start_from(start, learner, config.lora)
                 # A learner that dies begins again from here, not from the base.
                 loop.checkpoint()
+            saved = start = None  # as large as the weights and the optimizer's moments
             logger.info("ready after %.0f s; run folder %s", time.perf_counter() - started, run_dir)
             ray_metrics.resume(loop.counters.trajectories, loop.counters.deaths)
             with self.stop.patient():
@@ -275,6 +277,7 @@ def _disk_faults_named(run_dir: Path) -> Iterator[None]:
 
 @command
 def main(argv: list[str]) -> int:
+    one_arena()
     log_to_stderr()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     config, run_dir, arguments = parse_arguments(argv)

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ import ray
 from actors.sampler import EngineDied
 from actors.settings import engine_environment
 from deploy import ray_cluster
+from deploy.allocator import ONE_ARENA
 from deploy.placement import Resources
 from deploy.ray_actors import BuiltActor, SamplerActor
 from deploy.remote import first_line, is_loss, raised
@@ -169,7 +170,7 @@ class RaySamplers:
         self._paused = True
         try:
             found = _within(ROOM_SECONDS, lambda: ray_cluster.has_room(each, copies))
-            while self._members and not found and ray_cluster.could_have_room(each, copies):
+            while self._ended is None and self._members and not found and ray_cluster.could_have_room(each, copies):
                 left = len(self._members)
                 self._inbox.put(self._give_way)
                 found = _within(
@@ -198,8 +199,9 @@ class RaySamplers:
         return call.future
 
     def _fail_waiting(self, error: BaseException) -> None:
-        while self._waiting:
-            self._waiting.popleft().future.set_exception(error)
+        with suppress(IndexError):  # at the end the pool's thread and a caller's may both take from it
+            while True:
+                self._waiting.popleft().future.set_exception(error)
 
     # ---------------------------------------------------------------------------------------- in the pool's thread
 
@@ -264,7 +266,7 @@ class RaySamplers:
             num_gpus=actors.gpus,
             max_concurrency=self._threads,
             scheduling_strategy="SPREAD",
-            runtime_env={"env_vars": ray_cluster.ONE_ARENA | engine_environment(actors.threads, gpu=actors.gpus > 0)},
+            runtime_env={"env_vars": ONE_ARENA | engine_environment(actors.threads, gpu=actors.gpus > 0)},
             **ray_cluster.preferring(self._learner_node(), avoid=True),
         ).remote(self.config, self._problem)
         member = _Member(name, actor, actor.ready.remote(), time.monotonic())

@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from deploy import ray_cluster
+from deploy.allocator import ONE_ARENA
 from deploy.answers import first_of_all
 from deploy.placement import Resources
 from deploy.ray_actors import BuiltActor, LearnerActor
@@ -70,7 +71,7 @@ class RayLearner:
 
     def _start(self) -> None:
         learner = self.config.learner
-        environment = ray_cluster.ONE_ARENA | {
+        environment = ONE_ARENA | {
             "OMP_NUM_THREADS": str(learner.thread_count),
             # Threads that spin while they wait would take the samplers' cores.
             "OMP_WAIT_POLICY": "PASSIVE",

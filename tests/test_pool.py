@@ -18,6 +18,7 @@ from ray.exceptions import RayError
 
 from actors.sampler import EngineDied
 from deploy import ray_cluster
+from deploy.placement import Resources
 from deploy.pool import SPARE_STEPS, RaySamplers
 from deploy.remote import RayLearner, wait_until_ready
 from learner.replay import Replay
@@ -273,6 +274,17 @@ class TestOneNode:
             time.sleep(0.1)
             assert len(samplers.ready()) == 1
         samplers.close()
+
+    def test_a_pool_that_has_ended_keeps_nobody_who_wants_room_waiting(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        samplers = pool(config(tmp_path, {"count": 1}), Faults())
+        wait_until_ready(samplers)
+        monkeypatch.setattr("deploy.pool.ROOM_SECONDS", 0.1)
+        monkeypatch.setattr(ray_cluster, "has_room", lambda each, copies: False)
+        samplers.close()
+        with samplers.room(Resources(1.0, 0.0), 1):
+            pass
 
     def test_the_pool_grows_while_the_learner_waits_and_there_is_room(self, tmp_path: Path) -> None:
         cfg = config(tmp_path, {"min": 1, "max": 2}, steps=2000)

@@ -1,21 +1,17 @@
 """Memory of driver, sampler and learner over a long run of deploy/job.py with a tiny model: it should stay flat.
 
-    python -m tests.benchmarks.soak [--updates 4000] [--limit 0.5] [--arenas 1]
+    python -m tests.benchmarks.soak [--updates 4000] [--limit 0.5]
 
 Real Ray, vLLM and MLflow. Resident memory of each process comes from the run's own metrics. Its slope, in MiB for 1,000
 updates, is that of lines through ten windows of the last half of the updates (the timeline fills up in the first): the median,
 and the third and the eighth. A step shows in one window and in the memory at last, a leak in all. Fails where the third is
 above LIMIT, and where a process has too few readings.
-
-With more than one arena glibc's allocator gives each thread memory of its own, which fills up with gaps for long. Actors have
-one in every run; `--arenas 0` leaves the driver's as they are.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -60,15 +56,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=4000)
     parser.add_argument("--limit", type=float, default=0.5, help="MiB for 1,000 updates")
-    parser.add_argument("--arenas", type=int, default=1, help="of glibc's allocator in the driver; 0: as many as it likes")
     arguments = parser.parse_args()
-    arenas = {"MALLOC_ARENA_MAX": str(arguments.arenas)} if arguments.arenas else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = SETTINGS | {"model": {"path": str(tiny.folder(folder))}}
         (folder / "soak.json").write_text(json.dumps(settings))
         command = [sys.executable, str(ROOT / "deploy/job.py"), "soak.json", f"learner.steps={arguments.updates}"]
-        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, env=os.environ | arenas)
+        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
         (run,) = (folder / "runs").iterdir()
         readings = memory(run / "journal.jsonl")
     if not {"driver", "learner", "sampler-0"} <= readings.keys():
