@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,8 @@ logger = logging.getLogger("headwater")
 ROOT = Path(__file__).resolve().parents[1]
 NODE_ID = "ray.io/node-id"
 """The label that Ray gives every node."""
-ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
-"""Environment of actors, which live long: with memory for each thread of its own, as glibc has it, they grow for thousands of
-updates by gaps that are never given back."""
+_SECRET = re.compile(r"(?i)(password|token|secret|key)$")
+"""Names of environment variables whose values are nobody's business."""
 REACH_SECONDS = 10.0
 """For a named cluster to take a connection."""
 
@@ -76,6 +75,17 @@ def connect(config: Config) -> None:
     check(config, waited=0.0)
     for warning in placement.idle_gpus(config, list(nodes().values())):
         logger.warning(warning)
+    if told := secrets(ray.get_runtime_context().runtime_env.get("env_vars") or {}):
+        logger.warning(
+            "%s came in the job's env_vars, which Ray writes into its logs: make it known on the nodes instead, as "
+            "deploy/cluster/README.md says under Secrets",
+            ", ".join(told),
+        )
+
+
+def secrets(names: Iterable[str]) -> list[str]:
+    """Those that sound like one."""
+    return sorted(name for name in names if _SECRET.search(name))
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from ray.cluster_utils import Cluster
 
 from deploy import ray_cluster
 from tests import tiny
+from tests.fake_secrets import SECRETS
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
@@ -88,25 +89,33 @@ class TwoNodes:
             "actors.count=2", "cluster.wait_seconds=60", f"tracking.uri=sqlite:///{folder}/mlflow.db",
         ]  # fmt: skip
         """Of a job with a tiny model. The head has room for the learner and one of its samplers."""
-        self.environment = os.environ | {
-            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
-        }
+        self.environment = (
+            os.environ
+            | SECRETS
+            | {
+                "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+                "RAY_USAGE_STATS_ENABLED": "0",
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+            }
+        )
         self.environment.pop("RAY_ADDRESS", None)
         (folder / "token").write_text("0123456789abcdef" * 4)
         ports = {"port": 26379, "dashboard-port": 28265, "ray-client-server-port": 21001}
         flags = [f"--{name}={port}" for name, port in ports.items()]
+        # As on machines of their own: nodes that share a folder delete each other's copy of the job's working directory.
+        self._temporary = [tempfile.TemporaryDirectory(prefix="node-", dir="/tmp") for _ in range(2)]
+        # Short paths: there are sockets in them.
+        self.temporary = [Path(folder.name) for folder in self._temporary]
+        """What Ray writes, of each node."""
+        flags = [*flags, f"--temp-dir={self.temporary[0]}"]
         self.nodes = [self._node("--head", "--num-cpus=2", "--dashboard-host=127.0.0.1", *flags)]
         while self.job("list").returncode:
             assert self.nodes[0].poll() is None, (folder / "node-0.txt").read_text()[-3000:]
             time.sleep(1)
-        # As on a machine of its own: nodes that share a folder delete each other's copy of the job's working directory.
-        self._temporary = tempfile.TemporaryDirectory(prefix="node-", dir="/tmp")  # a short path: there are sockets in it
-        (aside := Path(self._temporary.name) / "aside").mkdir()
+        (aside := self.temporary[1] / "aside").mkdir()
         apart = without((ROOT, folder), (programs.parent, folder / "token", model), aside)
-        flags = ["--address=127.0.0.1:26379", "--num-cpus=1", f"--temp-dir={self._temporary.name}"]
+        flags = ["--address=127.0.0.1:26379", "--num-cpus=1", f"--temp-dir={self.temporary[1]}"]
         self.nodes.append(self._node(*flags, apart=apart))
         time.sleep(1)
         assert self.nodes[1].poll() is None, (folder / "node-1.txt").read_text()[-3000:]
@@ -149,4 +158,5 @@ class TwoNodes:
         for process in psutil.wait_procs(processes, timeout=20)[1]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        self._temporary.cleanup()
+        for folder in self._temporary:
+            folder.cleanup()

@@ -27,6 +27,7 @@ from system.config import Model
 from system.mlflow_views import VIEWS
 from system.models import locate
 from tests import tiny
+from tests.fake_secrets import assert_none_in
 from tests.nodes import TwoNodes
 from tests.servers import listening
 
@@ -170,9 +171,11 @@ def test_a_submitted_job_runs_on_the_nodes_of_a_cluster_and_can_be_followed_and_
     cluster = TwoNodes(tmp_path)
     try:
         job = cluster.entry
-        submit = ["--working-dir", ".", "--runtime-env-json", json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})]
+        told = {"RAY_JOB_STOP_WAIT_TIME_S": "60", "MY_TOKEN": "x"}
+        submit = ["--working-dir", ".", "--runtime-env-json", json.dumps({"env_vars": told})]
         result = cluster.submit(*submit, "--", *job, "learner.steps=4", f"output_dir={tmp_path}/runs")
         assert result.returncode == 0, result.stdout[-3000:]
+        assert "MY_TOKEN came in the job's env_vars, which Ray writes into its logs" in result.stdout
         (run_dir,) = (tmp_path / "runs").iterdir()
         assert json.loads((run_dir / "summary.json").read_text())["steps"] == 4
         assert mlflow_run(tmp_path)[1].info.status == "FINISHED"
@@ -187,6 +190,8 @@ def test_a_submitted_job_runs_on_the_nodes_of_a_cluster_and_can_be_followed_and_
         (run_dir,) = (tmp_path / "long").iterdir()
         assert list((run_dir / "checkpoints").glob("step-*"))
         assert json.loads((run_dir / "summary.json").read_text())["finished"] is False
+        # What the nodes were started with reaches the job, and no log of Ray's.
+        assert_none_in(tmp_path, *cluster.temporary, holding={"mlflow.db", "journal.jsonl", "runtime_env_agent.log"})
     finally:
         cluster.close()
 
