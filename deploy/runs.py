@@ -63,11 +63,15 @@ def adapter_file(run_dir: Path) -> Path:
     """Raises ConfigError if the run has none."""
     path = run_dir / "adapter" / "adapter_model.safetensors"
     if not path.is_file():
-        as_it_is = (
-            f", or use its checkpoint by --step {steps[-1]}" if (steps := checkpoint.steps(run_dir / "checkpoints")) else ""
-        )
-        raise ConfigError(f"{run_dir} has no {path.relative_to(run_dir)}: the run did not end; --resume it first{as_it_is}")
+        missing = f"{run_dir} has no {path.relative_to(run_dir)}: the run did not end; --resume it first"
+        raise ConfigError(missing + _or_its_checkpoint(run_dir))
     return path
+
+
+def _or_its_checkpoint(run_dir: Path) -> str:
+    """What else there is of a run whose adapter cannot be used."""
+    steps = checkpoint.whole_steps(run_dir / "checkpoints")
+    return f", or use its checkpoint by --step {steps[-1]}" if steps else ""
 
 
 def adapter_at(run_dir: Path, config: Config, step: int | None) -> Path:
@@ -132,8 +136,9 @@ def adapter_tensors(path: Path, model: str, lora: Lora) -> dict[str, np.ndarray]
         tensors = read_folder(path.parent, own)
         _check_scale(path.parent, lora)
     except AdapterError as error:
-        again = f", or remove {path.parent}, which --step writes" if path.parent.name != "adapter" else ""
-        raise ConfigError(f"{error}{again}") from error
+        by_step = path.parent.name != "adapter"
+        instead = f", or remove {path.parent}, which --step writes" if by_step else _or_its_checkpoint(path.parents[1])
+        raise ConfigError(f"{error}{instead}") from error
     except (OSError, ValueError) as error:
         raise _misfit(path, lora, error) from error
     return tensors

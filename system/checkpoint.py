@@ -82,15 +82,20 @@ def _read(path: Path) -> tuple[dict[str, bytes], str]:
 
 
 def _offer(folder: Path) -> str:
-    whole = [path for path in _folders(folder) if not _read(path)[1]]
+    whole = whole_steps(folder)
     if not whole:
         return f"{folder} holds no other whole checkpoint: start the run anew"
-    return f"{whole[-1].name} is whole; go on from there with --from-step {_step(whole[-1])}"
+    return f"step-{whole[-1]:08d} is whole; go on from there with --from-step {whole[-1]}"
 
 
 def steps(folder: Path) -> list[int]:
     """Of the checkpoints that are there, damaged or not, in order."""
     return [_step(path) for path in _folders(folder)]
+
+
+def whole_steps(folder: Path) -> list[int]:
+    """Of the checkpoints that can be read, in order."""
+    return [_step(path) for path in _folders(folder) if not _read(path)[1]]
 
 
 def _step(path: Path) -> int:

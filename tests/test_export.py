@@ -107,7 +107,13 @@ def test_nothing_is_written_over_or_half(tmp_path: Path, capsys: pytest.CaptureF
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
     assert export.main([str(run_dir), "--merge", str(tmp_path / "out")]) == 2
-    assert f"adapter {run_dir}/adapter: adapter_model.safetensors is damaged" in capsys.readouterr().err
+    assert f"adapter {run_dir}/adapter: adapter_model.safetensors is damaged" in (said := capsys.readouterr().err)
+    assert "--step" not in said
+    for step in (3, 4):
+        checkpoint.write(run_dir / "checkpoints", step, {"state.json": b"{}"})
+    (run_dir / "checkpoints/step-00000004/state.json").write_text("{")
+    assert export.main([str(run_dir), "--merge", str(tmp_path / "out")]) == 2
+    assert "--resume its run, or use its checkpoint by --step 3" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
     (run_dir / "adapter" / "adapter_model.safetensors").unlink()
     assert export.main([str(run_dir), "--merge", str(tmp_path / "out")]) == 2
