@@ -146,6 +146,7 @@ class Baselines:
         import numpy as np
 
         from actors.decoding import NOTHING
+        from system.evaluation import of_task
         from system.log_rewards import LogRewards
         from system.trajectory import Group, sampled
 
@@ -161,16 +162,13 @@ class Baselines:
         draws = draws.of(kept)
         trajectories_K = tuple(drawn_K[k] for k in kept)
         scores_K = scores_K.only(kept)
-        group = Group(prompt, trajectories_K, tuple(scores_K), 0, 0)
+        group = Group(prompt, trajectories_K, tuple(scores_K), 0, 0, factors_K=scores_K.factors_K)
         log_reward_K = np.array([log_reward_T[-1] for log_reward_T in group.log_reward_K])
-        metrics |= {"task/max_log_reward": float(log_reward_K.max()), "task/mean_log_reward": float(log_reward_K.mean())}
+        metrics |= of_task(group, self.judge)
         if self.likelihood is not None:
             scores = self.likelihood.score(replace(prompt, evidence_tokens=None), trajectories_K)
             log_p_K = [float(score_T[-1]) for score_T in scores]
             metrics |= {"task/max_log_likelihood": max(log_p_K), "task/mean_log_likelihood": sum(log_p_K) / len(log_p_K)}
-        metrics |= {f"task/reward/{name}": float(value_K.mean()) for name, value_K in scores_K.factors_K.items()}
-        metrics["task/distinct"] = len(set(draws.tokens_K)) / len(draws.tokens_K)
-        metrics |= {f"task/{name}": value for name, value in self.judge(group).items()}
         log_weight_K = draws.log_weights(log_reward_K / decoder.reward_temperature)
         metrics |= _bounds(draws, log_weight_K)
         rows = [

@@ -176,9 +176,8 @@ def sampled(
 
     Draws by another `behaviour` than the policy's own bound nothing: then the metrics are task/… and the samples' length.
 
-    `judge` adds what it says of each prompt's group to its row, beside the largest and the mean log R (nats, as
-    `deploy/baselines.py` has them) and what the factors of a product say, and the means to the metrics, as task/… (a prompt
-    without a metric takes no part in its mean).
+    Each prompt's row has what `of_task` says of its group, and the metrics the means (a prompt without a metric takes no part
+    in its mean).
 
     Raises:
         SamplerDied: the samplers that a prompt was given to died again and again.
@@ -192,11 +191,8 @@ def sampled(
         bounds_G.append(bounds)
         lengths = [len(trajectory) for trajectory in group.trajectories_K]
         row = {name: getattr(bounds, name) for name in Bounds.__dataclass_fields__}
-        row["task/max_log_reward"] = float(np.max(score.log_reward_K))
-        row["task/mean_log_reward"] = float(np.mean(score.log_reward_K))
-        row |= {f"task/reward/{name}": float(np.mean(value_K)) for name, value_K in group.factors_K.items()}
-        verdict = {f"task/{name}": value for name, value in judge(group).items()}
-        per_prompt.append({"prompt": group.prompt.id, **row, "length": float(np.mean(lengths)), **verdict})
+        row |= {"length": float(np.mean(lengths))} | of_task(group, judge)
+        per_prompt.append({"prompt": group.prompt.id, **row})
         for k, trajectory in enumerate(group.trajectories_K):
             of = {"prompt": group.prompt.id, "tokens": trajectory.tokens_T.tolist(), "length": len(trajectory)}
             of |= {"log_q": float(score.log_q_K[k]), "log_reward": float(score.log_reward_K[k])}
@@ -210,6 +206,19 @@ def sampled(
     metrics["posterior/length"] = float(np.mean([row["length"] for row in per_prompt]))
     metrics |= means(per_prompt)
     return Evaluation(metrics, per_prompt, table)
+
+
+def of_task(group: Group, judge: Judge) -> dict[str, float]:
+    """Metrics task/… of one prompt's samples: largest and mean log R (nats), the mean of what each factor of a product says,
+    the share of different samples, and what `judge` says, which may count as one answer what differs in its tokens."""
+    log_reward_K = np.array([log_reward_T[-1] for log_reward_T in group.log_reward_K])
+    metrics = {
+        "max_log_reward": float(log_reward_K.max()),
+        "mean_log_reward": float(log_reward_K.mean()),
+        "distinct": len({trajectory.key for trajectory in group.trajectories_K}) / len(group),
+    }
+    metrics |= {f"reward/{name}": float(value_K.mean()) for name, value_K in group.factors_K.items()}
+    return {f"task/{name}": value for name, value in (metrics | judge(group)).items()}
 
 
 def _engine_gap(group: Group, log_q_K: np.ndarray) -> float:

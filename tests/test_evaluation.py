@@ -15,7 +15,7 @@ from system.evaluation import Evaluation
 from system.posterior import log_mean_exp
 from system.requests import Requests
 from system.sampler_config import Exploration
-from system.trajectory import Group
+from system.trajectory import Group, sampled
 from tests.fakes import PROMPTS, FakeSamplers
 from tests.test_group_flow import Lossy
 
@@ -64,6 +64,14 @@ def test_what_factors_of_the_reward_say_is_told_of_samples_prompts_and_all() -> 
     means = [row["task/reward/digits"] for row in result.per_prompt]
     assert means == pytest.approx([np.mean(values) for values in sums.values()])
     assert result.metrics["task/reward/digits"] == pytest.approx(np.mean(means))
+
+
+def test_different_samples_are_counted_unless_the_judge_knows_better() -> None:
+    samples = tuple(sampled(list(text.encode())) for text in ("ab", "ab", "c", "d"))
+    group = Group(PROMPTS[0], samples, tuple(np.zeros(len(each) + 1) - len(each) for each in samples), 0, 0)
+    expected = {"task/max_log_reward": -1.0, "task/mean_log_reward": -1.5}
+    assert evaluation.of_task(group, lambda group: {}) == expected | {"task/distinct": 0.75}
+    assert evaluation.of_task(group, lambda group: {"distinct": 0.5}) == expected | {"task/distinct": 0.5}
 
 
 def test_the_gap_of_the_engine_is_the_difference_in_whole_samples() -> None:
