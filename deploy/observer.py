@@ -37,8 +37,8 @@ class Observer:
         self._actors, self._tracker, self._seconds = actors, tracker, seconds
         self._pending: dict[tuple[str, str], Any] = {}
         self._asked = 0.0
-        self._placed: set[str] = set()
-        """Actors whose node is known."""
+        self._placed: dict[str, Any] = {}
+        """Name -> the actor whose node is known. A new learner has the name of the one before."""
         self._spans: deque[tuple[str, Span]] = deque(maxlen=SPANS)
         """With the process that each is of."""
         self.sampler_idle: dict[str, float] = {}
@@ -63,7 +63,6 @@ class Observer:
                 self.keep(name, values)
                 continue
             if kind == "node":
-                self._placed.add(name)
                 self._tracker.tags({f"node.{name}": values})
                 continue
             self._tracker.system(name, values, step)
@@ -80,8 +79,8 @@ class Observer:
                 self._pending["stats", name] = actor.stats.remote()
             if ("spans", name) not in self._pending:
                 self._pending["spans", name] = actor.spans.remote()
-            if name not in self._placed and ("node", name) not in self._pending:
-                self._pending["node", name] = actor.node.remote()
+            if self._placed.get(name) is not actor and ("node", name) not in self._pending:
+                self._placed[name], self._pending["node", name] = actor, actor.node.remote()
 
     def _named(self) -> dict[str, Any]:
         return {name: actor for actors in self._actors for name, actor in actors.named().items()}

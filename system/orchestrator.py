@@ -89,12 +89,12 @@ class Orchestrator:
         # Before the first update, and of a run that was cut off between a checkpoint and an evaluation.
         if self._due(evaluate_every) or self._new_task:
             self._evaluate()
-        began = time.perf_counter()
+        began, settling = time.perf_counter(), 0.0
         while self.counters.step < settings.steps and not self.should_stop():
             asked = time.perf_counter()
             with self.timeline.span("wait for groups", "loop", step=self.counters.step):
                 collected = self.flow.collect(settings.groups_per_update, self.should_stop)
-            waited = time.perf_counter() - asked
+            waited, settling = settling + time.perf_counter() - asked, 0.0
             if not collected:
                 break
             # In the order of their numbers, not of their arrival: a synchronous run repeats itself to the bit.
@@ -118,7 +118,9 @@ class Orchestrator:
             if self._due(settings.checkpoint_every) or self._due(evaluate_every):
                 self.checkpoint()
             if self._due(evaluate_every) and not (self.should_stop() and self.counters.step < settings.steps):
+                asked = time.perf_counter()
                 self.flow.settle(self.should_stop)
+                settling = time.perf_counter() - asked
                 if self.should_stop() and self.counters.step < settings.steps:
                     break
                 evaluated = time.perf_counter()

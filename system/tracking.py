@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -35,6 +36,8 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
 _MIB = 1 << 20
+_METER = ThreadPoolExecutor(1, "cpu meter")
+"""psutil measures CPU since the same thread asked last, and those that ask here may be of a pool."""
 REPLAY_ATTEMPTS = 3
 
 
@@ -256,13 +259,13 @@ def replay(run_dir: Path, uri: str | None = None) -> int:
 
 
 def system_metrics(folder: Path = Path()) -> dict[str, float]:
-    """Of this process, its machine, and the disk that has `folder`. Sizes in MiB. CPU in percent of all cores since this thread
-    last asked, so 0 at first.
+    """Of this process, its machine, and the disk that has `folder`. Sizes in MiB. CPU in percent of all cores since the last
+    call, so 0 at first.
 
     GPU memory is there if this process already uses CUDA: asking must not create a CUDA context.
     """
     values = {
-        "cpu_percent": psutil.cpu_percent(),
+        "cpu_percent": _METER.submit(psutil.cpu_percent).result(),
         "process_memory_mib": psutil.Process().memory_info().rss / _MIB,
         "memory_available_mib": psutil.virtual_memory().available / _MIB,
         "disk_free_mib": psutil.disk_usage(str(folder)).free / _MIB,

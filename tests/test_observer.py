@@ -27,14 +27,15 @@ def connected(tmp_path: Path) -> Iterator[None]:
 class Slow:
     """An actor that hands out one span a call, a while later."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str) -> None:
         self.asked = 0
+        self.host = host
 
     def stats(self) -> dict[str, float]:
         return {"busy": 0.25}
 
     def node(self) -> str:
-        return "host 192.0.2.1 abc"
+        return self.host
 
     def spans(self) -> list[Span]:
         time.sleep(0.3)
@@ -44,10 +45,25 @@ class Slow:
 
 class Pool:
     def __init__(self) -> None:
-        self.actor: Any = ray.remote(num_cpus=0)(Slow).remote()
+        self.start("host 192.0.2.1 abc")
+
+    def start(self, host: str) -> None:
+        self.actor: Any = ray.remote(num_cpus=0)(Slow).remote(host)
 
     def named(self) -> dict[str, Any]:
         return {"sampler-0": self.actor}
+
+
+def test_an_actor_that_is_made_again_is_said_to_be_where_it_is_now() -> None:
+    tracker, pool = FakeTracker(), Pool()
+    observer = Observer((pool,), tracker, seconds=0.0)  # type: ignore[arg-type]
+    deadline = time.monotonic() + 60
+    for host in ("host 192.0.2.1 abc", "host 192.0.2.2 def"):
+        while tracker.tagged.get("node.sampler-0") != host:
+            assert time.monotonic() < deadline
+            observer.look(1)
+            time.sleep(0.1)
+        pool.start("host 192.0.2.2 def")
 
 
 def test_no_span_is_lost_between_two_looks_or_before_the_end() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from system import checkpoint
 from system.checkpoint import CheckpointError
+from system.group_flow import GroupFlow
 from system.handles import LearnerDied
 from system.learner_config import Replay
 from system.loop_state import LoopState
@@ -407,6 +408,14 @@ def test_an_evaluation_is_no_part_of_the_step_after_it(tmp_path: Path) -> None:
     loop.train()
     assert max(loop.tracker.series("seconds/step")) < 0.5  # type: ignore[attr-defined]
     assert loop.counters.seconds < 0.5
+
+
+def test_what_an_evaluation_waits_for_is_waiting_of_the_learner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GroupFlow, "settle", lambda flow, should_stop: time.sleep(0.5))
+    loop = orchestrator(tmp_path, config(evaluate_every=5), FakeSamplers(), FakeLearner())
+    loop.train()
+    waits = loop.tracker.series("seconds/wait")  # type: ignore[attr-defined]
+    assert [step for step, seconds in enumerate(waits) if seconds >= 0.5] == [5, 10]
 
 
 def test_a_resume_with_another_task_leaves_the_old_buffer_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 from collections.abc import Iterator
@@ -401,6 +402,16 @@ def test_system_metrics_are_plain_positive_numbers(monkeypatch):
     values = system_metrics()
     assert set(values) == {"cpu_percent", "process_memory_mib", "memory_available_mib", "disk_free_mib"}
     assert 1 < values["process_memory_mib"] < 1e6 and 0 <= values["cpu_percent"] <= 100
+
+
+def test_cpu_is_measured_since_the_last_call_from_whichever_thread(monkeypatch):
+    asked = []
+    monkeypatch.setattr(psutil, "cpu_percent", lambda: asked.append(threading.get_ident()) or 1.0)
+    for _ in range(2):
+        thread = threading.Thread(target=system_metrics)
+        thread.start()
+        thread.join()
+    assert len(asked) == 2 and len(set(asked)) == 1
 
 
 def test_system_metrics_are_of_the_disk_that_is_written_to(tmp_path, monkeypatch):
