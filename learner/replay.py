@@ -113,12 +113,13 @@ class Replay:
                     tuple((depth, token) for depth, token in record.get("planted", ())),
                 ),
             )
-            entry = (trajectory, arrays["log_reward"][after : after + length + 1])
+            entry = (_owned(trajectory), arrays["log_reward"][after : after + length + 1].copy())
             self._prompts.setdefault(record["prompt"], {})[trajectory.key] = entry
             at, after = at + length, after + length + 1
 
 
 def _owned(trajectory: Trajectory) -> Trajectory:
-    """With arrays of its own: what comes from another process are views of the whole group's message, which would stay too."""
+    """With arrays of its own: those that come from another process, or a checkpoint, are views of all that came, which would
+    stay too."""
     arrays = {name: getattr(trajectory, name).copy() for name in ("tokens_T", "is_action_T", "logp_T")}
     return replace(trajectory, **arrays)

@@ -322,9 +322,21 @@ Task = Annotated[
 ]
 
 
+HOW_ASKED = frozenset({"seconds", "start_seconds", "concurrency"})
+"""The fields of a reward that say nothing of what it rewards."""
+
+
 def is_same(task: Task, kept: Mapping[str, Any]) -> bool:
     """Whether a run kept this of the same task. A field that there was not then has its default."""
     try:
-        return type(task).model_validate(kept) == task
+        then = type(task).model_validate(kept)
     except ValidationError:
         return False
+    return _target(then.model_dump()) == _target(task.model_dump())
+
+
+def _target(value: Any) -> Any:
+    """Without HOW_ASKED, however deep."""
+    if isinstance(value, dict):
+        return {name: _target(each) for name, each in value.items() if name not in HOW_ASKED}
+    return [_target(each) for each in value] if isinstance(value, (list, tuple)) else value

@@ -279,6 +279,10 @@ def test_what_is_kept_of_a_group_is_its_own() -> None:
     [(kept, log_reward_T)] = replay._prompts["a"].values()
     assert [array.base for array in (kept.tokens_T, kept.is_action_T, kept.logp_T, log_reward_T)] == [None] * 4
 
+    replay.restore(*replay.save())
+    [(kept, log_reward_T)] = replay._prompts["a"].values()
+    assert [array.base for array in (kept.tokens_T, kept.is_action_T, kept.logp_T, log_reward_T)] == [None] * 4
+
 
 def test_of_noisy_rewards_of_a_prefix_the_fresh_one_counts() -> None:
     samples = group([((0, 1), -1.0), ((0, 2), -2.0)])

@@ -159,6 +159,17 @@ def test_a_task_that_was_kept_before_it_had_a_field_is_the_same_with_the_fields_
     assert not is_same(task, parse({"task": {"kind": "continuation"}}).task.model_dump(mode="json"))
 
 
+def test_a_reward_that_may_take_longer_is_the_same_reward() -> None:
+    def task(**settings: Any) -> Task:
+        function = {"kind": "function", "path": "tests.faulty:digits"} | settings
+        reward = {"kind": "product", "of": [{"kind": "lm_posterior"}, function]}
+        return parse({"task": {"kind": "continuation", "reward": reward}, "loss": {"kind": "vargrad"}}).task
+
+    kept = task().model_dump(mode="json")
+    assert is_same(task(seconds=60, start_seconds=99, concurrency=4), kept)
+    assert not is_same(task(beta=0.5), kept)
+
+
 def test_a_run_that_goes_on_from_an_earlier_step_forgets_what_was_found_later(tmp_path: Path) -> None:
     task, other = (parse({"task": {"kind": kind}}).task for kind in ("continuation", "infilling"))
     for step in (0, 80, 90):
