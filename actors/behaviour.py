@@ -1,16 +1,20 @@
-"""What a trajectory is drawn from, as arithmetic on a batch of logits: support, temperature, epsilon-uniform mixture."""
+"""How the next tokens of samples are drawn: support, temperature and epsilon-uniform mixture, on a batch of logits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from system.constraints import Constraints
 from system.required import Required
 from system.tools import Player
 from system.trajectory import Behaviour
+
+ROWS_AT_ONCE = 16
+"""Rows of logits whose probabilities, of 49,152 tokens say, are in a core's cache together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +25,8 @@ class Row:
     epsilon: float
     depth: int
     """Actions so far."""
+    uniforms: tuple[float, float]
+    """In [0, 1): where in the distribution the draw falls, and in which part of the mixture."""
     forced: int | None = None
     """The token that must come next."""
     open_from: int = 0
@@ -36,7 +42,11 @@ class Running:
     behaviour: Behaviour
     output: list[int]
     player: Player
+    uniforms_T2: np.ndarray
+    """The randomness of each of its tokens, so that one that is drawn again is the same."""
     required: Required | None = None
+    logp: list[float] = field(default_factory=list)
+    """Of each token drawn so far, nats."""
 
     def row(self) -> Row:
         """After taking in the tokens drawn since the last time."""
@@ -47,69 +57,66 @@ class Running:
             may_stop, forced = self.required.after(self.output)
         if forced is None:
             forced = next((token for at, token in behaviour.planted if at == depth), None)
-        return Row(behaviour.temperature, behaviour.epsilon, depth, forced, behaviour.open_from, may_stop)
+        where, which = self.uniforms_T2[len(self.output)].tolist()
+        return Row(behaviour.temperature, behaviour.epsilon, depth, (where, which), forced, behaviour.open_from, may_stop)
+
+    def record(self, logp: float) -> None:
+        """Of the token that is drawn next."""
+        self.logp[len(self.output) :] = [logp]
 
 
-class BehaviourLogits:
-    """Turns the model's logits into the log of (1 - epsilon) * softmax(logits / temperature) + epsilon * uniform(support).
+class TokenDraw:
+    """Draws from (1 - epsilon) * softmax(logits / temperature) + epsilon * uniform, both over the support.
 
     The support is that of `constraints`: under the minimum length, before what is planted, and where something required is
-    missing, the stop is neither in the softmax nor in the mixture.
+    missing, the stop is in neither. vLLM itself would draw an exponential for every token of the vocabulary; here one number
+    falls into one of the tokens' shares.
     """
 
-    def __init__(self, constraints: Constraints, width: int, device: torch.device) -> None:
-        """`width` is that of the logits, which some models pad beyond the vocabulary."""
-        outside_V = torch.ones(width, dtype=torch.bool)
-        outside_V[torch.tensor(constraints.columns)] = False
-        self._outside_V = outside_V.to(device) if outside_V.any() else None
-        self._buffer: torch.Tensor | None = None
-        self._size = len(constraints.columns)
-        self._stop = constraints.stop_token
+    def __init__(self, constraints: Constraints, device: torch.device) -> None:
+        columns = torch.from_numpy(constraints.columns)
+        self._size = len(columns)
+        everything = bool(columns[-1] == self._size - 1)
+        self._columns_C = None if everything else columns.to(device)
+        """None: the first tokens, all of them."""
+        self._stop, self._stop_column = constraints.stop_token, constraints.stop_column
         self._min_tokens, self._max_tokens = constraints.min_tokens, constraints.max_tokens
 
-    def rows(self, logits_BV: torch.Tensor, rows_B: Sequence[Row]) -> torch.Tensor:
-        """As `__call__`, for the rows of a batch. A forced token has log-probability 0, and so has a forced stop."""
-        values_B = [
-            (row.temperature, row.epsilon, not row.may_stop or row.depth < max(self._min_tokens, row.open_from))
-            for row in rows_B
-        ]
-        columns = zip(*values_B, strict=True)
-        result_BV = self(logits_BV, *(torch.tensor(column, device=logits_BV.device) for column in columns))
+    def __call__(self, logits_BV: torch.Tensor, rows_B: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens int64 [B], their log-probabilities float64 [B] under what they were drawn from, nats), on the logits' device.
+
+        A forced token has log-probability 0, and so has a forced stop. Logits without a value give log-probabilities without
+        one. `logits_BV` may be wider than the vocabulary, as some models pad it.
+        """
+        starts = range(0, len(rows_B), ROWS_AT_ONCE)
+        parts = [self._draw(logits_BV[at : at + ROWS_AT_ONCE], rows_B[at : at + ROWS_AT_ONCE]) for at in starts]
+        token_B, logp_B = (torch.cat(part) for part in zip(*parts, strict=True))
         for number, row in enumerate(rows_B):
             forced = row.forced if row.forced is not None else self._stop if row.depth >= self._max_tokens else None
             if forced is not None:
-                result_BV[number] = -torch.inf
-                result_BV[number, forced] = 0.0
-        return result_BV
+                token_B[number], logp_B[number] = forced, 0.0
+        return token_B, logp_B
 
-    def __call__(
-        self, logits_BV: torch.Tensor, temperature_B: torch.Tensor, epsilon_B: torch.Tensor, no_stop_B: torch.Tensor
-    ) -> torch.Tensor:
-        """Unnormalised log-probabilities, float32 [B, V], -inf outside the support; `logits_BV` is overwritten.
+    def _draw(self, logits_BV: torch.Tensor, rows_B: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        def column(values: Iterable[float], dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(list(values), dtype=dtype, device=logits_BV.device)
 
-        `no_stop_B` is true where the stop is outside the support. All arguments are on one device.
-        """
-        logits_BV.div_(temperature_B[:, None])
-        self._mask(logits_BV, no_stop_B)
-        mixed_M = torch.nonzero(epsilon_B > 0).squeeze(1)
-        if len(mixed_M):
-            no_stop_M, epsilon_M = no_stop_B[mixed_M], epsilon_B[mixed_M]
-            values_MV = torch.index_select(logits_BV, 0, mixed_M, out=self._scratch(len(mixed_M), logits_BV))
-            values_MV.sub_(values_MV.amax(dim=1, keepdim=True)).exp_()
-            # exp(logit) + c, where c is to the sum of all exp(logit) what each token's uniform share is to 1 - epsilon.
-            share_M = epsilon_M / (1 - epsilon_M) / (self._size - no_stop_M.float())
-            values_MV.add_(values_MV.sum(dim=1, keepdim=True).mul_(share_M[:, None])).log_()
-            logits_BV.index_copy_(0, mixed_M, self._mask(values_MV, no_stop_M))
-        return logits_BV
+        closed = (not row.may_stop or row.depth < max(self._min_tokens, row.open_from) for row in rows_B)
+        no_stop_B = column(closed, torch.bool)
+        epsilon_B = column((row.epsilon for row in rows_B), torch.float64)
+        where_B, which_B = (column((row.uniforms[i] for row in rows_B), torch.float64) for i in range(2))
+        logits_BC = logits_BV[:, : self._size] if self._columns_C is None else logits_BV[:, self._columns_C]
+        scaled_BC = logits_BC / column((row.temperature for row in rows_B), torch.float32)[:, None]
+        scaled_BC[:, self._stop_column].masked_fill_(no_stop_B, -torch.inf)
+        p_BC = scaled_BC.softmax(1)
 
-    def _scratch(self, rows: int, like_BV: torch.Tensor) -> torch.Tensor:
-        """Kept between steps: a fresh buffer of megabytes costs more in page faults than the arithmetic in it."""
-        if self._buffer is None or len(self._buffer) < rows:
-            self._buffer = torch.empty(rows, like_BV.shape[1], dtype=like_BV.dtype, device=like_BV.device)
-        return self._buffer[:rows]
-
-    def _mask(self, values_BV: torch.Tensor, no_stop_B: torch.Tensor) -> torch.Tensor:
-        if self._outside_V is not None:
-            values_BV.masked_fill_(self._outside_V, -torch.inf)
-        values_BV[:, self._stop].masked_fill_(no_stop_B, -torch.inf)
-        return values_BV
+        # In float64, or what is rare would be lost beside the sum.
+        upto_BC = p_BC.cumsum(1, dtype=torch.float64)
+        by_softmax_B = torch.searchsorted(upto_BC, (where_B * upto_BC[:, -1])[:, None], right=True)[:, 0]
+        size_B = self._size - no_stop_B.long()
+        uniform_B = (where_B * size_B).long()
+        uniform_B += no_stop_B & (uniform_B >= self._stop_column)
+        column_B = torch.where(which_B < epsilon_B, uniform_B, by_softmax_B).clamp_(max=self._size - 1)
+        p_B = p_BC.gather(1, column_B[:, None])[:, 0].double()
+        token_B = column_B if self._columns_C is None else self._columns_C[column_B]
+        return token_B, ((1 - epsilon_B) * p_B + epsilon_B / size_B).log()

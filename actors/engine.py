@@ -2,8 +2,8 @@
 
 vLLM is imported here, and in the cache that it calls back (`actors.prompt_sharing`).
 
-vLLM samples from what a logits processor of ours leaves of the logits, so the support and the exploration are defined
-by `system.constraints` and `actors.behaviour` alone, and the log-probs that it reports are those of the behaviour.
+A logits processor of ours draws the tokens, and leaves vLLM, which takes the likeliest, no other: the support and the
+exploration are defined by `system.constraints` and `actors.behaviour` alone, and log-probs are those of the behaviour.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class _Group:
     """A group in the engine: filled as its samples finish, in any order."""
 
-    behaviours_K: tuple[Behaviour, ...]
+    request: Request
     trajectories: dict[int, Trajectory] = field(default_factory=dict)
 
 
@@ -71,6 +71,8 @@ class Engine:
         self._lora_folder: tempfile.TemporaryDirectory[str] | None = None
         self._serial = itertools.count(1)
         self._groups: dict[int, _Group] = {}
+        self._logp: dict[str, list[float]] = {}
+        """By the name of a sample that is being drawn."""
         memory: dict[str, Any] = {"kv_cache_memory_bytes": settings.kv_cache_mb << 20, "block_size": BLOCK}
         if gpu:
             memory = {"gpu_memory_utilization": settings.gpu_memory_utilization}
@@ -84,8 +86,8 @@ class Engine:
         self._llm = vllm.LLM(
             str(folder), skip_tokenizer_init=True, dtype=settings.dtype, max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs, seed=settings.seed, enforce_eager=True, generation_config="vllm",
-            load_format="safetensors", logprobs_mode="processed_logprobs", logits_processors=[_processor(constraints, tool)],
-            # A prompt is computed in one step: vLLM 0.32 cannot rewind a seeded CPU generator after half a prompt.
+            load_format="safetensors", logits_processors=[_processor(constraints, tool, self._logp)],
+            # A prompt is computed in one step: after half of it there is nothing to draw.
             enable_chunked_prefill=False, max_num_batched_tokens=max(4096, settings.max_model_len),
             # The processor reads the tokens drawn so far, and an asynchronous scheduler would be a step ahead of them.
             enable_prefix_caching=True, async_scheduling=False, **memory,
@@ -134,17 +136,16 @@ class Engine:
         if self.installed is None:
             raise RuntimeError("no adapter is installed: the engine would sample from unknown weights")
         ticket = next(self._serial)
-        self._groups[ticket] = _Group(request.behaviours_K)
+        self._groups[ticket] = _Group(request)
         for k, behaviour in enumerate(request.behaviours_K):
+            name = f"{ticket}/{k}"
             params = vllm.SamplingParams(
-                temperature=1.0, max_tokens=self.constraints.longest + bool(self.tool),
-                stop_token_ids=[self.constraints.stop_token],
-                ignore_eos=True, detokenize=False, logprobs=0, flat_logprobs=True,
-                seed=int(np.random.SeedSequence((request.seed, k)).generate_state(1)[0]),
-                extra_args={"behaviour": behaviour},
+                temperature=0.0, max_tokens=self.constraints.longest + bool(self.tool),
+                stop_token_ids=[self.constraints.stop_token], ignore_eos=True, detokenize=False,
+                extra_args={"name": name, "behaviour": behaviour, "seed": (request.seed, k)},
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )  # fmt: skip
-            self._submit(f"{ticket}/{k}", request.prompt.policy_tokens, params, self._lora)
+            self._submit(name, request.prompt.policy_tokens, params, self._lora)
         return ticket
 
     def step(self) -> list[tuple[int, tuple[Trajectory, ...]]]:
@@ -157,17 +158,18 @@ class Engine:
             self.prompt_tokens += len(output.prompt_token_ids) - (output.num_cached_tokens or 0)
             ticket, k = map(int, output.request_id.split("/"))
             group = self._groups[ticket]
-            group.trajectories[k] = self._trajectory(output.outputs[0], group.behaviours_K[k])
-            if len(group.trajectories) == len(group.behaviours_K):
+            behaviours_K = group.request.behaviours_K
+            group.trajectories[k] = self._trajectory(output.outputs[0], self._logp.pop(output.request_id), behaviours_K[k])
+            if len(group.trajectories) == len(behaviours_K):
                 del self._groups[ticket]
-                complete.append((ticket, tuple(group.trajectories[k] for k in range(len(group.behaviours_K)))))
+                complete.append((ticket, tuple(group.trajectories[k] for k in range(len(behaviours_K)))))
         return complete
 
     def _submit(self, name: str, tokens: Sequence[int], params: Any, lora: Any) -> None:
         self._engine.add_request(name, {"prompt_token_ids": list(tokens)}, params, lora_request=lora)
 
-    def _trajectory(self, output: CompletionOutput, behaviour: Behaviour) -> Trajectory:
-        tokens, logp = list(output.token_ids), np.array(output.logprobs.logprobs, np.float32)  # type: ignore[union-attr]
+    def _trajectory(self, output: CompletionOutput, drawn: list[float], behaviour: Behaviour) -> Trajectory:
+        tokens, logp = list(output.token_ids), np.array(drawn, np.float32)
         if output.finish_reason not in ("stop", "length") or len(logp) != len(tokens) or not np.isfinite(logp).all():
             raise RuntimeError(
                 f"vLLM ended a sample with {output.finish_reason!r} and log-probs {logp[:8]} of {len(tokens)} tokens"
@@ -298,16 +300,20 @@ class Engine:
         cleanup_dist_env_and_memory()
 
 
-def _processor(constraints: Constraints, tool: Tool | None) -> Any:
-    """A vLLM logits processor class that applies `constraints`, `tool` and each request's behaviour to the whole batch."""
+def _processor(constraints: Constraints, tool: Tool | None, logp: dict[str, list[float]]) -> Any:
+    """A vLLM logits processor class that draws, under `constraints`, `tool` and each request's behaviour, for the whole batch.
+
+    The log-probs of a sample's tokens are kept in `logp`, by its name.
+    """
+    import torch
     from vllm.v1.sample.logits_processor.builtin import process_dict_updates
     from vllm.v1.sample.logits_processor.interface import LogitsProcessor
 
-    from actors.behaviour import BehaviourLogits, Running
+    from actors.behaviour import Running, TokenDraw
 
     class BehaviourProcessor(LogitsProcessor):
         def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-            self.logits: BehaviourLogits | None = None
+            self.draw = TokenDraw(constraints, device)
             self.rows: dict[int, Running] = {}
 
         def is_argmax_invariant(self) -> bool:
@@ -316,18 +322,22 @@ def _processor(constraints: Constraints, tool: Tool | None) -> Any:
         def update_state(self, batch_update: Any) -> None:
             def state(params: Any, _: Any, output: list[int]) -> Running | None:
                 # The canary has no behaviour: it scores the model itself.
-                if not params.extra_args:
+                if not (asked := params.extra_args):
                     return None
-                player = Player(tool, constraints.tool_tokens)
-                return Running(params.extra_args["behaviour"], output, player, constraints.required)
+                # One token more than the longest: the stop.
+                uniforms_T2 = np.random.default_rng(asked["seed"]).random((constraints.longest + 1, 2))
+                player, drawn = Player(tool, constraints.tool_tokens), logp.setdefault(asked["name"], [])
+                return Running(asked["behaviour"], output, player, uniforms_T2, constraints.required, drawn)
 
             process_dict_updates(self.rows, batch_update, state)
 
         def apply(self, logits: torch.Tensor) -> torch.Tensor:
             if not self.rows:
                 return logits
-            if self.logits is None:
-                self.logits = BehaviourLogits(constraints, logits.shape[1], logits.device)
-            return self.logits.rows(logits, [self.rows[row].row() for row in range(len(logits))])
+            running_B = [self.rows[row] for row in range(len(logits))]
+            token_B, logp_B = self.draw(logits, [running.row() for running in running_B])
+            for running, value in zip(running_B, logp_B.tolist(), strict=True):
+                running.record(value)
+            return logits.scatter_(1, token_B[:, None], torch.inf)
 
     return BehaviourProcessor

@@ -59,9 +59,10 @@ class Sampler:
     So each group has one version, and `adapter_version` names it.
     """
 
-    def __init__(self, engine: Engine, reward: Reward, on_death: Callable[[], None] = lambda: None) -> None:
-        """Owns `engine` from now on. `on_death` is called once, after all callers were told, if the engine's thread fails."""
-        self._engine, self._reward, self._on_death = engine, reward, on_death
+    def __init__(self, make: Callable[[], Engine], reward: Reward, on_death: Callable[[], None] = lambda: None) -> None:
+        """Owns the engine that `make` returns, and raises what it raises. `on_death` is called once, after all callers were
+        told, if the engine's thread fails."""
+        self._reward, self._on_death = reward, on_death
         self._queue: deque[_Job] = deque()
         self._running: dict[int, _Job] = {}
         self._wake = threading.Condition()
@@ -77,8 +78,10 @@ class Sampler:
         )
         # One thread for all rewards: each thread that computes would get OpenMP threads of its own.
         self._rewards = ThreadPoolExecutor(1, thread_name_prefix="reward")
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        made: Future[Engine] = Future()
+        self._thread = threading.Thread(target=self._run, args=(make, made), name="engine", daemon=True)
         self._thread.start()
+        self._engine = made.result()
 
     @classmethod
     def build(
@@ -118,7 +121,7 @@ class Sampler:
             threads=config.actors.threads,
             seed=config.seed,
         )
-        return cls(Engine(folder, config.model.path, constraints, settings, tool), reward, on_death)
+        return cls(lambda: Engine(folder, config.model.path, constraints, settings, tool), reward, on_death)
 
     # --------------------------------------------------------------------------------------------- for any thread
 
@@ -192,7 +195,15 @@ class Sampler:
 
     # -------------------------------------------------------------------------------------- in the engine's thread
 
-    def _run(self) -> None:
+    def _run(self, make: Callable[[], Engine], made: Future[Engine]) -> None:
+        # Made here: OpenMP has threads for each thread that computes, and with more of them than cores they fall asleep
+        # between two kernels.
+        try:
+            self._engine = make()
+        except BaseException as error:
+            made.set_exception(error)
+            return
+        made.set_result(self._engine)
         died = False
         try:
             while self._admit():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from actors.behaviour import TokenDraw
 from actors.build import build_sampler
 from actors.sampler import EngineDied, Sampler
 from actors.settings import EngineSettings
@@ -251,7 +252,7 @@ class Held:
         self.reached = threading.Semaphore(0)
         self.engine = ScriptedEngine(self._before_step, refuse)
         engine: Any = self.engine
-        self.sampler = Sampler(engine, Lengths(), on_death)
+        self.sampler = Sampler(lambda: engine, Lengths(), on_death)
         self._clients = ThreadPoolExecutor(16)
 
     def _before_step(self) -> None:
@@ -290,7 +291,7 @@ def test_running_groups_finish_before_a_newer_version_is_installed() -> None:
 
 def test_a_version_that_arrives_twice_is_installed_once_and_a_late_one_never() -> None:
     engine: Any = ScriptedEngine()
-    sampler = Sampler(engine, Lengths())
+    sampler = Sampler(lambda: engine, Lengths())
     for version in (1, 1, 2, 1, 2):
         assert sampler.sample(request_of(0), adapter_of(version)).adapter_version >= version
     sampler.close()
@@ -301,7 +302,7 @@ def test_a_version_that_did_not_arrive_is_never_sampled_from_silently() -> None:
     """An engine that says it has installed a version and runs the old one, or none at all."""
     told = threading.Event()
     engine: Any = ScriptedEngine()
-    sampler = Sampler(engine, Lengths(), told.set)
+    sampler = Sampler(lambda: engine, Lengths(), told.set)
     assert sampler.sample(request_of(0), adapter_of(1)).adapter_version == 1
     engine.install = lambda adapter: {"seconds": 0.0}
     with pytest.raises(EngineDied, match="version 2 was installed, but the engine has 1"):
@@ -355,7 +356,7 @@ def test_the_engine_goes_on_while_a_reward_is_computed() -> None:
             return super().score(prompt, trajectories_K)
 
     engine: Any = ScriptedEngine()
-    sampler = Sampler(engine, Slow())
+    sampler = Sampler(lambda: engine, Slow())
     with ThreadPoolExecutor(2) as clients:
         first = clients.submit(sampler.sample, request_of(0), adapter_of(1))
         assert computing.wait(SECONDS)
@@ -375,7 +376,7 @@ def test_an_error_of_the_reward_is_its_callers_and_the_sampler_goes_on() -> None
             return super().score(prompt, trajectories_K)
 
     engine: Any = ScriptedEngine()
-    sampler = Sampler(engine, Picky())
+    sampler = Sampler(lambda: engine, Picky())
     with pytest.raises(ArithmeticError, match="log of zero"):
         sampler.sample(Request(0, PROMPT, (Behaviour(),), 0), adapter_of(1))
     assert sampler.sample(request_of(1), adapter_of(1)).group_id == 1
@@ -391,7 +392,7 @@ def test_samples_without_a_reward_are_left_out_of_their_group_with_the_reason() 
             raise RewardError({0: "log of zero", 2: "no answer"}, known)
 
     engine: Any = ScriptedEngine()
-    sampler = Sampler(engine, Picky())
+    sampler = Sampler(lambda: engine, Picky())
     group = sampler.sample(request_of(0), adapter_of(1))
     assert group.faults == ("log of zero", "no answer")
     assert len(group.trajectories_K) == len(group.log_reward_K) == 1
@@ -422,9 +423,7 @@ def test_closing_answers_those_who_wait() -> None:
 def test_the_engine_death_of_a_real_vllm_reaches_the_caller(real: Real, monkeypatch: pytest.MonkeyPatch) -> None:
     """Last in this file: it ends the real engine."""
 
-    def broken(logits: torch.Tensor, *_: Any) -> torch.Tensor:
-        return logits.fill_(torch.nan)
-
-    monkeypatch.setattr("actors.behaviour.BehaviourLogits.rows", lambda self, logits, rows: broken(logits))
+    whole = TokenDraw.__call__
+    monkeypatch.setattr(TokenDraw, "__call__", lambda self, logits, rows: whole(self, logits.fill_(torch.nan), rows))
     with pytest.raises(EngineDied, match="the engine died"):
         real.sampler.sample(request_of(7), lora.publish(20, real.models[0]))

@@ -43,7 +43,7 @@ def main() -> None:
     settings = EngineSettings(
         max_model_len=128, dtype=arguments.dtype, threads=arguments.threads, max_num_seqs=256, kv_cache_mb=2048
     )
-    sampler = Sampler(Engine(folder, "base", constraints, settings), Nothing())
+    sampler = Sampler(lambda: Engine(folder, "base", constraints, settings), Nothing())
     adapter = random_adapter(BaseWeights(folder), "base", rng)
     sampler.install(adapter)
     model: Any = load_pretrained(folder, getattr(torch, arguments.dtype), torch.device("cpu"))

@@ -85,14 +85,14 @@ class Ours:
         from actors.sampler import Sampler
 
         constraints = Constraints.of(stop_token=2, min_tokens=NEW_TOKENS, max_tokens=NEW_TOKENS, vocab_size=49152)
-        self._engine = Engine(folder, "base", constraints, EngineSettings(max_model_len=128, dtype=dtype, threads=threads))
+        settings = EngineSettings(max_model_len=128, dtype=dtype, threads=threads)
         self._adapter = random_adapter(BaseWeights(folder), "base", np.random.default_rng(0))
-        self._sampler = Sampler(self._engine, Nothing())
+        self._sampler = Sampler(lambda: Engine(folder, "base", constraints, settings), Nothing())
         self._sampler.install(self._adapter)
 
     def rate(self, prompts: Sequence[Prompt], behaviours_K: tuple[Behaviour, ...]) -> float:
         requests = [Request(i, prompt, behaviours_K, seed=i) for i, prompt in enumerate(prompts)]
-        self._engine._forget_prefixes()
+        self._sampler._engine._forget_prefixes()
         started = time.perf_counter()
         with ThreadPoolExecutor(len(requests)) as callers:
             groups = callers.map(lambda request: self._sampler.sample(request, self._adapter), requests)
