@@ -35,7 +35,7 @@ def merge(config: Config, adapter: Path, folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from system.adapters import PEFT_CONFIG, Adapter, AdapterError
+    from system.adapters import PEFT_CONFIG, AdapterError, updates_of
     from system.language_model import load_tokenizer
     from system.models import locate
 
@@ -48,9 +48,8 @@ def merge(config: Config, adapter: Path, folder: Path) -> Path:
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     peft_config = json.loads((adapter.parent / PEFT_CONFIG).read_text(encoding="utf-8"))
     try:
-        updates = Adapter.publish(0, 0, tensors, peft_config, config.model.path).updates()
         with torch.no_grad():
-            for module, update in updates.items():
+            for module, update in updates_of(tensors, peft_config).items():
                 weight = model.get_parameter(f"{module}.weight")
                 delta_OI = torch.from_numpy(update.b_OR) @ torch.from_numpy(update.a_RI)
                 weight.add_(delta_OI.T if update.transposed else delta_OI, alpha=update.scale)

@@ -26,16 +26,18 @@ GOODBYE_SECONDS = 2.0
 
 
 class BuiltActor:
-    """Builds its part when Ray builds the actor, and says by its first call what went wrong.
+    """Constructs its part, and says by its next call what went wrong.
 
     An error in an actor's constructor reaches the caller as the actor's death, without its type and its message.
     """
 
-    def __init__(self, build: Callable[..., Any], *arguments: Any) -> None:
-        self._error: Exception | None = None
+    _built: Any
+    _error: Exception | None = None
+
+    def construct(self, build: Callable[..., Any], *arguments: Any) -> None:
         try:
             self._built = build(*arguments)
-        # A border: every error is kept for the first call, which raises it.
+        # A border: every error is kept for the next call, which raises it.
         except Exception as error:
             self._error = error
 
@@ -74,7 +76,7 @@ class SamplerActor(BuiltActor):
     """A Sampler in this process. If its engine dies, so does the process: a dead engine must not look alive."""
 
     def __init__(self, config: Config, problem: Problem) -> None:
-        super().__init__(_build_sampler, config, problem)
+        self.construct(_build_sampler, config, problem)
 
     def install(self, adapter: Adapter) -> dict[str, float]:
         return self.part.install(adapter)
@@ -107,7 +109,7 @@ class LearnerActor(BuiltActor):
         return self._store.host, self._store.port
 
     def build(self, config: Config, problem: Problem, meeting: tuple[str, int] | None) -> None:
-        super().__init__(_build_learner, config, problem, self._rank, self._store, meeting)
+        self.construct(_build_learner, config, problem, self._rank, self._store, meeting)
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
         with self.part.timeline.span("update", "learner", step=self.part.step):

@@ -4,9 +4,10 @@ With C(s) the log-probability of the policy's actions on the path to s,
 
     u(s) = log R(s) / T - log q(stop | s) - C(s)
 
-estimates log Z of the prompt at every state that can stop, and equals it at all of them once q is the posterior. A loss
-is a choice of pairs of states: it is the (weighted) mean of (u(i) - u(j))^2 over its pairs, in nats^2, and zero iff u
-agrees on every pair, whoever drew the samples. It is never taken across prompts: each has a log Z of its own.
+(T here is the reward temperature) estimates log Z of the prompt at every state that can stop, and equals it at all of them
+once q is the posterior. A loss is a choice of pairs of states: it is the (weighted) mean of (u(i) - u(j))^2 over its pairs,
+in nats^2, and zero iff u agrees on every pair, whoever drew the samples. It is never taken across prompts: each has a log Z of
+its own.
 
 The gradient reaches the policy through log q(stop) and C. There is deliberately no learned log Z, no critic, no ratio
 to the behaviour policy and no clipping: off-policy samples need none of them.
@@ -23,7 +24,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class States:
-    """The states of one group, along its K trajectories; T is the longest, padding is outside `terminable_KT`."""
+    """The states of one group, along its K trajectories; T is the length of the longest, padding is outside `terminable_KT`."""
 
     u_KT: Tensor
     """float [K, T + 1], nats; finite everywhere, meaningful where terminable."""

@@ -117,20 +117,9 @@ class Adapter:
     def updates(self) -> dict[str, LoraUpdate]:
         """Module name -> what is added to its weight. Raises AdapterError for anything but plain LoRA."""
         try:
-            scale = scale_of(self.peft_config)
+            return updates_of(self.tensors(), self.peft_config)
         except AdapterError as error:
             raise AdapterError(f"adapter version {self.version}: {error}") from error
-        tensors = self.tensors()
-        suffixes = (".lora_A.weight", ".lora_B.weight")
-        modules = sorted({name.removesuffix(suffix) for name in tensors for suffix in suffixes if name.endswith(suffix)})
-        if 2 * len(modules) != len(tensors) or not all(module + suffix in tensors for module in modules for suffix in suffixes):
-            raise AdapterError(f"adapter version {self.version}: its tensors are not one lora_A and one lora_B for each module")
-        transposed = bool(self.peft_config.get("fan_in_fan_out"))
-        result = {}
-        for module in modules:
-            a_RI, b_OR = (tensors[module + suffix].astype(np.float32, copy=False) for suffix in suffixes)
-            result[module.removeprefix(PEFT_PREFIX)] = LoraUpdate(a_RI, b_OR, scale, transposed)
-        return result
 
     def materialise(self, folder: Path) -> Path:
         """Writes a standard PEFT folder, and what `read_folder` checks it by; it appears whole or not at all."""
@@ -147,6 +136,20 @@ class Adapter:
         finally:
             shutil.rmtree(part, ignore_errors=True)
         return folder
+
+
+def updates_of(tensors: dict[str, np.ndarray], peft_config: dict[str, Any]) -> dict[str, LoraUpdate]:
+    """Module name -> what PEFT's tensors add to its weight. Raises AdapterError for anything but plain LoRA."""
+    scale, suffixes = scale_of(peft_config), (".lora_A.weight", ".lora_B.weight")
+    modules = sorted({name.removesuffix(suffix) for name in tensors for suffix in suffixes if name.endswith(suffix)})
+    if 2 * len(modules) != len(tensors) or not all(module + suffix in tensors for module in modules for suffix in suffixes):
+        raise AdapterError("its tensors are not one lora_A and one lora_B for each module")
+    transposed = bool(peft_config.get("fan_in_fan_out"))
+    result = {}
+    for module in modules:
+        a_RI, b_OR = (tensors[module + suffix].astype(np.float32, copy=False) for suffix in suffixes)
+        result[module.removeprefix(PEFT_PREFIX)] = LoraUpdate(a_RI, b_OR, scale, transposed)
+    return result
 
 
 def read_folder(folder: Path, base_model: str) -> dict[str, np.ndarray]:

@@ -43,25 +43,25 @@ class GroupFlow:
     config: Config
     requests: Requests
     samplers: Pool
-    counters: Counters = field(default_factory=Counters)
+    counters: Counters = field(default_factory=Counters, init=False)
     """The loop's, which counts in them too."""
-    taken: list[Group] = field(default_factory=list)
+    taken: list[Group] = field(default_factory=list, init=False)
     """For the next update."""
-    _reissue: deque[int] = field(default_factory=deque)
-    _in_flight: dict[Future[Group], Issued] = field(default_factory=dict)
-    _arrived: deque[Group] = field(default_factory=deque)
-    _version_steps: dict[int, int] = field(default_factory=dict)
+    _reissue: deque[int] = field(default_factory=deque, init=False)
+    _in_flight: dict[Future[Group], Issued] = field(default_factory=dict, init=False)
+    _arrived: deque[Group] = field(default_factory=deque, init=False)
+    _version_steps: dict[int, int] = field(default_factory=dict, init=False)
     """Version of an adapter -> updates that it contains."""
-    _deaths_before: int = 0
-    """What the count of the run is ahead of that of the pool."""
-    _dead: set[str] = field(default_factory=set)
+    _deaths_before: int = field(default=0, init=False)
+    """Those that the run counted before this pool began to."""
+    _dead: set[str] = field(default_factory=set, init=False)
     """Of those that died over a group, the names."""
-    _waves: int = 0
+    _waves: int = field(default=0, init=False)
     """Deaths of samplers, those that fell together as one."""
-    _waves_in_a_row: int = 0
-    _deaths_over: Counter[int] = field(default_factory=Counter)
+    _waves_in_a_row: int = field(default=0, init=False)
+    _deaths_over: Counter[int] = field(default_factory=Counter, init=False)
     """Deaths of samplers that had a group which did not come back since, by its number."""
-    _last_cause: str = ""
+    _last_cause: str = field(default="", init=False)
 
     def begin(self) -> None:
         """What the pool lost before the loop ran does not count."""

@@ -177,13 +177,12 @@ class Learner(Section):
     publish_every: int = Field(default=4, ge=1)
     """Updates between two adapter versions."""
     max_staleness: int = Field(default=6, ge=0)
-    """Largest number of updates between the adapter that draws a group and the update that uses it: no group is asked for that
-    would have more. 0: synchronous. One that others overtake may have more: it is counted, and left out by policy gradients
-    alone."""
+    """Most updates that an adapter may be behind when the group it draws is used: no group is asked for that would exceed it.
+    0: synchronous. A slow group may still come older: it is counted, and used, but by policy gradients, which drop it."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Updates between two checkpoints: at most so many are done again after a fault."""
     keep_checkpoints: int = Field(default=2, ge=2)
-    """Checkpoints that stay, the newest: the one before the last, should that be damaged, and more for `--step N` of the
+    """The newest checkpoints are kept: at least two, so that a damaged one has another before it; more for `--step N` of the
     commands that use a run."""
     answer_seconds: float = Field(default=1800.0, gt=0)
     """A learner that answers a call with nothing for this long is killed, and made again from the last checkpoint and the
@@ -191,8 +190,7 @@ class Learner(Section):
     evaluate_every: int | None = Field(default=None, ge=1)
     """Updates between two evaluations; by default before the first and after the last alone."""
     evaluation_prompts: int = Field(default=64, ge=1)
-    """An evaluation takes this many prompts, evenly spaced, where there are more; where prompts vote for a record, this many
-    records."""
+    """Most prompts of an evaluation, evenly spaced; where prompts vote for a record, most records."""
     evaluation_samples: int = Field(default=32, ge=2)
     """On-policy samples of each prompt in an evaluation, where the outcomes cannot be listed."""
 

@@ -1,4 +1,4 @@
-"""The loop: keep samplers fed up to the capacity gate, train on what comes back, publish what was learned.
+"""The loop: keep samplers fed as far as `max_staleness` allows, train on what comes back, publish what was learned.
 
 It holds no mathematics and knows neither Ray nor vLLM: samplers and the learner are handles that answer with futures.
 GFlowNet losses are valid off policy, so a group that an older adapter drew needs no correction; `max_staleness` bounds how
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -49,16 +50,21 @@ class Orchestrator:
     """Evaluations draw from the samplers, to which the learner's weights are published first."""
     should_stop: Callable[[], bool] = lambda: False
     timeline: Timeline = field(default_factory=Timeline)
-    _learner_deaths_in_a_row: int = 0
-    _learner_is_lost: bool = False
-    _saved_step: int | None = None
+    flow: GroupFlow = field(init=False)
+    _began: float = field(default=0.0, init=False)
+    """When the step at hand did, on the clock that stands still for evaluations."""
+    _waited: float = field(default=0.0, init=False)
+    """Seconds of it so far in which the learner had nothing to do."""
+    _learner_deaths_in_a_row: int = field(default=0, init=False)
+    _learner_is_lost: bool = field(default=False, init=False)
+    _saved_step: int | None = field(default=None, init=False)
     """Of the last checkpoint; None: a learner begins anew."""
-    _new_task: bool = False
-    """The checkpoint that the run comes from is of another task, of which the learner has never been evaluated."""
-    _failure: Exception | None = None
-    """What the samplers ended the run with during an update, which comes to its end all the same."""
-    _since_saved: list[list[Group]] = field(default_factory=list)
+    _since_saved: list[list[Group]] = field(default_factory=list, init=False)
     """The batches of the updates since then: a new learner does them again, so that a death of the old one costs time alone."""
+    _new_task: bool = field(default=False, init=False)
+    """The checkpoint that the run comes from is of another task, of which the learner has never been evaluated."""
+    _failure: Exception | None = field(default=None, init=False)
+    """An error of the samplers during an update, which is raised once the update is counted."""
 
     def __post_init__(self) -> None:
         self.flow = GroupFlow(self.config, self.requests, self.samplers)
@@ -82,52 +88,65 @@ class Orchestrator:
             raise
 
     def _train(self) -> None:
-        settings = self.config.learner
-        evaluate_every = settings.evaluate_every or settings.steps
         self.flow.begin()
         self.publish()
         # Before the first update, and of a run that was cut off between a checkpoint and an evaluation.
-        if self._due(evaluate_every) or self._new_task:
+        if self._evaluation_is_due() or self._new_task:
             self._evaluate()
-        began, settling = time.perf_counter(), 0.0
-        while self.counters.step < settings.steps and not self.should_stop():
-            asked = time.perf_counter()
-            with self.timeline.span("wait for groups", "loop", step=self.counters.step):
-                collected = self.flow.collect(settings.groups_per_update, self.should_stop)
-            waited, settling = settling + time.perf_counter() - asked, 0.0
-            if not collected:
-                break
-            # In the order of their numbers, not of their arrival: a synchronous run repeats itself to the bit.
-            self.flow.taken.sort(key=lambda group: group.group_id)
-            for group in self.flow.taken:
-                self.replay.add(group)
-            rng = np.random.default_rng((self.config.seed, 4, self.counters.step))
-            batch = [self.replay.mix(group, rng) for group in merge_by_prompt(self.flow.taken)]
+        self._began = time.perf_counter()
+        while self._goes_on() and self._collect():
+            batch = self._batch()
             with self.timeline.span("update", "loop", step=self.counters.step):
                 metrics = self.with_learner(lambda batch=batch: self._update(batch))
             self._since_saved.append(batch)
-            now = time.perf_counter()
-            self._account(metrics | {"replay/share": self._replayed(batch)}, waited, now - began)
+            self._account(metrics | {"replay/share": self._replayed(batch)})
             if self._failure is not None:
                 raise self._failure
-            began = now
-            # An evaluation draws from the weights that it scores.
-            if self._due(settings.publish_every) or (self.evaluation_draws and self._due(evaluate_every)):
-                self.publish()
-            # An evaluation takes long, and may be cut off.
-            if self._due(settings.checkpoint_every) or self._due(evaluate_every):
-                self.checkpoint()
-            if self._due(evaluate_every) and not (self.should_stop() and self.counters.step < settings.steps):
-                asked = time.perf_counter()
-                self.flow.settle(self.should_stop)
-                settling = time.perf_counter() - asked
-                if self.should_stop() and self.counters.step < settings.steps:
-                    break
-                evaluated = time.perf_counter()
-                self._evaluate()
-                began += time.perf_counter() - evaluated  # it is no part of the next step
+            self._follow_up()
         if self._saved_step != self.counters.step:
             self.checkpoint()
+
+    def _goes_on(self) -> bool:
+        return self.counters.step < self.config.learner.steps and not self.should_stop()
+
+    def _collect(self) -> bool:
+        """Waits for the groups of an update; False if a stop was asked for meanwhile."""
+        with self.timeline.span("wait for groups", "loop", step=self.counters.step), self._waiting():
+            return self.flow.collect(self.config.learner.groups_per_update, self.should_stop)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        asked = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - asked
+
+    def _batch(self) -> list[Group]:
+        """What was taken, one group for each prompt, with replayed samples."""
+        # In the order of their numbers, not of their arrival: a synchronous run repeats itself to the bit.
+        self.flow.taken.sort(key=lambda group: group.group_id)
+        for group in self.flow.taken:
+            self.replay.add(group)
+        rng = np.random.default_rng((self.config.seed, 4, self.counters.step))
+        return [self.replay.mix(group, rng) for group in merge_by_prompt(self.flow.taken)]
+
+    def _follow_up(self) -> None:
+        """What is due after an update: a version, a checkpoint, an evaluation."""
+        settings, evaluation_is_due = self.config.learner, self._evaluation_is_due()
+        # An evaluation draws from the weights that it scores.
+        if self._due(settings.publish_every) or (self.evaluation_draws and evaluation_is_due):
+            self.publish()
+        # An evaluation takes long, and may be cut off.
+        if self._due(settings.checkpoint_every) or evaluation_is_due:
+            self.checkpoint()
+        if evaluation_is_due and self._stands():
+            with self._waiting():
+                self.flow.settle(self.should_stop)
+            if self._stands():
+                self._evaluate()
+
+    def _stands(self) -> bool:
+        """No stop was asked for, or only after the last update."""
+        return self.counters.step == self.config.learner.steps or not self.should_stop()
 
     def _replayed(self, batch: list[Group]) -> float:
         """Share of a batch's samples that the buffer gave: with few in it, less than the config asks for."""
@@ -164,8 +183,13 @@ class Orchestrator:
             raise
 
     def _evaluate(self) -> None:
+        started = time.perf_counter()
         with self.timeline.span("evaluate", "loop", step=self.counters.step):
             self.with_learner(lambda: self.evaluate(self))
+        self._began += time.perf_counter() - started  # it is no part of the next step
+
+    def _evaluation_is_due(self) -> bool:
+        return self._due(self.config.learner.evaluate_every or self.config.learner.steps)
 
     def _due(self, every: int) -> bool:
         return self.counters.step % every == 0 or self.counters.step == self.config.learner.steps
@@ -183,8 +207,11 @@ class Orchestrator:
             self.flow.published()
             self.samplers.publish(adapter)
 
-    def _account(self, metrics: dict[str, float], wait_seconds: float, step_seconds: float) -> None:
-        """A step is what was published and saved after the update before, the wait for groups, and the update."""
+    def _account(self, metrics: dict[str, float]) -> None:
+        """Ends a step: what was published and saved after the update before, the wait for groups, and the update."""
+        now = time.perf_counter()
+        step_seconds, wait_seconds = now - self._began, self._waited
+        self._began, self._waited = now, 0.0
         fresh = self.flow.use()
         staleness = float(np.mean([self.flow.staleness(group) for group in fresh]))
         trajectories = [trajectory for group in fresh for trajectory in group.trajectories_K]

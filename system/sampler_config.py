@@ -73,7 +73,7 @@ class Sampler(Section):
     """Largest difference, nats, between the engine's and the learner's log-probs of the canary's tokens: their mean if both
     compute in float32, else their median, since bfloat16 may be nats off at a token whatever the weights are. By default 0.005
     and 0.15: bfloat16 alone makes about 0.05.
-    What an update has to differ by to be proven to have arrived is this much, so it says little of early bfloat16 versions."""
+    A smaller update cannot be proven to have arrived, as early ones in bfloat16 often are."""
 
     def groups_at_once(self, samples: int) -> int:
         """Groups of so many samples that fill one engine, and one more, which leaves no idle tail between them."""
@@ -107,9 +107,9 @@ class Actors(Section):
     """The run stops after more than this many deaths in a row: of samplers without a group in between or over the same group,
     or of the learner without a checkpoint in between."""
     answer_seconds: float = Field(default=300.0, gt=0)
-    """A sampler that has work and gets no further for this long is killed and replaced: it neither answers nor draws a token
-    nor has a call of its reward come back. One that rests is asked for a sign of life as often. Long enough to install the
-    first version and to compile kernels, and for a call of the reward."""
+    """A busy sampler without progress (an answer, a token, a call of its reward) for this long is killed and replaced; an idle
+    one is asked for a sign of life as often. Long enough to install the first version, to compile kernels, and for a call of
+    the reward."""
     start_seconds: float = Field(default=600.0, gt=0)
     """Longest wait for an actor to be placed and built: a first start converts or fetches the model."""
 

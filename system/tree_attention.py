@@ -2,8 +2,8 @@
 
 The rule is that of `system.prefix_tree`, key k is visible to query q iff k <= q < end[k], and with a sliding window iff
 also position[q] < position[k] + window: a window reaches back a number of tokens on the path, not in the row. A dense
-mask grows with the square of the row; of the blocks there are 128² = 16,384 times fewer, and those that nothing of
-is visible in, between pieces or branches, cost nothing. On a CPU each stretch of queries takes the keys that any of them sees.
+mask grows with the square of the row. There are 128² = 16,384 times fewer blocks than entries of the mask, and blocks without
+a visible pair, between pieces or branches, are skipped. On a CPU each stretch of queries takes the keys that any of them sees.
 """
 
 from __future__ import annotations

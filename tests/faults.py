@@ -70,7 +70,7 @@ class Part:
 
 class FaultySampler(BuiltActor):
     def __init__(self, config: Config, faults: Faults) -> None:
-        super().__init__(Part, config, faults)
+        self.construct(Part, config, faults)
 
     def sample(self, request: Request, adapter: int) -> Group:
         return self.part.sample(request, adapter)
@@ -91,7 +91,7 @@ class IdleLearner(BuiltActor):
         pass
 
     def build(self, config: Config, faults: Faults, meeting: None) -> None:
-        super().__init__(Part, config, faults)
+        self.construct(Part, config, faults)
 
     def node(self) -> str:
         import ray
