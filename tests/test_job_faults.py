@@ -25,6 +25,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 from ray.exceptions import RayTaskError
+from safetensors.numpy import load_file
 
 from deploy import job, stop
 from system import checkpoint, config_file
@@ -397,6 +398,51 @@ def test_a_full_disk_ends_a_job_with_one_line_and_with_more_room_it_goes_on(
     enlarge(disk, "8m")
     assert runner.ended(runner.start("--resume", str(run_dir))) == 0, runner.logs()[-3000:]
     assert weights(run_dir) == weights(run_of(undisturbed, "whole"))
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)  # two jobs
+def test_a_disk_that_turns_read_only_ends_a_job_with_one_line_and_once_writable_it_goes_on(
+    disk: Path, runner: Runner, undisturbed: Runner
+) -> None:
+    enlarge(disk, "8m")
+    job = runner.start("config.json", f"output_dir={disk}", "tracking.close_seconds=5")
+    wait_until(lambda: list(disk.glob("*/checkpoints/step-00000005")), job)
+    # In front of the disk, which has files open and so cannot be made read-only itself.
+    subprocess.run(["mount", "--bind", str(disk), str(disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,ro,bind", str(disk)], check=True)
+    try:
+        assert runner.ended(job) == 1, runner.logs()[-3000:]
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    (run_dir,) = disk.iterdir()
+    (error,) = [line for line in runner.logs().splitlines() if line.startswith("error: ")]
+    assert error.startswith(f"error: checkpoint {run_dir}/checkpoints/step-00000010 cannot be written: Read-only file system")
+    assert "Traceback" not in runner.logs()
+
+    assert runner.ended(runner.start("--resume", str(run_dir))) == 0, runner.logs()[-3000:]
+    assert weights(run_dir) == weights(run_of(undisturbed, "whole"))
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)  # two jobs
+def test_two_ranks_learn_what_one_does_also_where_one_of_them_is_killed(runner: Runner, undisturbed: Runner) -> None:
+    two = ("learner.ranks=2", "learner.cpus=0.5")
+    assert runner.ended(runner.start("config.json", "output_dir=two", *two)) == 0, runner.logs()[-3000:]
+    one, both = (load_file(run_dir / "adapter/adapter_model.safetensors") for run_dir in (
+        run_of(undisturbed, "whole"), run_of(runner, "two"),
+    ))  # fmt: skip
+    assert max(float(np.abs(one[name] - both[name]).max()) for name in one) < 1e-5
+
+    job = runner.start("config.json", "output_dir=killed", *two)
+    wait_until(lambda: list(runner.folder.glob("killed/*/checkpoints/step-00000005")), job)
+    *_, last = sorted(
+        (process for process in runner.processes() if process.name().startswith("ray::LearnerActor")), key=lambda each: each.pid
+    )
+    last.kill()
+    assert runner.ended(job) == 0, runner.logs()[-3000:]
+    assert "the learner died at step" in runner.logs()
+    assert weights(run_of(runner, "killed")) == weights(run_of(runner, "two"))
 
 
 def test_a_config_that_cannot_be_written_again_stays_as_it_was(tmp_path: Path) -> None:
