@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from system.constraints import Constraints
-from system.required import Required
 from system.tools import Player
 from system.trajectory import Behaviour
 
@@ -23,16 +22,12 @@ class Row:
 
     temperature: float
     epsilon: float
-    depth: int
-    """Actions so far."""
     uniforms: tuple[float, float]
     """In [0, 1): where in the distribution the draw falls, and in which part of the mixture."""
     forced: int | None = None
     """The token that must come next."""
-    open_from: int = 0
-    """The depth before which the stop is not drawn, whatever the minimum length is."""
     may_stop: bool = True
-    """Nothing that must be there is missing."""
+    """The stop may be drawn."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +36,10 @@ class Running:
 
     behaviour: Behaviour
     output: list[int]
+    constraints: Constraints
     player: Player
     uniforms_T2: np.ndarray
     """The randomness of each of its tokens, so that one that is drawn again is the same."""
-    required: Required | None = None
     logp: list[float] = field(default_factory=list)
     """Of each token drawn so far, nats."""
 
@@ -52,13 +47,14 @@ class Running:
         """After taking in the tokens drawn since the last time."""
         for token in self.output[len(self.player.is_action) :]:
             self.player.push(token)
-        behaviour, depth, forced, may_stop = self.behaviour, self.player.depth, self.player.forced, True
-        if self.required:
-            may_stop, forced = self.required.after(self.output)
-        if forced is None:
-            forced = next((token for at, token in behaviour.planted if at == depth), None)
+        behaviour, depth = self.behaviour, self.player.depth
+        may_stop, certain = self.constraints.after(self.output, depth)
+        planted = next((token for at, token in behaviour.planted if at == depth), None)
+        # What a tool writes comes before all, also before the stop of a sample that has all its actions.
+        forced = next((token for token in (self.player.forced, certain, planted) if token is not None), None)
         where, which = self.uniforms_T2[len(self.output)].tolist()
-        return Row(behaviour.temperature, behaviour.epsilon, depth, (where, which), forced, behaviour.open_from, may_stop)
+        may_stop = may_stop and depth >= behaviour.open_from
+        return Row(behaviour.temperature, behaviour.epsilon, (where, which), forced, may_stop)
 
     def record(self, logp: float) -> None:
         """Of the token that is drawn next."""
@@ -66,11 +62,10 @@ class Running:
 
 
 class TokenDraw:
-    """Draws from (1 - epsilon) * softmax(logits / temperature) + epsilon * uniform, both over the support.
+    """Draws from (1 - epsilon) * softmax(logits / temperature) + epsilon * uniform, both over the support: the columns of
+    `constraints`, less the stop in a row that may not stop.
 
-    The support is that of `constraints`: under the minimum length, before what is planted, and where something required is
-    missing, the stop is in neither. vLLM itself would draw an exponential for every token of the vocabulary; here one number
-    falls into one of the tokens' shares.
+    vLLM itself would draw an exponential for every token of the vocabulary; here one number falls into one token's share.
     """
 
     def __init__(self, constraints: Constraints, device: torch.device) -> None:
@@ -79,30 +74,27 @@ class TokenDraw:
         everything = bool(columns[-1] == self._size - 1)
         self._columns_C = None if everything else columns.to(device)
         """None: the first tokens, all of them."""
-        self._stop, self._stop_column = constraints.stop_token, constraints.stop_column
-        self._min_tokens, self._max_tokens = constraints.min_tokens, constraints.max_tokens
+        self._stop_column = constraints.stop_column
 
     def __call__(self, logits_BV: torch.Tensor, rows_B: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens int64 [B], their log-probabilities float64 [B] under what they were drawn from, nats), on the logits' device.
 
-        A forced token has log-probability 0, and so has a forced stop. Logits without a value give log-probabilities without
-        one. `logits_BV` may be wider than the vocabulary, as some models pad it.
+        A forced token has log-probability 0. Logits without a value give log-probabilities without one. `logits_BV` may be
+        wider than the vocabulary, as some models pad it.
         """
         starts = range(0, len(rows_B), ROWS_AT_ONCE)
         parts = [self._draw(logits_BV[at : at + ROWS_AT_ONCE], rows_B[at : at + ROWS_AT_ONCE]) for at in starts]
         token_B, logp_B = (torch.cat(part) for part in zip(*parts, strict=True))
         for number, row in enumerate(rows_B):
-            forced = row.forced if row.forced is not None else self._stop if row.depth >= self._max_tokens else None
-            if forced is not None:
-                token_B[number], logp_B[number] = forced, 0.0
+            if row.forced is not None:
+                token_B[number], logp_B[number] = row.forced, 0.0
         return token_B, logp_B
 
     def _draw(self, logits_BV: torch.Tensor, rows_B: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
         def column(values: Iterable[float], dtype: torch.dtype) -> torch.Tensor:
             return torch.tensor(list(values), dtype=dtype, device=logits_BV.device)
 
-        closed = (not row.may_stop or row.depth < max(self._min_tokens, row.open_from) for row in rows_B)
-        no_stop_B = column(closed, torch.bool)
+        no_stop_B = column((not row.may_stop for row in rows_B), torch.bool)
         epsilon_B = column((row.epsilon for row in rows_B), torch.float64)
         where_B, which_B = (column((row.uniforms[i] for row in rows_B), torch.float64) for i in range(2))
         logits_BC = logits_BV[:, : self._size] if self._columns_C is None else logits_BV[:, self._columns_C]

@@ -327,7 +327,7 @@ def _processor(constraints: Constraints, tool: Tool | None, logp: dict[str, list
                 # One token more than the longest: the stop.
                 uniforms_T2 = np.random.default_rng(asked["seed"]).random((constraints.longest + 1, 2))
                 player, drawn = Player(tool, constraints.tool_tokens), logp.setdefault(asked["name"], [])
-                return Running(asked["behaviour"], output, player, uniforms_T2, constraints.required, drawn)
+                return Running(asked["behaviour"], output, constraints, player, uniforms_T2, drawn)
 
             process_dict_updates(self.rows, batch_update, state)
 

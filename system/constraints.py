@@ -89,12 +89,14 @@ class Constraints:
         """Each of these tokens may be drawn before the stop."""
         return bool(np.isin(tokens, self.columns).all()) and self.stop_token not in tokens
 
-    def after(self, tokens: Sequence[int]) -> tuple[bool, int | None]:
-        """(the stop is in the support, the token that comes next for certain or None) after these actions."""
-        if len(tokens) >= self.max_tokens:
+    def after(self, tokens: Sequence[int], actions: int | None = None) -> tuple[bool, int | None]:
+        """(the stop is in the support, the token that comes next for certain or None) after these tokens, of which so many are
+        actions; by default all."""
+        depth = len(tokens) if actions is None else actions
+        if depth >= self.max_tokens:
             return True, self.stop_token
         may_stop, certain = self.required.after(tokens) if self.required else (True, None)
-        return may_stop and len(tokens) >= self.min_tokens, certain
+        return may_stop and depth >= self.min_tokens, certain
 
     def of_tree(self, tree: PrefixTree) -> tuple[np.ndarray, np.ndarray]:
         """bool [N]: the stop is in the support at a node; and the policy chose the token that leads to it, which was neither

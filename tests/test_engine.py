@@ -300,11 +300,11 @@ def test_draws_fall_by_the_mixture_and_log_probs_are_of_it() -> None:
     draw = TokenDraw(constraints, torch.device("cpu"))
     wide_V = torch.tensor([1.0, 2.0, 50.0, 9.0, 3.0, 50.0, 50.0])
     grid = [(index + 0.5) / 1000 for index in range(1000)]
-    # Under the minimum length the stop's share of either part goes to the others.
-    for depth, support in ((0, [0, 1, 4]), (1, [0, 1, 3, 4])):
+    # Where it may not stop, the stop's share of either part goes to the others.
+    for may_stop, support in ((False, [0, 1, 4]), (True, [0, 1, 3, 4])):
         p_V = torch.zeros(7, dtype=torch.float64)
         p_V[support] = 0.4 * (wide_V[support].double() / 2.0).softmax(0) + 0.6 / len(support)
-        rows = [Row(2.0, 0.6, depth, (where, which)) for where in grid for which in (0.0, 0.3, 0.599, 0.6, 0.999)]
+        rows = [Row(2.0, 0.6, (where, which), may_stop=may_stop) for where in grid for which in (0.0, 0.3, 0.599, 0.6, 0.999)]
         token_B, logp_B = draw(wide_V.repeat(len(rows), 1), rows)
         shares_V = torch.bincount(token_B, minlength=7) / len(rows)
         torch.testing.assert_close(shares_V.double(), p_V, atol=1e-3, rtol=0)
@@ -315,7 +315,7 @@ def test_rows_that_are_drawn_apart_are_drawn_as_alone() -> None:
     constraints = Constraints.of(stop_token=3, min_tokens=0, max_tokens=4, vocab_size=50)
     draw, rng = TokenDraw(constraints, torch.device("cpu")), np.random.default_rng(0)
     logits_BV = torch.from_numpy(rng.normal(0, 2, (3 * ROWS_AT_ONCE + 1, 50)).astype(np.float32))
-    rows = [Row(1.0, 0.0, 4 if number % 7 == 0 else 0, tuple(rng.random(2))) for number in range(len(logits_BV))]
+    rows = [Row(1.0, 0.0, tuple(rng.random(2)), None if number % 7 else 3) for number in range(len(logits_BV))]
     token_B, logp_B = draw(logits_BV.clone(), rows)
     for number, row in enumerate(rows):
         token, logp = draw(logits_BV[number : number + 1].clone(), [row])
@@ -331,7 +331,7 @@ def test_what_is_rarer_than_rounding_has_its_share() -> None:
     logits_V = torch.zeros(100_000)
     logits_V[0] = float(np.log(1e9))
     share = 1e-9 / (1 + 99_999e-9)
-    rows = [Row(1.0, 0.0, 0, (1 - (before + 0.5) * share, 0.0)) for before in (0, 50_000)]
+    rows = [Row(1.0, 0.0, (1 - (before + 0.5) * share, 0.0)) for before in (0, 50_000)]
     token_B, logp_B = TokenDraw(constraints, torch.device("cpu"))(logits_V.repeat(2, 1), rows)
     assert token_B.tolist() == [99_999, 49_999]
     assert logp_B.tolist() == pytest.approx([-20.7234] * 2, abs=1e-3)
