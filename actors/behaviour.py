@@ -13,7 +13,7 @@ from system.tools import Player
 from system.trajectory import Behaviour
 
 ROWS_AT_ONCE = 16
-"""Rows of logits whose probabilities, of 49,152 tokens say, are in a core's cache together."""
+"""On a CPU: rows of logits whose probabilities, of 49,152 tokens say, are in a core's cache together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +40,8 @@ class Running:
     player: Player
     uniforms_T2: np.ndarray
     """The randomness of each of its tokens, so that one that is drawn again is the same."""
-    logp: list[float] = field(default_factory=list)
-    """Of each token drawn so far, nats."""
+    drawn: list[tuple[int, float]] = field(default_factory=list)
+    """Each token drawn so far, with its log-probability, nats."""
 
     def row(self) -> Row:
         """After taking in the tokens drawn since the last time."""
@@ -56,9 +56,9 @@ class Running:
         may_stop = may_stop and depth >= behaviour.open_from
         return Row(behaviour.temperature, behaviour.epsilon, (where, which), forced, may_stop)
 
-    def record(self, logp: float) -> None:
-        """Of the token that is drawn next."""
-        self.logp[len(self.output) :] = [logp]
+    def record(self, token: int, logp: float) -> None:
+        """What is drawn next; it takes the place of what vLLM had drawn here and left out."""
+        self.drawn[len(self.output) :] = [(token, logp)]
 
 
 class TokenDraw:
@@ -82,12 +82,13 @@ class TokenDraw:
         A forced token has log-probability 0. Logits without a value give log-probabilities without one. `logits_BV` may be
         wider than the vocabulary, as some models pad it.
         """
-        starts = range(0, len(rows_B), ROWS_AT_ONCE)
-        parts = [self._draw(logits_BV[at : at + ROWS_AT_ONCE], rows_B[at : at + ROWS_AT_ONCE]) for at in starts]
+        together = ROWS_AT_ONCE if logits_BV.device.type == "cpu" else len(rows_B)
+        starts = range(0, len(rows_B), together)
+        parts = [self._draw(logits_BV[at : at + together], rows_B[at : at + together]) for at in starts]
         token_B, logp_B = (torch.cat(part) for part in zip(*parts, strict=True))
-        for number, row in enumerate(rows_B):
-            if row.forced is not None:
-                token_B[number], logp_B[number] = row.forced, 0.0
+        if forced := {number: row.forced for number, row in enumerate(rows_B) if row.forced is not None}:
+            at_F, token_F = torch.tensor(list(forced.items()), device=token_B.device).T
+            token_B[at_F], logp_B[at_F] = token_F, 0.0
         return token_B, logp_B
 
     def _draw(self, logits_BV: torch.Tensor, rows_B: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:

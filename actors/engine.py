@@ -71,8 +71,8 @@ class Engine:
         self._lora_folder: tempfile.TemporaryDirectory[str] | None = None
         self._serial = itertools.count(1)
         self._groups: dict[int, _Group] = {}
-        self._logp: dict[str, list[float]] = {}
-        """By the name of a sample that is being drawn."""
+        self._drawn: dict[str, list[tuple[int, float]]] = {}
+        """By the name of a sample that is being drawn: its tokens so far, with their log-probs."""
         memory: dict[str, Any] = {"kv_cache_memory_bytes": settings.kv_cache_mb << 20, "block_size": BLOCK}
         if gpu:
             memory = {"gpu_memory_utilization": settings.gpu_memory_utilization}
@@ -86,7 +86,7 @@ class Engine:
         self._llm = vllm.LLM(
             str(folder), skip_tokenizer_init=True, dtype=settings.dtype, max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs, seed=settings.seed, enforce_eager=True, generation_config="vllm",
-            load_format="safetensors", logits_processors=[_processor(constraints, tool, self._logp)],
+            load_format="safetensors", logits_processors=[_processor(constraints, tool, self._drawn)],
             # A prompt is computed in one step: after half of it there is nothing to draw.
             enable_chunked_prefill=False, max_num_batched_tokens=max(4096, settings.max_model_len),
             # The processor reads the tokens drawn so far, and an asynchronous scheduler would be a step ahead of them.
@@ -159,7 +159,7 @@ class Engine:
             ticket, k = map(int, output.request_id.split("/"))
             group = self._groups[ticket]
             behaviours_K = group.request.behaviours_K
-            group.trajectories[k] = self._trajectory(output.outputs[0], self._logp.pop(output.request_id), behaviours_K[k])
+            group.trajectories[k] = self._trajectory(output.outputs[0], self._drawn.pop(output.request_id, []), behaviours_K[k])
             if len(group.trajectories) == len(behaviours_K):
                 del self._groups[ticket]
                 complete.append((ticket, tuple(group.trajectories[k] for k in range(len(behaviours_K)))))
@@ -168,11 +168,12 @@ class Engine:
     def _submit(self, name: str, tokens: Sequence[int], params: Any, lora: Any) -> None:
         self._engine.add_request(name, {"prompt_token_ids": list(tokens)}, params, lora_request=lora)
 
-    def _trajectory(self, output: CompletionOutput, drawn: list[float], behaviour: Behaviour) -> Trajectory:
-        tokens, logp = list(output.token_ids), np.array(drawn, np.float32)
-        if output.finish_reason not in ("stop", "length") or len(logp) != len(tokens) or not np.isfinite(logp).all():
+    def _trajectory(self, output: CompletionOutput, drawn: list[tuple[int, float]], behaviour: Behaviour) -> Trajectory:
+        tokens, logp = list(output.token_ids), np.array([value for _, value in drawn], np.float32)
+        as_drawn = tokens == [token for token, _ in drawn]
+        if output.finish_reason not in ("stop", "length") or not as_drawn or not np.isfinite(logp).all():
             raise RuntimeError(
-                f"vLLM ended a sample with {output.finish_reason!r} and log-probs {logp[:8]} of {len(tokens)} tokens"
+                f"vLLM ended a sample with {output.finish_reason!r} and the tokens {tokens[:8]}…, where {drawn[:8]}… were drawn"
             )
         self.tokens += len(tokens)
         # With a tool, a sample of the most actions still has room, and its stop is drawn as the only token there is.
@@ -300,10 +301,10 @@ class Engine:
         cleanup_dist_env_and_memory()
 
 
-def _processor(constraints: Constraints, tool: Tool | None, logp: dict[str, list[float]]) -> Any:
+def _processor(constraints: Constraints, tool: Tool | None, drawn: dict[str, list[tuple[int, float]]]) -> Any:
     """A vLLM logits processor class that draws, under `constraints`, `tool` and each request's behaviour, for the whole batch.
 
-    The log-probs of a sample's tokens are kept in `logp`, by its name.
+    What it draws of a sample is in `drawn`, by its name.
     """
     import torch
     from vllm.v1.sample.logits_processor.builtin import process_dict_updates
@@ -326,8 +327,10 @@ def _processor(constraints: Constraints, tool: Tool | None, logp: dict[str, list
                     return None
                 # One token more than the longest: the stop.
                 uniforms_T2 = np.random.default_rng(asked["seed"]).random((constraints.longest + 1, 2))
-                player, drawn = Player(tool, constraints.tool_tokens), logp.setdefault(asked["name"], [])
-                return Running(asked["behaviour"], output, constraints, player, uniforms_T2, drawn)
+                # One that vLLM had put off comes back with what was drawn of it.
+                so_far = drawn.setdefault(asked["name"], [])
+                player = Player(tool, constraints.tool_tokens)
+                return Running(asked["behaviour"], output, constraints, player, uniforms_T2, so_far)
 
             process_dict_updates(self.rows, batch_update, state)
 
@@ -336,8 +339,8 @@ def _processor(constraints: Constraints, tool: Tool | None, logp: dict[str, list
                 return logits
             running_B = [self.rows[row] for row in range(len(logits))]
             token_B, logp_B = self.draw(logits, [running.row() for running in running_B])
-            for running, value in zip(running_B, logp_B.tolist(), strict=True):
-                running.record(value)
+            for running, token, logp in zip(running_B, token_B.tolist(), logp_B.tolist(), strict=True):
+                running.record(token, logp)
             return logits.scatter_(1, token_B[:, None], torch.inf)
 
     return BehaviourProcessor

@@ -67,7 +67,6 @@ class Sampler:
         self._running: dict[int, _Job] = {}
         self._wake = threading.Condition()
         self._ended: str | None = None
-        self._started = time.perf_counter()
         self._seconds = {"generate": 0.0, "reward": 0.0, "install": 0.0}
         self._groups = 0
         self.timeline = Timeline()
@@ -82,6 +81,7 @@ class Sampler:
         self._thread = threading.Thread(target=self._run, args=(make, made), name="engine", daemon=True)
         self._thread.start()
         self._engine = made.result()
+        self._started = time.perf_counter()
 
     @classmethod
     def build(

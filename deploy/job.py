@@ -154,7 +154,8 @@ class Job:
 
             def on_step(loop: Orchestrator, metrics: dict[str, float], fresh: list[Group]) -> None:
                 recorder.on_step(loop, metrics, fresh)
-                samplers.fit(metrics["idle/learner"])
+                # What it waited for an evaluation to begin no sampler more would have spared it.
+                samplers.fit(metrics["seconds/wait"] / metrics["seconds/step"])
 
             buffered = saved is not None and saved.is_of(config.task)
             training, pool, replay = sources(

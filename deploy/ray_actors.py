@@ -35,6 +35,7 @@ class BuiltActor:
     _error: Exception | None = None
 
     def construct(self, build: Callable[..., Any], *arguments: Any) -> None:
+        self._error = None
         try:
             self._built = build(*arguments)
         # A border: every error is kept for the next call, which raises it.

@@ -29,7 +29,7 @@ logger = logging.getLogger("headwater")
 ROOT = Path(__file__).resolve().parents[1]
 NODE_ID = "ray.io/node-id"
 """The label that Ray gives every node."""
-_SECRET = re.compile(r"(?i)(password|token|secret|key)$")
+_SECRET = re.compile(r"(?i)(passw(or)?d|pass|token|secret|credential|key)s?(_?\d+)?$")
 """Names of environment variables whose values are nobody's business."""
 REACH_SECONDS = 10.0
 """For a named cluster to take a connection."""
@@ -42,6 +42,12 @@ def connect(config: Config) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    field = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
+    if address and address.startswith("ray://"):
+        raise ConfigError(
+            f"{field}={address!r}: the driver runs on the cluster, not beside it: submit it there by `ray job submit`, or give "
+            "the HOST:PORT that `ray start --head` printed"
+        )
     common: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
     if not os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         # Workers import the project, and reward functions of the user's, from anywhere; a submitted job brings both.
@@ -54,7 +60,6 @@ def connect(config: Config) -> None:
                 socket.create_connection((direct[1], int(direct[2])), timeout=REACH_SECONDS).close()
             ray.init(address=address, **common)
         except (OSError, OverflowError, ValueError, RuntimeError, RayError) as error:
-            field = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
             raise ConfigError(
                 f"{field}={address!r}: Ray cannot join it ({error}); "
                 "give the HOST:PORT that `ray start --head` printed, or leave it out for a Ray of this machine's own"

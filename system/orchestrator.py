@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -54,7 +53,9 @@ class Orchestrator:
     _began: float = field(default=0.0, init=False)
     """When the step at hand did, on the clock that stands still for evaluations."""
     _waited: float = field(default=0.0, init=False)
-    """Seconds of it so far in which the learner had nothing to do."""
+    """Seconds of it so far in which the learner waited for groups."""
+    _settled: float = field(default=0.0, init=False)
+    """Seconds of it so far in which it waited for an evaluation to begin."""
     _learner_deaths_in_a_row: int = field(default=0, init=False)
     _learner_is_lost: bool = field(default=False, init=False)
     _saved_step: int | None = field(default=None, init=False)
@@ -111,14 +112,11 @@ class Orchestrator:
 
     def _collect(self) -> bool:
         """Waits for the groups of an update; False if a stop was asked for meanwhile."""
-        with self.timeline.span("wait for groups", "loop", step=self.counters.step), self._waiting():
-            return self.flow.collect(self.config.learner.groups_per_update, self.should_stop)
-
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
         asked = time.perf_counter()
-        yield
+        with self.timeline.span("wait for groups", "loop", step=self.counters.step):
+            collected = self.flow.collect(self.config.learner.groups_per_update, self.should_stop)
         self._waited += time.perf_counter() - asked
+        return collected
 
     def _batch(self) -> list[Group]:
         """What was taken, one group for each prompt, with replayed samples."""
@@ -139,8 +137,9 @@ class Orchestrator:
         if self._due(settings.checkpoint_every) or evaluation_is_due:
             self.checkpoint()
         if evaluation_is_due and self._stands():
-            with self._waiting():
-                self.flow.settle(self.should_stop)
+            asked = time.perf_counter()
+            self.flow.settle(self.should_stop)
+            self._settled += time.perf_counter() - asked
             if self._stands():
                 self._evaluate()
 
@@ -210,8 +209,8 @@ class Orchestrator:
     def _account(self, metrics: dict[str, float]) -> None:
         """Ends a step: what was published and saved after the update before, the wait for groups, and the update."""
         now = time.perf_counter()
-        step_seconds, wait_seconds = now - self._began, self._waited
-        self._began, self._waited = now, 0.0
+        step_seconds, wait_seconds, settle_seconds = now - self._began, self._waited, self._settled
+        self._began, self._waited, self._settled = now, 0.0, 0.0
         fresh = self.flow.use()
         staleness = float(np.mean([self.flow.staleness(group) for group in fresh]))
         trajectories = [trajectory for group in fresh for trajectory in group.trajectories_K]
@@ -222,7 +221,7 @@ class Orchestrator:
         counters.trajectories += len(trajectories)
         counters.sampled_tokens += tokens
         counters.seconds += step_seconds
-        counters.learner_busy_seconds += step_seconds - wait_seconds
+        counters.learner_busy_seconds += step_seconds - wait_seconds - settle_seconds
         lengths = [len(trajectory) for trajectory in trajectories]
         metrics = metrics | {
             "staleness": staleness,
@@ -243,7 +242,8 @@ class Orchestrator:
             "learner/deaths": float(counters.learner_deaths),
             "seconds/step": step_seconds,
             "seconds/wait": wait_seconds,
-            "idle/learner": wait_seconds / step_seconds,
+            "seconds/settle": settle_seconds,
+            "idle/learner": (wait_seconds + settle_seconds) / step_seconds,
             "rate/trajectories_per_second": len(trajectories) / step_seconds,
             "rate/sampled_tokens_per_second": tokens / step_seconds,
         }

@@ -323,7 +323,7 @@ Task = Annotated[
 
 
 HOW_ASKED = frozenset({"seconds", "start_seconds", "concurrency"})
-"""The fields of a reward that say nothing of what it rewards."""
+"""The fields of a task's functions that say nothing of what these reward or demand."""
 
 
 def is_same(task: Task, kept: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,6 +123,44 @@ def test_tokens_are_drawn_as_often_as_their_log_probs_say(case: Case) -> None:
         # The expected total variation of 1500 exact draws over these 29 tokens is at most 0.055.
         assert 0.5 * np.abs(counts / len(group) - due).sum() < 0.08
 
+        # The second token says nothing of how the first one fell: after the commonest first one too it is as due.
+        first = int(counts.argmax())
+        seconds = [trajectory.tokens_T[1] for trajectory in group if trajectory.tokens_T[0] == first and len(trajectory) > 1]
+        counts = np.bincount(seconds, minlength=tiny.VOCABULARY)
+        due = lora.next_log_probs(model, CONSTRAINTS, SHORT, np.array([first], np.int32), behaviour)[1].exp().numpy()
+        due[CONSTRAINTS.stop_token] = 0.0
+        # Twice the expected total variation of so many exact draws.
+        assert 0.5 * np.abs(counts / len(seconds) - due / due.sum()).sum() < 0.8 * np.sqrt(30 / len(seconds))
+
+
+def test_samples_that_the_engine_puts_off_are_as_they_would_have_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for a few, vLLM drops what it has of others and computes it again."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    put_off: list[Any] = []
+    whole = Scheduler._preempt_request
+    monkeypatch.setattr(
+        Scheduler, "_preempt_request", lambda self, *arguments: put_off.append(arguments) or whole(self, *arguments)
+    )
+    constraints = Constraints.of(stop_token=5, min_tokens=60, max_tokens=64, vocab_size=tiny.VOCABULARY)
+    prompt, drawn = Prompt("p", tuple(range(6, 31)), (1,)), []
+    folder = tiny.folder(tmp_path)
+    for megabytes in (64, 1):
+        settings = EngineSettings(max_model_len=96, kv_cache_mb=megabytes, max_lora_rank=4, max_num_seqs=256)
+        engine = Engine(folder, lora.NAME, constraints, settings)
+        try:
+            case = Case(folder, "llama", engine)
+            adapter, model = case.version(0)
+            engine.install(adapter)
+            (group,) = case.draw(Request(0, prompt, (Behaviour(),) * 200, 3))
+            drawn.append([trajectory.key for trajectory in group])
+            assert bool(put_off) == (megabytes == 1)
+        finally:
+            engine.close()
+    assert drawn[0] == drawn[1]
+    for trajectory in group[:20]:
+        np.testing.assert_allclose(trajectory.logp_T, lora.drawn_log_probs(model, constraints, prompt, trajectory), atol=1e-3)
+
 
 def test_a_seed_repeats_its_draws_and_another_does_not(case: Case) -> None:
     case.engine.install(case.version(0)[0])
@@ -129,6 +168,7 @@ def test_a_seed_repeats_its_draws_and_another_does_not(case: Case) -> None:
     first, again, other = (case.draw(Request(0, LONG, behaviours, seed))[0] for seed in (11, 11, 12))
     assert [t.key for t in first] == [t.key for t in again] != [t.key for t in other]
     assert len({t.key for t in first}) > 1
+    assert not {t.key for t in first} & {t.key for t in other}
 
 
 def test_more_prompt_tokens_than_a_step_holds_are_drawn_too(case: Case) -> None:
@@ -323,6 +363,16 @@ def test_rows_that_are_drawn_apart_are_drawn_as_alone() -> None:
     assert (token_B[::7] == 3).all() and (logp_B[::7] == 0).all()
     free_B = [number for number in range(len(rows)) if number % 7]
     torch.testing.assert_close(logp_B[free_B].float(), logits_BV.log_softmax(1)[free_B, token_B[free_B]])
+
+
+def test_logits_beyond_the_vocabulary_and_a_closed_stop_are_never_drawn() -> None:
+    draw = TokenDraw(Constraints.of(stop_token=0, min_tokens=0, max_tokens=4, vocab_size=50), torch.device("cpu"))
+    logits_BV = torch.zeros(3, 64)
+    logits_BV[:, 50:] = 40.0
+    ends = ((0.0, 0.9), (0.0, 0.0), (1 - 2**-53, 0.9))
+    token_B, logp_B = draw(logits_BV, [Row(1.0, 0.5, uniforms, may_stop=False) for uniforms in ends])
+    assert token_B.tolist() == [1, 1, 49]
+    assert logp_B.tolist() == pytest.approx([-np.log(49)] * 3)
 
 
 def test_what_is_rarer_than_rounding_has_its_share() -> None:

@@ -379,6 +379,16 @@ def test_a_stop_is_not_kept_waiting_by_an_evaluation(tmp_path: Path) -> None:
     assert checkpoint.read_latest(tmp_path / "checkpoints", 4)
 
 
+def test_a_stop_over_the_last_update_leaves_the_evaluation_after_it(tmp_path: Path) -> None:
+    stop, at = threading.Event(), []
+    orchestrator(
+        tmp_path, config(evaluate_every=4), FakeSamplers(), FakeLearner(), should_stop=stop.is_set,
+        on_step=lambda loop, metrics, fresh: stop.set() if loop.counters.step == 12 else None,
+        evaluate=lambda loop: at.append(loop.counters.step),
+    ).train()  # fmt: skip
+    assert at == [0, 4, 8, 12]
+
+
 def test_a_stop_that_comes_before_an_evaluation_begins_has_none(tmp_path: Path) -> None:
     """It was asked for while the loop waited for what was in flight."""
     stop, at = threading.Event(), []
@@ -414,8 +424,10 @@ def test_what_an_evaluation_waits_for_is_waiting_of_the_learner(tmp_path: Path, 
     monkeypatch.setattr(GroupFlow, "settle", lambda flow, should_stop: time.sleep(0.5))
     loop = orchestrator(tmp_path, config(evaluate_every=5), FakeSamplers(), FakeLearner())
     loop.train()
-    waits = loop.tracker.series("seconds/wait")  # type: ignore[attr-defined]
-    assert [step for step, seconds in enumerate(waits) if seconds >= 0.5] == [5, 10]
+    settled, idle = (loop.tracker.series(name) for name in ("seconds/settle", "idle/learner"))  # type: ignore[attr-defined]
+    assert [step for step, seconds in enumerate(settled) if seconds >= 0.5] == [5, 10]
+    assert min(idle[5], idle[10]) > 0.5
+    assert loop.counters.seconds - loop.counters.learner_busy_seconds >= 1.0
 
 
 def test_a_resume_with_another_task_leaves_the_old_buffer_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -289,6 +289,28 @@ def test_running_groups_finish_before_a_newer_version_is_installed() -> None:
     assert held.engine.closed
 
 
+def test_the_engine_is_made_and_stepped_by_one_thread() -> None:
+    """Each thread that computes has OpenMP threads of its own."""
+    by: list[int] = []
+
+    def make() -> Any:
+        by.append(threading.get_ident())
+        return ScriptedEngine(lambda: by.append(threading.get_ident()))
+
+    sampler = Sampler(make, Lengths())
+    sampler.sample(request_of(0), adapter_of(1))
+    sampler.close()
+    assert len(by) == 2 and len(set(by)) == 1 and by[0] != threading.get_ident()
+
+
+def test_an_engine_that_cannot_be_made_says_why() -> None:
+    def make() -> Any:
+        raise ValueError("no such model")
+
+    with pytest.raises(ValueError, match="no such model"):
+        Sampler(make, Lengths())
+
+
 def test_a_version_that_arrives_twice_is_installed_once_and_a_late_one_never() -> None:
     engine: Any = ScriptedEngine()
     sampler = Sampler(lambda: engine, Lengths())
