@@ -133,35 +133,6 @@ def test_tokens_are_drawn_as_often_as_their_log_probs_say(case: Case) -> None:
         assert 0.5 * np.abs(counts / len(seconds) - due / due.sum()).sum() < 0.8 * np.sqrt(30 / len(seconds))
 
 
-def test_samples_that_the_engine_puts_off_are_as_they_would_have_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With room for a few, vLLM drops what it has of others and computes it again."""
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    put_off: list[Any] = []
-    whole = Scheduler._preempt_request
-    monkeypatch.setattr(
-        Scheduler, "_preempt_request", lambda self, *arguments: put_off.append(arguments) or whole(self, *arguments)
-    )
-    constraints = Constraints.of(stop_token=5, min_tokens=60, max_tokens=64, vocab_size=tiny.VOCABULARY)
-    prompt, drawn = Prompt("p", tuple(range(6, 31)), (1,)), []
-    folder = tiny.folder(tmp_path)
-    for megabytes in (64, 1):
-        settings = EngineSettings(max_model_len=96, kv_cache_mb=megabytes, max_lora_rank=4, max_num_seqs=256)
-        engine = Engine(folder, lora.NAME, constraints, settings)
-        try:
-            case = Case(folder, "llama", engine)
-            adapter, model = case.version(0)
-            engine.install(adapter)
-            (group,) = case.draw(Request(0, prompt, (Behaviour(),) * 200, 3))
-            drawn.append([trajectory.key for trajectory in group])
-            assert bool(put_off) == (megabytes == 1)
-        finally:
-            engine.close()
-    assert drawn[0] == drawn[1]
-    for trajectory in group[:20]:
-        np.testing.assert_allclose(trajectory.logp_T, lora.drawn_log_probs(model, constraints, prompt, trajectory), atol=1e-3)
-
-
 def test_a_seed_repeats_its_draws_and_another_does_not(case: Case) -> None:
     case.engine.install(case.version(0)[0])
     behaviours = (Behaviour(),) * 8
@@ -425,3 +396,34 @@ def test_a_tool_writes_into_samples_and_log_q_leaves_it_out(tmp_path: Path) -> N
     assert set(written) == {0, 2, 4}
     assert any((trajectory.tokens_T == 9).sum() > 2 for trajectory in drawn), "no sample went over the tool's budget"
     assert {trajectory.stop for trajectory in drawn} == {"sampled", "forced"}
+
+
+def test_samples_that_the_engine_puts_off_are_as_they_would_have_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for a few, vLLM drops what it has of others and computes it again."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    put_off, whole = [], Scheduler._preempt_request
+
+    def noted(self: Any, request: Any, *arguments: Any, **options: Any) -> Any:
+        put_off.append(request.request_id)
+        return whole(self, request, *arguments, **options)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", noted)
+    constraints = Constraints.of(stop_token=5, min_tokens=60, max_tokens=64, vocab_size=tiny.VOCABULARY)
+    prompt, drawn = Prompt("p", tuple(range(6, 31)), (1,)), []
+    folder = tiny.folder(tmp_path)
+    for megabytes in (64, 1):
+        settings = EngineSettings(max_model_len=96, kv_cache_mb=megabytes, max_lora_rank=4, max_num_seqs=256)
+        engine = Engine(folder, lora.NAME, constraints, settings)
+        try:
+            case = Case(folder, "llama", engine)
+            adapter, model = case.version(0)
+            engine.install(adapter)
+            (group,) = case.draw(Request(0, prompt, (Behaviour(),) * 200, 3))
+            drawn.append([trajectory.key for trajectory in group])
+            assert bool(put_off) == (megabytes == 1)
+        finally:
+            engine.close()
+    assert drawn[0] == drawn[1]
+    for trajectory in group[:20]:
+        np.testing.assert_allclose(trajectory.logp_T, lora.drawn_log_probs(model, constraints, prompt, trajectory), atol=1e-3)
