@@ -80,7 +80,13 @@ class Sampler:
         made: Future[Engine] = Future()
         self._thread = threading.Thread(target=self._run, args=(make, made), name="engine", daemon=True)
         self._thread.start()
-        self._engine = made.result()
+        try:
+            self._engine = made.result()
+        except BaseException:
+            # Ctrl-C, say: no thread may be left in vLLM's code when the process ends.
+            self._ended = "it was never ready"
+            self._thread.join()
+            raise
         self._started = time.perf_counter()
 
     @classmethod

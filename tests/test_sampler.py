@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -301,6 +302,20 @@ def test_the_engine_is_made_and_stepped_by_one_thread() -> None:
     sampler.sample(request_of(0), adapter_of(1))
     sampler.close()
     assert len(by) == 2 and len(set(by)) == 1 and by[0] != threading.get_ident()
+
+
+def test_who_interrupts_the_making_of_an_engine_leaves_none() -> None:
+    interrupted, engine = threading.Event(), ScriptedEngine()
+
+    def make() -> Any:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        assert interrupted.wait(SECONDS)
+        return engine
+
+    threading.Timer(0.5, interrupted.set).start()
+    with pytest.raises(KeyboardInterrupt):
+        Sampler(make, Lengths())
+    assert engine.closed
 
 
 def test_an_engine_that_cannot_be_made_says_why() -> None:
