@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -308,11 +309,12 @@ def test_who_interrupts_the_making_of_an_engine_leaves_none() -> None:
     interrupted, engine = threading.Event(), ScriptedEngine()
 
     def make() -> Any:
+        time.sleep(0.2)  # whoever waits does so by then
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         assert interrupted.wait(SECONDS)
         return engine
 
-    threading.Timer(0.5, interrupted.set).start()
+    threading.Timer(0.7, interrupted.set).start()
     with pytest.raises(KeyboardInterrupt):
         Sampler(make, Lengths())
     assert engine.closed
