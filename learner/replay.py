@@ -7,8 +7,9 @@ day, so what is stored stays true while the temperature anneals. A rare mode tha
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,10 +17,17 @@ from system.learner_config import Replay as ReplayConfig
 from system.trajectory import Behaviour, Group, Trajectory
 
 
+class Entry(NamedTuple):
+    trajectory: Trajectory
+    log_reward_T: np.ndarray
+    at_end: float
+    """log R where it ends."""
+
+
 class Replay:
     def __init__(self, config: ReplayConfig) -> None:
         self.config = config
-        self._prompts: dict[str, dict[bytes, tuple[Trajectory, np.ndarray]]] = {}
+        self._prompts: dict[str, dict[bytes, Entry]] = {}
 
     def __len__(self) -> int:
         """Trajectories in the buffer."""
@@ -32,12 +40,12 @@ class Replay:
             return
         entries = self._prompts.setdefault(group.prompt.id, {})
         for trajectory, log_reward_T in zip(group.trajectories_K, group.log_reward_K, strict=True):
-            if np.isfinite(log_reward_T[-1]):
+            if math.isfinite(at_end := float(log_reward_T[-1])):
                 entries.pop(trajectory.key, None)
-                entries[trajectory.key] = (_owned(trajectory), log_reward_T.copy())
+                entries[trajectory.key] = Entry(_owned(trajectory), log_reward_T.copy(), at_end)
         # Of equal rewards the oldest goes: nsmallest keeps the order of what ties.
         excess = max(0, len(entries) - self.config.capacity)
-        for key in heapq.nsmallest(excess, entries, key=lambda key: entries[key][1][-1]):
+        for key in heapq.nsmallest(excess, entries, key=lambda key: entries[key].at_end):
             del entries[key]
 
     def mix(self, fresh: Group, rng: np.random.Generator) -> Group:
@@ -52,7 +60,7 @@ class Replay:
         wanted = [int(per_share * share + rng.random()) for share in (self.config.prioritised, self.config.uniform)]
         if not stored or not any(wanted):
             return fresh
-        log_reward = np.array([log_reward_T[-1] for _, log_reward_T in stored]) / self.config.prioritised_temperature
+        log_reward = np.array([entry.at_end for entry in stored]) / self.config.prioritised_temperature
         chosen: list[int] = []
         # The Gumbel top-k draws without replacement in proportion to exp(score).
         for count, scores in zip(wanted, (log_reward, np.zeros(len(stored))), strict=True):
@@ -61,8 +69,8 @@ class Replay:
             chosen += np.argsort(-keys)[: min(count, len(stored) - len(chosen))].tolist()
         return Group(
             fresh.prompt,
-            fresh.trajectories_K + tuple(stored[index][0] for index in chosen),
-            fresh.log_reward_K + tuple(stored[index][1] for index in chosen),
+            fresh.trajectories_K + tuple(stored[index].trajectory for index in chosen),
+            fresh.log_reward_K + tuple(stored[index].log_reward_T for index in chosen),
             fresh.adapter_version,
             fresh.group_id,
         )
@@ -73,7 +81,7 @@ class Replay:
         """(arrays, records): ragged arrays end to end, and a JSON-serialisable record for each trajectory."""
         records, tokens, actions, logp, reward = [], [], [], [], []
         for prompt_id, entries in self._prompts.items():
-            for trajectory, log_reward_T in entries.values():
+            for trajectory, log_reward_T, _ in entries.values():
                 behaviour = trajectory.behaviour
                 records.append(
                     {
@@ -113,7 +121,8 @@ class Replay:
                     tuple((depth, token) for depth, token in record.get("planted", ())),
                 ),
             )
-            entry = (_owned(trajectory), arrays["log_reward"][after : after + length + 1].copy())
+            log_reward_T = arrays["log_reward"][after : after + length + 1].copy()
+            entry = Entry(_owned(trajectory), log_reward_T, float(log_reward_T[-1]))
             self._prompts.setdefault(record["prompt"], {})[trajectory.key] = entry
             at, after = at + length, after + length + 1
 

@@ -27,6 +27,8 @@ class Requests:
         self.exploration = exploration
         self.seed = seed
         self.max_tokens = max_tokens
+        self._shuffled: tuple[int, np.ndarray] | None = None
+        """The epoch at hand and its order: of many prompts that takes longer than all else here."""
 
     def of(self, prompts: Sequence[Prompt]) -> Requests:
         """The same for other prompts."""
@@ -35,9 +37,10 @@ class Requests:
     def training(self, group_id: int) -> Request:
         """The request of group `group_id`, from 0."""
         epoch, index = divmod(group_id, len(self.prompts))
-        order = np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.prompts))
+        if self._shuffled is None or self._shuffled[0] != epoch:
+            self._shuffled = epoch, np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.prompts))
         rng = np.random.default_rng((self.seed, 2, group_id))
-        prompt = self.prompts[order[index]]
+        prompt = self.prompts[self._shuffled[1][index]]
         behaviours = explore(self.exploration.at(group_id), self.samples_per_prompt, prompt.hints, self.max_tokens, rng)
         return Request(group_id, prompt, behaviours, int(rng.integers(2**31)))
 

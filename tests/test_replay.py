@@ -276,11 +276,11 @@ def test_what_is_kept_of_a_group_is_its_own() -> None:
     viewed = Trajectory(message[:2], sample.is_action_T, sample.logp_T, "sampled")
     replay = buffer()
     replay.add(Group(Prompt("a", (1,), (1,)), (viewed,), (np.zeros(300)[:3],), 0, 0))
-    [(kept, log_reward_T)] = replay._prompts["a"].values()
+    [(kept, log_reward_T, _)] = replay._prompts["a"].values()
     assert [array.base for array in (kept.tokens_T, kept.is_action_T, kept.logp_T, log_reward_T)] == [None] * 4
 
     replay.restore(*replay.save())
-    [(kept, log_reward_T)] = replay._prompts["a"].values()
+    [(kept, log_reward_T, _)] = replay._prompts["a"].values()
     assert [array.base for array in (kept.tokens_T, kept.is_action_T, kept.logp_T, log_reward_T)] == [None] * 4
 
 
