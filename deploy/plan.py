@@ -33,7 +33,8 @@ from system.config import Config, ConfigError  # noqa: E402
 
 SECONDS = ("update", "group", "install", "reward", "adapter")
 DRIVER_SECONDS = 0.005
-"""What tests/benchmarks/driver_rate.py measures over Ray for groups of 20, eight an update; twice as much for updates of one."""
+"""As tests/benchmarks/driver_rate.py measures it over Ray, for groups of 20, eight an update; with one an update it is twice
+that."""
 
 
 @dataclass(frozen=True)
