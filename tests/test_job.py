@@ -113,6 +113,7 @@ def test_the_main_job_runs_on_the_packaged_model_and_leaves_everything_in_mlflow
     assert not np.allclose(plain.numpy(), tuned.numpy(), atol=1e-3)
 
 
+@pytest.mark.chaos
 def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_as_the_same_mlflow_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,7 +144,7 @@ def test_the_command_prints_a_table_and_says_how_many_are_enough(
     assert plan.main(other) == 0
     printed = capsys.readouterr()
     assert "Durations(update=0.5, adapter=0.0, install=0.1, " in printed.out
-    assert "the run has groups of 24, the config of 7" in printed.err
+    assert "the run has groups of 48, the config of 7" in printed.err
     assert plan.main([*base, "--run", str(tmp_path), "--update", "0"]) == 2
     assert "--update=0.0: must be above 0" in capsys.readouterr().err
     assert plan.main(base) == 2

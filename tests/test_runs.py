@@ -10,7 +10,7 @@ import pytest
 from deploy import runs
 from deploy.job import start_from
 from learner.learner import Learner
-from system import config_file
+from system import checkpoint, config_file
 from system.adapters import MANIFEST
 from system.checkpoint import CheckpointError
 from system.config import Config, ConfigError
@@ -34,8 +34,11 @@ def test_a_run_without_an_adapter_is_named_with_what_it_has(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"the run did not end; --resume it first$"):
         runs.adapter_file(tmp_path)
     for step in (40, 120):
-        (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+        checkpoint.write(tmp_path / "checkpoints", step, {"state.json": b"{}"})
     with pytest.raises(ConfigError, match=r"or use its checkpoint by --step 120$"):
+        runs.adapter_file(tmp_path)
+    (tmp_path / "checkpoints/step-00000120/state.json").unlink()
+    with pytest.raises(ConfigError, match=r"or use its checkpoint by --step 40$"):
         runs.adapter_file(tmp_path)
 
 

@@ -305,6 +305,15 @@ def test_the_engine_is_made_and_stepped_by_one_thread() -> None:
     assert len(by) == 2 and len(set(by)) == 1 and by[0] != threading.get_ident()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Also where these tests run in the background of a shell, which ignores SIGINT there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_who_interrupts_the_making_of_an_engine_leaves_none() -> None:
     interrupted, engine = threading.Event(), ScriptedEngine()
 

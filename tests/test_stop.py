@@ -93,7 +93,7 @@ def test_a_run_that_is_cut_short_while_it_ends_still_leaves_ray(tmp_path: Path, 
 
 
 GOES_ON = """
-import signal, sys
+import sys, time
 from pathlib import Path
 from deploy.stop import Stop
 
@@ -101,7 +101,8 @@ stop = Stop()
 stop.hear()
 with stop.patient():
     print("ready", flush=True)
-    signal.pause()
+    while not stop():
+        time.sleep(0.01)
     print("stopping", flush=True)
     Path(sys.argv[1]).write_text(str(stop()))
 """
