@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ class Running:
     player: Player
     uniforms_T2: np.ndarray
     """The randomness of each of its tokens, so that one that is drawn again is the same."""
-    drawn: list[tuple[int, float]] = field(default_factory=list)
+    drawn: list[tuple[int, float]]
     """Each token drawn so far, with its log-probability, nats."""
 
     def row(self) -> Row:

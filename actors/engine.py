@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class _Group:
     """A group in the engine: filled as its samples finish, in any order."""
 
-    request: Request
+    behaviours_K: tuple[Behaviour, ...]
     trajectories: dict[int, Trajectory] = field(default_factory=dict)
 
 
@@ -136,7 +136,7 @@ class Engine:
         if self.installed is None:
             raise RuntimeError("no adapter is installed: the engine would sample from unknown weights")
         ticket = next(self._serial)
-        self._groups[ticket] = _Group(request)
+        self._groups[ticket] = _Group(request.behaviours_K)
         for k, behaviour in enumerate(request.behaviours_K):
             name = f"{ticket}/{k}"
             params = vllm.SamplingParams(
@@ -158,11 +158,11 @@ class Engine:
             self.prompt_tokens += len(output.prompt_token_ids) - (output.num_cached_tokens or 0)
             ticket, k = map(int, output.request_id.split("/"))
             group = self._groups[ticket]
-            behaviours_K = group.request.behaviours_K
-            group.trajectories[k] = self._trajectory(output.outputs[0], self._drawn.pop(output.request_id, []), behaviours_K[k])
-            if len(group.trajectories) == len(behaviours_K):
+            drawn = self._drawn.pop(output.request_id, [])
+            group.trajectories[k] = self._trajectory(output.outputs[0], drawn, group.behaviours_K[k])
+            if len(group.trajectories) == len(group.behaviours_K):
                 del self._groups[ticket]
-                complete.append((ticket, tuple(group.trajectories[k] for k in range(len(behaviours_K)))))
+                complete.append((ticket, tuple(group.trajectories[k] for k in range(len(group.behaviours_K)))))
         return complete
 
     def _submit(self, name: str, tokens: Sequence[int], params: Any, lora: Any) -> None:

@@ -77,11 +77,11 @@ class Sampler:
         )
         # One thread for all rewards: each thread that computes would get OpenMP threads of its own.
         self._rewards = ThreadPoolExecutor(1, thread_name_prefix="reward")
-        made: Future[Engine] = Future()
+        made: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(make, made), name="engine", daemon=True)
         self._thread.start()
         try:
-            self._engine = made.result()
+            made.result()
         except BaseException:
             # Ctrl-C, say: no thread may be left in vLLM's code when the process ends.
             self._ended = "it was never ready"
@@ -201,7 +201,7 @@ class Sampler:
 
     # -------------------------------------------------------------------------------------- in the engine's thread
 
-    def _run(self, make: Callable[[], Engine], made: Future[Engine]) -> None:
+    def _run(self, make: Callable[[], Engine], made: Future[None]) -> None:
         # Made here: OpenMP has threads for each thread that computes, and with more of them than cores they fall asleep
         # between two kernels.
         try:
@@ -209,7 +209,7 @@ class Sampler:
         except BaseException as error:
             made.set_exception(error)
             return
-        made.set_result(self._engine)
+        made.set_result(None)
         died = False
         try:
             while self._admit():

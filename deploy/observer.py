@@ -36,11 +36,9 @@ class Observer:
         self._folder = folder
         self._actors, self._tracker, self._seconds = actors, tracker, seconds
         self._pending: dict[tuple[str, str], Any] = {}
-        self._asked_where: dict[str, Any] = {}
-        """Name -> the actor whose node was asked for last."""
         self._asked = 0.0
         self._placed: dict[str, Any] = {}
-        """Name -> the actor whose node is known. A new learner has the name of the one before."""
+        """Name -> the actor that was asked where it is. A new learner has the name of the one before."""
         self._spans: deque[tuple[str, Span]] = deque(maxlen=SPANS)
         """With the process that each is of."""
         self.sampler_idle: dict[str, float] = {}
@@ -60,12 +58,13 @@ class Observer:
                 values: Any = ray.get(reference)
             # A dead actor has no statistics; its death is counted where its groups are.
             except RayError:
+                if kind == "node":
+                    del self._placed[name]
                 continue
             if kind == "spans":
                 self.keep(name, values)
                 continue
             if kind == "node":
-                self._placed[name] = self._asked_where[name]
                 self._tracker.tags({f"node.{name}": values})
                 continue
             self._tracker.system(name, values, step)
@@ -83,7 +82,7 @@ class Observer:
             if ("spans", name) not in self._pending:
                 self._pending["spans", name] = actor.spans.remote()
             if self._placed.get(name) is not actor and ("node", name) not in self._pending:
-                self._asked_where[name], self._pending["node", name] = actor, actor.node.remote()
+                self._placed[name], self._pending["node", name] = actor, actor.node.remote()
 
     def _named(self) -> dict[str, Any]:
         return {name: actor for actors in self._actors for name, actor in actors.named().items()}

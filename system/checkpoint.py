@@ -25,7 +25,7 @@ def write(folder: Path, step: int, files: dict[str, bytes], keep: int = 2) -> Pa
     Raises:
         CheckpointError: the disk is full or read-only; earlier checkpoints are as they were.
     """
-    target = folder / f"step-{step:08d}"
+    target = folder / _name(step)
     part = folder / f".{target.name}.part"
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -59,7 +59,7 @@ def read_latest(folder: Path, step: int | None = None) -> dict[str, bytes]:
     there = _folders(folder)
     if not there:
         raise CheckpointError(f"{folder} holds no checkpoint to resume from")
-    chosen = there[-1] if step is None else folder / f"step-{step:08d}"
+    chosen = there[-1] if step is None else folder / _name(step)
     if chosen not in there:
         raise CheckpointError(f"{chosen} is not there: {_offer(folder)}")
     files, wrong = _read(chosen)
@@ -85,7 +85,7 @@ def _offer(folder: Path) -> str:
     whole = whole_steps(folder)
     if not whole:
         return f"{folder} holds no other whole checkpoint: start the run anew"
-    return f"step-{whole[-1]:08d} is whole; go on from there with --from-step {whole[-1]}"
+    return f"{_name(whole[-1])} is whole; go on from there with --from-step {whole[-1]}"
 
 
 def steps(folder: Path) -> list[int]:
@@ -96,6 +96,10 @@ def steps(folder: Path) -> list[int]:
 def whole_steps(folder: Path) -> list[int]:
     """Of the checkpoints that can be read, in order."""
     return [_step(path) for path in _folders(folder) if not _read(path)[1]]
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _step(path: Path) -> int:
