@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from actors import rewards
 from actors.sampler import Sampler
 from system.config import Config, ConfigError
-from system.language_model import LanguageModel, load_pretrained, load_tokenizer, resolve_device
+from system.language_model import LanguageModel
 from system.learner_config import USES_PREFIX_REWARDS
 from system.models import locate
+from system.pretrained import load_pretrained, load_tokenizer, resolve_device
 from system.reward_config import at_ends
 from system.tasks.problem import Problem
 from system.text import decode

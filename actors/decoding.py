@@ -12,6 +12,7 @@ and its stop would have to be made ours. Each of them is a few lines on `actors.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from heapq import nlargest
@@ -26,7 +27,10 @@ from actors.rewards import Reward
 from actors.stepping import NextTokens
 from system.constraints import Constraints
 from system.posterior import log_mean_exp
+from system.scores import Scores
 from system.trajectory import Prompt, sampled
+
+logger = logging.getLogger(__name__)
 
 Tokens = tuple[int, ...]
 NOTHING = -1e30
@@ -94,20 +98,31 @@ class Decoder:
         self.reward_temperature = reward_temperature
         self.settings = settings
         self.generator = torch.Generator(self.policy.device).manual_seed(seed)
+        self.faults = 0
+        """How often a sample had no reward."""
 
     def draw(self, method: str, prompt: Prompt, samples: int) -> Draws:
-        """K samples by a method of METHODS. Raises KeyError for another, and RewardError as the reward does."""
+        """K samples by a method of METHODS. Raises KeyError for another."""
         before = self.policy.tokens_forwarded + self.reward.tokens_forwarded
         tokens_K, log_q_K, log_z = METHODS[method](self, prompt, samples)
         after = self.policy.tokens_forwarded + self.reward.tokens_forwarded
         return Draws(tokens_K, after - before, log_q_K, log_z)
 
+    def scores(self, prompt: Prompt, tokens_K: Sequence[Tokens]) -> Scores:
+        """Of whole sequences. As in training those without a reward are left out, and counted."""
+        scores = self.reward.score(prompt, [sampled(list(tokens)) for tokens in tokens_K])
+        if faults := scores.faults:
+            self.faults += len(faults)
+            logger.warning("%d samples of %s have no reward: %s", len(faults), prompt.id, next(iter(faults.values())))
+        return scores
+
     def log_target(self, prompt: Prompt, tokens_K: Sequence[Tokens]) -> np.ndarray:
-        """log R / T of whole sequences, float64 [K], nats."""
+        """log R / T of whole sequences, float64 [K], nats; R of one without a reward is NOTHING."""
         if not tokens_K:
             return np.zeros(0)
-        scores = self.reward.score(prompt, [sampled(list(tokens)) for tokens in tokens_K])
-        return np.array([log_reward_T[-1] for log_reward_T in scores]) / self.reward_temperature
+        scores = self.scores(prompt, tokens_K)
+        log_reward_K = [NOTHING if k in scores.faults else scores.log_reward_K[k][-1] for k in range(len(tokens_K))]
+        return np.array(log_reward_K) / self.reward_temperature
 
     def columns(self, log_q_BC: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """A column for each row, int64 [B], and its log-prob, float64 [B]."""

@@ -17,15 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from actors.engine import Engine
 from actors.settings import BLOCK, EngineSettings
 from system.adapters import Adapter, AdapterError
 from system.config import Config
 from system.constraints import Constraints
-from system.reward_error import tolerated
 from system.run_error import RunError
+from system.scores import Scores
 from system.timeline import Timeline
 from system.tools import Tool
 from system.trajectory import Group, Prompt, Request, Trajectory
@@ -141,7 +139,7 @@ class Sampler:
             ValueError: the request does not fit the engine.
             AdapterError: `adapter` had to be installed and was refused.
             EngineDied: the engine failed, now or earlier, or the sampler is closed.
-            Exception: what the reward raised, other than a RewardError.
+            Exception: what the reward raised.
         """
         self._engine.check(request)
         return self._submit(_Job(request, adapter))
@@ -155,8 +153,8 @@ class Sampler:
         """
         return self._submit(_Job(None, adapter))
 
-    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
-        """log R at every prefix, K arrays float64 [T + 1], of trajectories that may come from anywhere."""
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Scores:
+        """log R at every prefix of trajectories that may come from anywhere."""
         return self._rewards.submit(self._reward.score, prompt, trajectories_K).result()
 
     def stats(self) -> dict[str, float]:
@@ -298,11 +296,8 @@ class Sampler:
         prompt = job.request.prompt
         try:
             with self.timeline.span("reward", "reward", group=job.request.group_id):
-                scores_K, faults = tolerated(lambda: self._reward.score(prompt, trajectories_K))
-            left = [k for k in range(len(trajectories_K)) if k not in faults]
-            kept, scores = tuple(trajectories_K[k] for k in left), scores_K.only(left)
-            numbers = (job.version, job.request.group_id)
-            group = Group(prompt, kept, tuple(scores), *numbers, tuple(faults.values()), scores.factors_K)
+                scores = self._reward.score(prompt, trajectories_K)
+            group = scores.group(prompt, trajectories_K, job.version, job.request.group_id)
         # A border: an error of the reward is for the caller that asked for this group.
         except BaseException as error:
             job.done.set_exception(error)

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from actors.decoding import Decoder, Draws
+    from system.scores import Scores
     from system.trajectory import Prompt, Trajectory
 
 logger = logging.getLogger("headwater")
@@ -73,10 +74,12 @@ class Baselines:
         from actors import rewards
         from actors.build import build_reward
         from actors.decoding import Settings
+        from actors.posterior_reward import Posterior
         from deploy.prepare import prepare
         from system import evaluation
         from system.diversity import diversity_measure
-        from system.language_model import LanguageModel, load_pretrained, resolve_device
+        from system.language_model import LanguageModel
+        from system.pretrained import load_pretrained, resolve_device
         from system.text import decode
 
         # All methods score whole sequences: evidence after every prefix would be charged to them for nothing.
@@ -93,9 +96,9 @@ class Baselines:
         self.base = load_pretrained(self.folder, getattr(torch, config.sampler.reward_dtype), self.device)
         frozen = LanguageModel(self.base)
         self.reward = build_reward(config, self.problem, self.tokenizer, frozen)
-        self.likelihood: rewards.Posterior | None = None
+        self.likelihood: Posterior | None = None
         if rewards.needs_language_model(config.task.reward):
-            self.likelihood = rewards.Posterior(frozen, self.problem.reward_stop, config.sampler.token_budget)
+            self.likelihood = Posterior(frozen, self.problem.reward_stop, config.sampler.token_budget)
         self.tuned = self._adapted(run_dir, step) if run_dir else None
         self.text_of = lambda tokens: decode(self.tokenizer, tokens)
         self.judge = evaluation.judge(self.problem, self.text_of, self, diversity_measure())
@@ -114,28 +117,25 @@ class Baselines:
         load_adapter(policy, path, run.model.path, run.lora)
         return policy.language_model.model.eval()
 
-    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
-        """log R at every prefix, K arrays float64 [T + 1], nats. Raises RewardError for samples that have none."""
-        answer: Future[list[np.ndarray]] = Future()
+    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[Scores]:
+        answer: Future[Scores] = Future()
         answer.set_result(self.reward.score(prompt, trajectories_K))
         return answer
 
     def measure(self, method: str, samples: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """(metrics, one row a sample) of a method of `actors.decoding`, or of `gflownet`."""
         from actors.decoding import Decoder
-        from actors.tolerant import Tolerant
         from system import evaluation
 
         name, temperature = _of_base(method), self.config.learner.reward_temperature.end
         model: Any = self.tuned if is_tuned(method) else self.base
-        reward = Tolerant(self.reward)
-        decoder = Decoder(model, self.problem.constraints, reward, temperature, self.settings, self.config.seed)
+        decoder = Decoder(model, self.problem.constraints, self.reward, temperature, self.settings, self.config.seed)
         found = [self._prompt(decoder, name, prompt, samples) for prompt in self.problem.evaluated]
         results = [result for result in found if result is not None]
         if not results:
             raise RunError(f"{method}: no prompt has two samples with a reward; the log has the reasons")
         metrics = evaluation.means([metrics for metrics, _ in results], MEANS)
-        return metrics | {"reward_faults": float(reward.faults)}, [row for _, rows in results for row in rows]
+        return metrics | {"reward_faults": float(decoder.faults)}, [row for _, rows in results for row in rows]
 
     def _prompt(
         self, decoder: Decoder, method: str, prompt: Prompt, samples: int
@@ -145,29 +145,24 @@ class Baselines:
 
         import numpy as np
 
-        from actors.decoding import NOTHING
         from system.evaluation import of_task
-        from system.log_rewards import LogRewards
-        from system.trajectory import Group, sampled
+        from system.trajectory import sampled
 
         started = time.perf_counter()
         draws = decoder.draw(method, prompt, samples)
         metrics = {"model_tokens": float(draws.model_tokens), "seconds": time.perf_counter() - started}
         drawn_K = [sampled(list(tokens)) for tokens in draws.tokens_K]
-        scores_K = LogRewards.of(decoder.reward.score(prompt, drawn_K))
-        kept = [k for k, log_reward_T in enumerate(scores_K) if log_reward_T[-1] > NOTHING]
+        scores = decoder.scores(prompt, draws.tokens_K)
+        group = scores.group(prompt, drawn_K, 0, 0)
         # Bounds need two; of a search there may be one in all.
-        if len(kept) < min(2, len(scores_K)):
+        if len(group) < min(2, len(drawn_K)):
             return None
-        draws = draws.of(kept)
-        trajectories_K = tuple(drawn_K[k] for k in kept)
-        scores_K = scores_K.only(kept)
-        group = Group(prompt, trajectories_K, tuple(scores_K), 0, 0, factors_K=scores_K.factors_K)
+        draws = draws.of([k for k in range(len(drawn_K)) if k not in scores.faults])
         log_reward_K = np.array([log_reward_T[-1] for log_reward_T in group.log_reward_K])
         metrics |= of_task(group, self.judge)
         if self.likelihood is not None:
-            scores = self.likelihood.score(replace(prompt, evidence_tokens=None), trajectories_K)
-            log_p_K = [float(score_T[-1]) for score_T in scores]
+            log_p_KT = self.likelihood.log_rewards(replace(prompt, evidence_tokens=None), group.trajectories_K)
+            log_p_K = [float(log_p_T[-1]) for log_p_T in log_p_KT]
             metrics |= {"task/max_log_likelihood": max(log_p_K), "task/mean_log_likelihood": sum(log_p_K) / len(log_p_K)}
         log_weight_K = draws.log_weights(log_reward_K / decoder.reward_temperature)
         metrics |= _bounds(draws, log_weight_K)

@@ -35,7 +35,7 @@ if str(ROOT) not in sys.path:
 
 from actors.settings import take_machine  # noqa: E402
 from deploy.command import command, log_to_stderr  # noqa: E402
-from deploy.runs import adapter_at, add_step, check_output, find_run  # noqa: E402
+from deploy.runs import adapter_at, adapter_tensors, add_step, check_output, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import NAME, Config, ConfigError, Tracking  # noqa: E402
 from system.journal import TrackingError  # noqa: E402
@@ -116,8 +116,8 @@ def _upper_bound(problem: Problem, local: Local, result: Evaluation) -> dict[str
         if prompt.id not in problem.exact:
             continue
         trajectories_K = problem.demonstrations[prompt.id]
-        log_reward_K = tuple(local.sampler.score(prompt, trajectories_K))
-        [score] = local.learner.score([Group(prompt, trajectories_K, log_reward_K, 0, 0)])
+        scores = local.sampler.score(prompt, trajectories_K)
+        [score] = local.learner.score([Group(prompt, trajectories_K, tuple(scores.complete()), 0, 0)])
         upper.append(float(np.mean(score.log_reward_K - score.log_q_K)))
         lower.append(row["log_z_lower"])
     if not upper:
@@ -167,6 +167,7 @@ def main(argv: list[str]) -> int:
     check_output("RUN", path)
     _earlier(path, how)
     adapter = adapter_at(run_dir, config, arguments.step)
+    adapter_tensors(adapter, config.model.path, config.lora)
     behaviour, prefixes = Behaviour(arguments.temperature), {"base": f"{stem}/base/", "adapter": f"{stem}/"}
     results: dict[str, Evaluation] = {}
     metrics: dict[str, float] = {}

@@ -36,8 +36,8 @@ def merge(config: Config, adapter: Path, folder: Path) -> Path:
     from transformers import AutoModelForCausalLM
 
     from system.adapters import PEFT_CONFIG, AdapterError, updates_of
-    from system.language_model import load_tokenizer
     from system.models import locate
+    from system.pretrained import load_tokenizer
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--merge {str(folder)!r} is there already; name a new folder, or an empty one")

@@ -111,6 +111,9 @@ class Job:
         )
 
     def run(self) -> dict[str, Any]:
+        config, run_dir, started = self.config, self.run_dir, time.perf_counter()
+        # First of all: what is refused is refused before Ray is imported.
+        saved, prepared, start = self._begin()
         from deploy import ray_cluster
         from deploy.pool import RaySamplers
         from deploy.progress import show
@@ -122,8 +125,6 @@ class Job:
         from system.requests import Requests
         from system.tracking import Tracker
 
-        config, run_dir, started = self.config, self.run_dir, time.perf_counter()
-        saved, prepared, start = self._begin()
         problem = prepared.problem
         make_folder(config, run_dir)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"

@@ -14,12 +14,12 @@ from deploy.runs import load_adapter
 from system.config import Config
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
     from actors.sampler import Sampler
     from learner.learner import Learner
     from system.adapters import Adapter
+    from system.scores import Scores
     from system.tasks.problem import Problem
     from system.trajectory import Group, Prompt, Request, Trajectory
 
@@ -53,7 +53,7 @@ class Local:
         assert self.adapter is not None
         return self.callers.submit(self.sampler.sample, request, self.adapter)
 
-    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
+    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[Scores]:
         return self.callers.submit(self.sampler.score, prompt, trajectories_K)
 
     def score(self, groups: Sequence[Group]) -> Future[list[Any]]:

@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import ray
 
 from actors.sampler import EngineDied
@@ -31,6 +30,7 @@ from deploy.remote import first_line, is_loss, raised
 from system.config import Config
 from system.handles import SamplerDied, SamplerLeft
 from system.run_error import RunError
+from system.scores import Scores
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt, Request, Trajectory
 
@@ -140,7 +140,7 @@ class RaySamplers:
             raise RuntimeError("publish an adapter before asking for samples")
         return self._submit(_Call("sample", (request,)))
 
-    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
+    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[Scores]:
         """log R at every prefix of trajectories that may come from anywhere."""
         return self._submit(_Call("score", (prompt, trajectories_K)))
 

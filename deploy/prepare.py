@@ -26,8 +26,8 @@ def prepare(config: Config) -> Prepared:
     """Raises ConfigError if the model or the task's data cannot be had, its prompts do not fit the model, or what is to be
     planted does not fit a sample."""
     from system import tasks
-    from system.language_model import load_tokenizer
     from system.models import context_length, locate
+    from system.pretrained import load_tokenizer
 
     folder = locate(config.model)
     tokenizer = load_tokenizer(folder)

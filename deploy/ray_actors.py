@@ -16,6 +16,7 @@ import ray
 
 from system.adapters import Adapter
 from system.config import Config
+from system.scores import Scores
 from system.timeline import Span
 from system.trajectory import Group, Prompt, Request, Trajectory
 
@@ -85,7 +86,7 @@ class SamplerActor(BuiltActor):
     def sample(self, request: Request, adapter: Adapter) -> Group:
         return self.part.sample(request, adapter)
 
-    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Scores:
         return self.part.score(prompt, trajectories_K)
 
     def progress(self) -> int:
@@ -141,7 +142,7 @@ def _build_sampler(config: Config, problem: Problem) -> Any:
 def _build_learner(config: Config, problem: Problem, rank: int, store: Any, meeting: tuple[str, int] | None) -> Any:
     from learner.learner import Learner
     from learner.ranks import Ranks, reach_store
-    from system.language_model import resolve_device
+    from system.pretrained import resolve_device
 
     if meeting is None:
         return Learner.build(config, problem)

@@ -48,7 +48,7 @@ def draw(config: Config, per_story: int, ending: int, seed: int) -> Iterator[dic
     from actors.stepping import NextTokens
     from deploy.prepare import prepare
     from system.constraints import Constraints
-    from system.language_model import load_pretrained, resolve_device
+    from system.pretrained import load_pretrained, resolve_device
     from system.text import decode, special_tokens
 
     prepared = prepare(config)

@@ -29,11 +29,11 @@ from system.adapters import Adapter, Canary
 from system.checkpoint import CheckpointError
 from system.config import Config
 from system.constraints import Constraints
-from system.language_model import resolve_device
 from system.learner_config import Learner as LearnerConfig
 from system.models import locate
 from system.posterior import Bounds
 from system.prefix_tree import Packed, PrefixTree, rows_by_budget
+from system.pretrained import resolve_device
 from system.tasks.problem import Problem
 from system.timeline import Timeline
 from system.trajectory import Group

@@ -19,8 +19,9 @@ from learner.low_rank import LowRankLinear
 from learner.ranks import Ranks
 from system.config import ConfigError, Lora
 from system.constraints import Constraints
-from system.language_model import LanguageModel, load_pretrained
+from system.language_model import LanguageModel
 from system.prefix_tree import Packed
+from system.pretrained import load_pretrained
 
 
 class LoraLinear(PeftLinear):

@@ -9,11 +9,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
-
 from system.config import ConfigError
 from system.handles import Pool, asked
-from system.reward_error import tolerated
+from system.scores import Scores
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt, Request, Trajectory
 
@@ -21,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 
 class Rewards(Protocol):
-    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
-        """log R at every prefix, K arrays float64 [T + 1]."""
+    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[Scores]:
+        """log R at every prefix."""
         ...
 
 
@@ -51,12 +49,10 @@ def scored(problem: Problem, rewards: Rewards) -> list[Group]:
     groups: list[Group] = []
     faults: list[str] = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        trajectories_K = problem.demonstrations[prompt.id]
-        log_reward_K, wrong = tolerated(answer)
-        faults += wrong.values()
-        kept = [k for k in range(len(trajectories_K)) if k not in wrong]
-        if kept:
-            groups.append(Group(prompt, tuple(trajectories_K[k] for k in kept), tuple(log_reward_K[k] for k in kept), -1, -1))
+        group = answer().group(prompt, problem.demonstrations[prompt.id], -1, -1)
+        faults += group.faults
+        if len(group):
+            groups.append(replace(group, faults=()))
     if not groups:
         raise ConfigError(f"task: no demonstration has a reward; the first that has none: {faults[0]}")
     if faults:

@@ -19,8 +19,8 @@ from system.demonstrations import Rewards
 from system.handles import Samplers, asked
 from system.posterior import Bounds, Exact, mean_metrics
 from system.requests import Requests
-from system.reward_error import RewardError
 from system.run_error import RunError
+from system.scores import RewardError
 from system.task_config import Task, is_same
 from system.tasks.problem import Problem
 from system.trajectory import ON_POLICY, Behaviour, Group, Prompt, Trajectory
@@ -143,8 +143,7 @@ def judge(
                 log_rewards = log_reward_EK(group, others, rewards)
             # As in training, where the samples are left out: here it is the prompt's vote.
             except RewardError as error:
-                fault = next(iter(error.faults.values()))
-                logger.warning("evaluation: %s has no vote, as its samples have no reward: %s", group.prompt.id, fault)
+                logger.warning("evaluation: %s has no vote, as its samples have no reward: %s", group.prompt.id, error)
             else:
                 # Its own evidence comes last: `preferred` gives a tie to what comes first, and a tie is not right.
                 result |= tally(preferred(log_rewards), truth=len(others))
@@ -154,10 +153,12 @@ def judge(
 
 
 def log_reward_EK(group: Group, others: Sequence[tuple[int, ...]], rewards: Rewards) -> np.ndarray:
-    """float64 [E, K]: log R of each sample with each of the other evidences, and last with the group's own, nats."""
+    """float64 [E, K]: log R of each sample with each of the other evidences, and last with the group's own, nats.
+
+    Raises RewardError where one has none."""
     prompts = [replace(group.prompt, evidence_tokens=evidence) for evidence in others]
     answers = [asked(partial(rewards.log_reward, prompt, group.trajectories_K)) for prompt in prompts]
-    log_rewards = [*(answer() for answer in answers), group.log_reward_K]
+    log_rewards = [*(answer().complete() for answer in answers), group.log_reward_K]
     return np.array([[log_reward_T[-1] for log_reward_T in log_reward_K] for log_reward_K in log_rewards])
 
 

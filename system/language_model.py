@@ -12,25 +12,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import DynamicCache, PreTrainedModel
 
 from system import tree_attention
 from system.config import ConfigError
 from system.constraints import Constraints
 from system.output_layer import ChunkedLogProbs, Head
 from system.prefix_tree import Packed, PrefixTree
+from system.pretrained import first_line
 from system.trajectory import sampled
 
 logger = logging.getLogger(__name__)
@@ -42,67 +35,6 @@ CHECKED = 4
 
 CONTEXT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Largest difference of hidden states, relative, with and without a context that was read before."""
-
-
-def resolve_device(device: str, gpus: float = 0.0) -> torch.device:
-    """`auto` is CUDA where there is one. `gpus` are reserved for this process.
-
-    Raises:
-        ConfigError: a CUDA device that is not there, or none where some are reserved.
-    """
-    if device == "auto":
-        if gpus and not torch.cuda.is_available():
-            raise ConfigError(
-                f"{gpus:g} GPUs are reserved for this process (learner.gpus or actors.gpus), but torch {torch.__version__} "
-                "sees none: `make clean setup-gpu` installs the build for GPUs; where there are none, reserve none"
-            )
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    resolved = torch.device(device)
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"learner.device={device!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu"
-        )
-    return resolved
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Raises ConfigError if the folder has no tokenizer that transformers can load."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise ConfigError(
-            f"model.path={str(folder)!r} has no tokenizer that can be loaded: {_first_line(error)}; "
-            "save the tokenizer beside the model (tokenizer.save_pretrained)"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def load_pretrained(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A frozen causal language model without dropout: log q of a sequence must not depend on chance.
-
-    Raises:
-        ConfigError: the architecture is not one that transformers knows as a causal language model.
-    """
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        # The fused attention of torch knows no cap of the attention's logits, and would leave it out.
-        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-        for name in [name for name in config.to_dict() if name.endswith(("dropout", "pdrop"))]:
-            setattr(config, name, 0.0)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation="eager" if capped else "sdpa", trust_remote_code=False
-        )
-    except (ValueError, KeyError, OSError) as error:
-        raise ConfigError(
-            f"model.path={str(folder)!r} cannot be loaded as a causal language model: {_first_line(error)}. "
-            "Use an architecture that transformers supports (Llama, Qwen, Gemma, GPT-2, …) with safetensors weights"
-        ) from error
-    model.requires_grad_(False).eval()
-    torch.nn.Module.to(model, device)
-    return model
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,9 +226,9 @@ class LanguageModel:
         except Exception as error:
             if required:
                 raise ConfigError(
-                    f"learner.attention=block does not work here: {_first_line(error)}; use auto or dense"
+                    f"learner.attention=block does not work here: {first_line(error)}; use auto or dense"
                 ) from error
-            logger.warning("attention takes dense masks, because block attention does not work here: %s", _first_line(error))
+            logger.warning("attention takes dense masks, because block attention does not work here: %s", first_line(error))
             self.model.set_attn_implementation(dense)
             self.attention = "dense"
 
@@ -342,6 +274,6 @@ class LanguageModel:
                 found = self.hidden([rest], self._read(tokens[:4].tolist()))
         # A border: what a model does with a cache is its own affair, and nothing depends on it but speed.
         except Exception as error:
-            logger.info("contexts are read anew for each row: %s", _first_line(error))
+            logger.info("contexts are read anew for each row: %s", first_line(error))
             return False
         return bool(((found - expected).abs().max() / expected.abs().max()) < CONTEXT_TOLERANCE[expected.dtype])

@@ -35,9 +35,9 @@ from learner.replay import Replay
 from system import tasks
 from system.config import Config
 from system.config_file import parse
-from system.language_model import load_tokenizer
 from system.models import locate
 from system.orchestrator import Orchestrator
+from system.pretrained import load_tokenizer
 from system.requests import Requests
 from system.trajectory import Group
 from tests import nodes, tiny

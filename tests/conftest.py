@@ -29,7 +29,7 @@ def smollm2() -> PreTrainedTokenizerBase:
     """The packaged model's tokenizer."""
     # Imported here: most tests do without transformers.
     from system.config_file import parse
-    from system.language_model import load_tokenizer
     from system.models import locate
+    from system.pretrained import load_tokenizer
 
     return load_tokenizer(locate(parse({"task": {"kind": "random_number"}}).model))

@@ -47,7 +47,7 @@ class Part:
     def __post_init__(self) -> None:
         for number in range(self.faults.failed_builds):
             if once(self.config, f"build-{number}"):
-                raise RuntimeError("this sampler cannot be built")
+                raise ValueError("this actor cannot be built")
         for number in range(self.faults.killed_builds):
             if once(self.config, f"killed-{number}"):
                 os._exit(1)
@@ -85,12 +85,15 @@ class FaultySampler(BuiltActor):
 
 
 class IdleLearner(BuiltActor):
-    """Takes a learner's place, and says where."""
+    """Takes the place of a learner, or of one of its ranks, and says where."""
 
     def __init__(self, rank: int, size: int) -> None:
         pass
 
-    def build(self, config: Config, faults: Faults, meeting: None) -> None:
+    def open_meeting(self) -> tuple[str, int]:
+        return "127.0.0.1", 0
+
+    def build(self, config: Config, faults: Faults, meeting: tuple[str, int] | None) -> None:
         self.construct(Part, config, faults)
 
     def node(self) -> str:
@@ -102,7 +105,7 @@ class IdleLearner(BuiltActor):
 class LostLearner(IdleLearner):
     """Killed over its model, as one that finds no memory for it."""
 
-    def build(self, config: Config, faults: Faults, meeting: None) -> None:
+    def build(self, config: Config, faults: Faults, meeting: tuple[str, int] | None) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 

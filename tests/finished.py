@@ -8,8 +8,8 @@ from typing import Any
 from learner.learner import Learner
 from system import config_file, tasks
 from system.config import Config
-from system.language_model import load_tokenizer
 from system.models import locate
+from system.pretrained import load_tokenizer
 from tests import tiny
 
 PROMPTS = ["abc", "the cat", "b d f"]

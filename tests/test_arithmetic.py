@@ -11,8 +11,8 @@ from system import tasks
 from system.config import ConfigError
 from system.config_file import parse
 from system.evaluation import spread
-from system.language_model import load_tokenizer
 from system.models import locate
+from system.pretrained import load_tokenizer
 from system.task_config import Arithmetic
 from system.tasks.arithmetic import evaluate, generate, judge, log_correct, read_questions, result, steps_of
 from system.tasks.problem import Problem

@@ -168,7 +168,7 @@ def test_rloo_with_a_kl_to_the_base_ends_at_the_tilted_base() -> None:
 
 def test_grpo_ends_at_the_best_string_and_not_at_the_posterior() -> None:
     subject = OnPolicy(1)
-    for _ in range(150):
+    for _ in range(250):
         subject.optimizer.zero_grad()
         sum(grpo(subject.actions(prompt, 32), 0.2, 0.0) for prompt in range(2)).backward()  # type: ignore[union-attr]
         subject.optimizer.step()

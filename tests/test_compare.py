@@ -17,9 +17,9 @@ from learner.learner import Learner
 from system import config_file, tasks
 from system.config import Config, ConfigError
 from system.journal import State
-from system.language_model import load_tokenizer
 from system.learner_config import VarGrad
 from system.models import locate
+from system.pretrained import load_tokenizer
 from system.run_error import RunError
 from system.tracking import Tracker
 from tests import tiny

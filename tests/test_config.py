@@ -16,6 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from deploy.job import main
 from system.config import ConfigError
 from system.config_file import dump, flatten, load, parse, parse_overrides
 from system.learner_config import RewardTemperature
@@ -451,7 +452,9 @@ def test_a_config_error_ends_the_job_with_code_2_and_one_readable_line(tmp_path:
     assert line.startswith("config error: learner.lrr=1: no such field")
 
 
-def test_a_check_reads_the_tokenizer_and_the_data_and_starts_nothing(tmp_path: Path) -> None:
+def test_a_check_reads_the_tokenizer_and_the_data_and_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
     few = ("task.prompts=prompts.txt", f"model.path={tiny.folder(tmp_path)}", "learner.steps=2", "learner.warmup_steps=0")
     config = str(ROOT / "deploy/configs/continuation.yaml")
@@ -461,20 +464,20 @@ def test_a_check_reads_the_tokenizer_and_the_data_and_starts_nothing(tmp_path: P
     assert "draws 2 groups for 3 prompts: the others are never seen; raise steps" in done.stderr
     assert "replays earlier samples of a prompt, and none comes a second time" in done.stderr
     assert not (tmp_path / "runs").exists()
-    done = job("--check", config, *few, "task.prompts=none.txt", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "task.prompts='none.txt' cannot be read" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "mine.py").write_text("def score(*_): return 0.0\n")
     refused = {
+        "task.prompts=none.txt": "task.prompts='none.txt' cannot be read",
         "lora.start=nosuch": "lora.start='nosuch': no run and no PEFT folder",
         "task.reward={kind: function, path: 'nosuch:score'}": "task.reward.path='nosuch:score': there is no module 'nosuch'",
         "task.reward={kind: function, path: 'mine:scor'}": "task.reward.path='mine:scor'",
         "loss.kind=mle": "task: no prompt has a demonstration",
     }
     for override, message in refused.items():
-        done = job("--check", config, *few, override, "replay={fresh: 1, prioritised: 0, uniform: 0}", cwd=tmp_path)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert message in done.stderr
+        assert main(["--check", config, *few, override, "replay={fresh: 1, prioritised: 0, uniform: 0}"]) == 2
+        output = capsys.readouterr()
+        assert output.out == "" and message in output.err
 
 
 def test_a_tracking_uri_that_is_refused_or_passes_away_is_named_before_anything_starts(tmp_path: Path) -> None:

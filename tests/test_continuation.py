@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from system import demonstrations
 from system.config import ConfigError
+from system.scores import Scores
 from system.task_config import Continuation
 from system.tasks.continuation import length, read_prompts, variety
 from system.tasks.problem import Problem, single_token
@@ -58,9 +59,9 @@ def test_what_is_held_out_is_evaluated_and_nothing_else_is_trained_on(tmp_path: 
 
 
 class Unscored:
-    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
-        future: Future[list[np.ndarray]] = Future()
-        future.set_result([np.zeros(len(trajectory) + 1) for trajectory in trajectories_K])
+    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[Scores]:
+        future: Future[Scores] = Future()
+        future.set_result(Scores([np.zeros(len(trajectory) + 1) for trajectory in trajectories_K]))
         return future
 
 

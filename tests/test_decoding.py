@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from actors.decoding import METHODS, Decoder, Settings, Tokens
-from actors.rewards import Posterior
+from actors.posterior_reward import Posterior
 from system.constraints import Constraints
 from system.language_model import LanguageModel
 from system.posterior import log_mean_exp
-from system.trajectory import Prompt, sampled
+from system.trajectory import Prompt
 from tests import tiny
 
 STOP, LETTERS = 20, (10, 11, 12)
@@ -63,8 +63,7 @@ def enumerated(prompt: Prompt, **settings: Any) -> Exact:
     made = decoder(**settings)
     lengths = range(made.constraints.min_tokens, made.constraints.max_tokens + 1)
     outcomes = [z for length in lengths for z in itertools.product(LETTERS, repeat=length)]
-    rewards = made.reward.score(prompt, [sampled(list(z)) for z in outcomes])
-    log_target_O = np.array([log_reward_T[-1] for log_reward_T in rewards]) / TEMPERATURE
+    log_target_O = made.log_target(prompt, outcomes)
     return Exact(made, outcomes, np.array([log_q(made, prompt, z) for z in outcomes]), log_target_O)
 
 

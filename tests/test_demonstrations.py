@@ -12,7 +12,7 @@ from system.config import ConfigError
 from system.config_file import parse
 from system.constraints import Constraints
 from system.requests import Requests
-from system.reward_error import RewardError
+from system.scores import Scores
 from system.tasks.problem import Problem
 from system.trajectory import Prompt, Trajectory, sampled
 from tests.fakes import PROMPTS, FakeSamplers
@@ -24,9 +24,9 @@ PROBLEM = Problem(PROMPTS, Constraints.of(stop_token=0, min_tokens=1, max_tokens
 class Lengths:
     """log R of stopping after t tokens is -t."""
 
-    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
-        future: Future[list[np.ndarray]] = Future()
-        future.set_result([-np.arange(len(trajectory) + 1.0) for trajectory in trajectories_K])
+    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[Scores]:
+        future: Future[Scores] = Future()
+        future.set_result(Scores([-np.arange(len(trajectory) + 1.0) for trajectory in trajectories_K]))
         return future
 
 
@@ -39,10 +39,10 @@ def test_prompts_with_demonstrations_become_groups_with_rewards() -> None:
 class Faulty(Lengths):
     """Some of prompt-0 and all of prompt-2 have no reward."""
 
-    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
-        future: Future[list[np.ndarray]] = Future()
-        values = super().log_reward(prompt, trajectories_K).result()
-        future.set_exception(RewardError({0: f"{prompt.id}: log of zero"}, values))
+    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[Scores]:
+        future: Future[Scores] = Future()
+        scores = super().log_reward(prompt, trajectories_K).result()
+        future.set_result(replace(scores, faults={0: f"{prompt.id}: log of zero"}))
         return future
 
 

@@ -17,16 +17,17 @@ import numpy as np
 import pytest
 import torch
 
-from actors.rewards import Posterior
+from actors.posterior_reward import Posterior
 from actors.settings import alone, take_machine
 from deploy import evaluate, runs, self_consistent
 from learner.learner import Learner
 from system import config_file, diversity, tasks
 from system.config import Config, ConfigError
 from system.evaluation import Evaluation
-from system.language_model import LanguageModel, load_pretrained, load_tokenizer
+from system.language_model import LanguageModel
 from system.models import locate
 from system.posterior import log_mean_exp
+from system.pretrained import load_pretrained, load_tokenizer
 from system.tasks.problem import context_tokens
 from system.trajectory import Behaviour, Group, sampled
 from tests import finished, tiny
@@ -85,7 +86,7 @@ def test_bounds_from_self_consistent_stories_enclose_the_exact_log_z(folder: Pat
     outcomes = tuple(sampled(list(z)) for n in (1, 2, 3) for z in itertools.product(letters, repeat=n))
     exact, lower, gaps = [], [], []
     for prompt in problem.prompts:
-        log_reward_K = tuple(reward.score(prompt, outcomes))
+        log_reward_K = tuple(reward.log_rewards(prompt, outcomes))
         [score] = learner.score([Group(prompt, outcomes, log_reward_K, 0, 0)])
         q, u = np.exp(score.log_q_K), score.log_reward_K - score.log_q_K
         assert q.sum() == pytest.approx(1.0, abs=1e-4)
@@ -184,19 +185,6 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
     names = json.loads(done.stdout.splitlines()[-1]).keys()
     assert {name for name in names if "/task/" not in name} == {"heldout-cold/posterior/length"}
     assert not (run / "heldout-cold.png").exists()
-    # A plot is of what the figures beside it are of.
-    drawn = (run / "heldout.png").read_bytes()
-    for more, there in ((["--samples", "4"], True), (["--temperature", "0.5"], False)):
-        done = command("one", f"task.stories={folder / 'other.jsonl'}", "--only", "adapter", *more)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert (run / "heldout.png").exists() is there
-        assert not there or (run / "heldout.png").read_bytes() != drawn
-
-    weights = run / "adapter" / "adapter_model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(bytes(data))
-    assert f"adapter {run}/adapter: adapter_model.safetensors is damaged" in command("one").stderr
 
     monkeypatch.chdir(folder)
     with monkeypatch.context() as patch:
@@ -226,6 +214,17 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
             assert json.loads((run / "heldout.json").read_text())["metrics"] == known
             assert ((run / "heldout_samples.jsonl").read_text() == before) is (which == "base")
             assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {name: 2.0}
+        # A plot is of what the figures beside it are of.
+        drawn = (run / "heldout.png").read_bytes()
+        others = [{"text": text, "length": len(text), "log_q": -2.0, "log_reward": -1.0} for text in ("of", "others")]
+        later = Evaluation({"posterior/spread": 2.0}, samples=others)
+        patch.setattr(evaluate, "evaluate", lambda *_: iter([("adapter", later)]))
+        for more, there in ((["--samples", "4"], True), (["--temperature", "0.5"], False)):
+            assert evaluate.main(["one", *more]) == 0
+            assert (run / "heldout.png").exists() is there
+            assert not there or (run / "heldout.png").read_bytes() != drawn
+            drawn = b""
+        assert evaluate.main(["one"]) == 0
         heldout = (run / "heldout.json").read_text()
         patch.setattr(evaluate, "evaluate", lambda *_: iter([("base", only)]))
         assert evaluate.main(["one", "task.stories=others.jsonl", "--name", "others"]) == 0
@@ -253,6 +252,13 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
         assert f"RUN '{run}/heldout-new.json' cannot be written" in capsys.readouterr().err
     assert asked == ["base", "adapter"]
 
+    weights = run / "adapter" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("the base was evaluated first"))
+    assert evaluate.main(["one"]) == 2
+    assert f"adapter {run}/adapter: adapter_model.safetensors is damaged" in capsys.readouterr().err
     weights.unlink()
     mistakes = {
         ("one", "--samples", "1"): "one draw says nothing",
@@ -314,6 +320,7 @@ def test_a_checkpoint_is_evaluated_under_its_step(
 
     monkeypatch.setattr(evaluate, "evaluate", found)
     monkeypatch.setattr(evaluate, "take_machine", lambda config: config)
+    monkeypatch.setattr(evaluate, "adapter_tensors", lambda *_: {})
     monkeypatch.setattr(evaluate, "adapter_at", lambda folder, _, step: folder / f"adapter of {step}")
     for step in ([], ["--step", "80"], ["--step", "80", "--name", "others"]):
         assert evaluate.main([str(run_dir), *step]) == 0

@@ -18,9 +18,9 @@ from learner.learner import Learner
 from learner.replay import Replay
 from system import checkpoint, tasks
 from system.config import ConfigError
-from system.language_model import load_tokenizer
 from system.loop_state import Counters, LoopState
 from system.models import locate
+from system.pretrained import load_tokenizer
 from tests import finished, lora, tiny
 
 TOKENS = [1, 14, 15, 16, 20, 30, 17, 18]

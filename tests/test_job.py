@@ -168,29 +168,37 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_as_the_same_mlflow_r
     assert {row[0] for rows in tables for row in rows} == {"line-1", "line-2", "line-3"}
 
 
+def metrics_in(output: Path) -> list[dict[str, float]]:
+    """What each entry of the journals of runs under `output` says, while they are written."""
+    entries = [entry for path in output.glob("*/journal.jsonl") for entry, _ in journal.read(path)]
+    return [entry["values"] for entry in entries if entry["kind"] == "metrics"]
+
+
 def test_a_submitted_job_runs_on_the_nodes_of_a_cluster_and_can_be_followed_and_stopped(tmp_path: Path) -> None:
     cluster = TwoNodes(tmp_path)
     try:
-        job = cluster.entry
+        # The head has room for the learner and a sampler, which keeps off the learner's node where it can.
+        job = [*cluster.entry, "actors.count=1"]
         told = {"RAY_JOB_STOP_WAIT_TIME_S": "60", "MY_TOKEN": "x"}
-        submit = ["--working-dir", ".", "--runtime-env-json", json.dumps({"env_vars": told})]
-        result = cluster.submit(*submit, "--", *job, "learner.steps=4", f"output_dir={tmp_path}/runs")
-        assert result.returncode == 0, result.stdout[-3000:]
-        assert "MY_TOKEN came in the job's env_vars, which Ray writes into its logs" in result.stdout
-        (run_dir,) = (tmp_path / "runs").iterdir()
-        assert json.loads((run_dir / "summary.json").read_text())["steps"] == 4
-        assert mlflow_run(tmp_path)[1].info.status == "FINISHED"
-
-        identity = ["--no-wait", "--submission-id", "long"]
-        cluster.job("submit", *identity, *submit, "--", *job, "learner.steps=100000", f"output_dir={tmp_path}/long")
-        while "step 1" not in cluster.job("logs", "long").stdout:
-            status = cluster.job("status", "long").stdout
-            assert "PENDING" in status or "RUNNING" in status, status
+        submit = ["--submission-id", "long", "--working-dir", ".", "--runtime-env-json", json.dumps({"env_vars": told})]
+        submitted = cluster.submit("--no-wait", *submit, "--", *job, "learner.steps=100000", f"output_dir={tmp_path}/long")
+        assert submitted.returncode == 0, submitted.stdout[-3000:]
+        deadline = time.monotonic() + 200
+        while not any("loss" in metrics for metrics in metrics_in(tmp_path / "long")):
+            assert time.monotonic() < deadline, cluster.job("logs", "long").stdout[-3000:]
+            time.sleep(0.2)
+        logs = cluster.job("logs", "long").stdout
+        assert "step 1" in logs and "MY_TOKEN came in the job's env_vars, which Ray writes into its logs" in logs
+        assert "RUNNING" in cluster.job("status", "long").stdout
         assert cluster.job("stop", "long").returncode == 0
         assert "was stopped" in cluster.job("status", "long").stdout
         (run_dir,) = (tmp_path / "long").iterdir()
         assert list((run_dir / "checkpoints").glob("step-*"))
         assert json.loads((run_dir / "summary.json").read_text())["finished"] is False
+        run = mlflow_run(tmp_path)[1]
+        assert run.info.status == "KILLED"
+        nodes = {run.data.tags[f"node.{name}"].split()[-1] for name in ("learner", "sampler-0")}
+        assert len(nodes) == 2
         # What the nodes were started with reaches the job, and no log of Ray's.
         assert_none_in(tmp_path, *cluster.temporary, holding={"mlflow.db", "journal.jsonl", "runtime_env_agent.log"})
     finally:
@@ -212,8 +220,8 @@ def test_a_submitted_job_grows_over_the_nodes_and_goes_on_after_its_driver_was_k
         return [process for process in found if "deploy/job.py" in (process.info["cmdline"] or ())]
 
     def system_metrics_of(run_dir: Path) -> set[str]:
-        entries = [entry for entry, _ in journal.read(run_dir / "journal.jsonl") if entry["kind"] == "metrics"]
-        return {name.split("/")[1] for entry in entries for name in entry["values"] if name.startswith("system/")}
+        names = {name for metrics in metrics_in(run_dir.parent) for name in metrics}
+        return {name.split("/")[1] for name in names if name.startswith("system/")}
 
     cluster = TwoNodes(tmp_path)
     try:

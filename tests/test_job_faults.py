@@ -34,8 +34,8 @@ from system.config import ConfigError
 from system.handles import LearnerDied, SamplerDied
 from system.journal import read
 from system.loop_state import Counters, LoopState
-from system.reward_error import RewardError
 from system.run_error import RunError
+from system.scores import RewardError
 from tests import tiny
 from tests.fake_secrets import SECRETS, assert_none_in
 from tests.servers import MLflow, Slow
@@ -493,7 +493,7 @@ def test_a_resume_from_a_damaged_checkpoint_is_refused_with_the_one_before(runne
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (RewardError({0: "prompt 'a', text 'b': log of zero"}, []), 1, "error: prompt 'a', text 'b': log of zero"),
+        (RewardError("prompt 'a', text 'b': log of zero"), 1, "error: prompt 'a', text 'b': log of zero"),
         (AdapterError("adapter 3 is not what the engine runs"), 1, "error: adapter 3 is not what the engine runs"),
         (FloatingPointError("update 7: loss nan"), 1, "error: update 7: loss nan"),
         (RunError("samplers died 4 times"), 1, "error: samplers died 4 times"),

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from system.config import ConfigError
 from system.constraints import Constraints
-from system.language_model import LanguageModel, load_pretrained, resolve_device
+from system.language_model import LanguageModel
 from system.output_layer import Head
 from system.prefix_tree import Packed, PrefixTree
+from system.pretrained import load_pretrained, resolve_device
 from tests import tiny
 from tests.test_prefix_tree import trajectory
 

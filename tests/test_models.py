@@ -14,8 +14,8 @@ from transformers import LlamaForCausalLM
 
 from system import models
 from system.config import ConfigError, Model
-from system.language_model import load_pretrained, load_tokenizer
 from system.models import context_length, locate
+from system.pretrained import load_pretrained, load_tokenizer
 from tests import tiny
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +16,10 @@ from system.timeline import Span
 from tests.fakes import FakeTracker
 
 
-@pytest.fixture(autouse=True)
-def connected(tmp_path: Path) -> Iterator[None]:
-    ray_cluster.connect(parse({"task": {"kind": "random_number"}, "output_dir": str(tmp_path)}))
+@pytest.fixture(scope="module")
+def connected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("ray")
+    ray_cluster.connect(parse({"task": {"kind": "random_number"}, "output_dir": str(folder)}))
     yield
     ray_cluster.disconnect()
 
@@ -54,7 +54,7 @@ class Pool:
         return {"sampler-0": self.actor}
 
 
-def test_an_actor_that_is_made_again_is_said_to_be_where_it_is_now() -> None:
+def test_an_actor_that_is_made_again_is_said_to_be_where_it_is_now(connected: None) -> None:
     tracker, pool = FakeTracker(), Pool()
     observer = Observer((pool,), tracker, seconds=0.0)  # type: ignore[arg-type]
     deadline = time.monotonic() + 60
@@ -66,7 +66,7 @@ def test_an_actor_that_is_made_again_is_said_to_be_where_it_is_now() -> None:
         pool.start("host 192.0.2.2 def")
 
 
-def test_no_span_is_lost_between_two_looks_or_before_the_end() -> None:
+def test_no_span_is_lost_between_two_looks_or_before_the_end(connected: None) -> None:
     tracker = FakeTracker()
     observer = Observer((Pool(),), tracker, seconds=0.0)  # type: ignore[arg-type]
     deadline = time.monotonic() + 60

@@ -225,7 +225,7 @@ class TestOneNode:
     def test_samplers_that_can_never_be_built_fail_what_waits_with_the_cause(self, tmp_path: Path) -> None:
         cfg = config(tmp_path, {"count": 1, "max_deaths": 1})
         samplers = pool(cfg, Faults(failed_builds=1000))
-        with pytest.raises(RuntimeError, match=r"2 times in a row.*actors.max_deaths=1.*this sampler cannot be built"):
+        with pytest.raises(RuntimeError, match=r"2 times in a row.*actors.max_deaths=1.*this actor cannot be built"):
             samplers.sample(request(0, cfg)).result(60)
         samplers.close()
 

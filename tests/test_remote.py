@@ -20,12 +20,12 @@ from deploy.ray_actors import SamplerActor
 from deploy.remote import RayLearner, wait_until_ready
 from learner.replay import Replay
 from system import evaluation, tasks
-from system.config import Config, ConfigError
+from system.config import Config
 from system.config_file import parse
 from system.handles import LearnerDied
-from system.language_model import load_tokenizer
 from system.models import locate
 from system.orchestrator import Orchestrator
+from system.pretrained import load_tokenizer
 from system.requests import Requests
 from system.run_error import RunError
 from system.tasks.problem import Problem
@@ -80,31 +80,6 @@ def test_actors_begin_with_one_arena(handles: tuple[RayLearner, RaySamplers]) ->
         assert b"MALLOC_ARENA_MAX=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
 
 
-def test_a_killed_sampler_is_replaced_and_every_group_counts_once(
-    running: Config, problem: Problem, handles: tuple[RayLearner, RaySamplers], tmp_path: Path
-) -> None:
-    learner, samplers = handles
-    victim: int = ray.get(samplers.ready()[0])
-    used: list[int] = []
-
-    def on_step(loop: Orchestrator, metrics: dict[str, float], fresh: list[Group]) -> None:
-        used.extend(group.group_id for group in fresh)
-        if loop.counters.step == 3:
-            os.kill(victim, signal.SIGKILL)
-
-    requests = Requests(problem.prompts, running.sampler.samples_per_prompt, running.sampler.exploration, running.seed)
-    tracker = FakeTracker()
-    loop = Orchestrator(running, requests, samplers, learner, Replay(running.replay), tracker, tmp_path, on_step=on_step)
-    loop.train()
-    assert loop.counters.step == 12
-    assert loop.counters.deaths == 1
-    assert len(used) == len(set(used)) == 12
-    assert max(tracker.series("staleness")) <= 2
-    wait_until_ready(samplers)
-    assert victim not in ray.get(samplers.ready())
-    assert len(samplers.ready()) == 2
-
-
 def test_a_killed_learner_is_replaced_by_one_that_knows_as_much(
     folder: Path, problem: Problem, handles: tuple[RayLearner, RaySamplers], tmp_path: Path
 ) -> None:
@@ -129,16 +104,37 @@ def test_a_killed_learner_is_replaced_by_one_that_knows_as_much(
             assert ray.get(learner.actors[0].ready.remote()) != victim
 
     requests = Requests(problem.prompts, cfg.sampler.samples_per_prompt, cfg.sampler.exploration, cfg.seed)
-    # The learner of the module has done updates before: a run begins with a new one.
-    learner.restart()
-    samplers.publish(learner.adapter(100))
-    ray.get(samplers.install())
     loop = Orchestrator(cfg, requests, samplers, learner, Replay(cfg.replay), FakeTracker(), tmp_path, on_step=on_step)
-    loop.counters.version = 100
     loop.train()
     assert loop.counters.learner_deaths == len(saved) == 2
     faults.assert_each_counts_once(used, 9, loop)
     assert versions == sorted(set(versions))
+
+
+def test_a_killed_sampler_is_replaced_and_every_group_counts_once(
+    running: Config, problem: Problem, handles: tuple[RayLearner, RaySamplers], tmp_path: Path
+) -> None:
+    learner, samplers = handles
+    victim: int = ray.get(samplers.ready()[0])
+    used: list[int] = []
+
+    def on_step(loop: Orchestrator, metrics: dict[str, float], fresh: list[Group]) -> None:
+        used.extend(group.group_id for group in fresh)
+        if loop.counters.step == 3:
+            os.kill(victim, signal.SIGKILL)
+
+    requests = Requests(problem.prompts, running.sampler.samples_per_prompt, running.sampler.exploration, running.seed)
+    tracker = FakeTracker()
+    loop = Orchestrator(running, requests, samplers, learner, Replay(running.replay), tracker, tmp_path, on_step=on_step)
+    loop.counters.version = 100  # above those that the samplers have seen
+    loop.train()
+    assert loop.counters.step == 12
+    assert loop.counters.deaths == 1
+    assert len(used) == len(set(used)) == 12
+    assert max(tracker.series("staleness")) <= 2
+    wait_until_ready(samplers)
+    assert victim not in ray.get(samplers.ready())
+    assert len(samplers.ready()) == 2
 
 
 def test_a_learner_that_hangs_is_found_by_its_deadline_and_killed(folder: Path, running: Config) -> None:
@@ -227,9 +223,3 @@ def test_the_exact_evaluation_agrees_with_the_samples_it_draws(
     assert drawn.metrics["posterior/log_z_lower"] <= drawn.metrics["posterior/log_z_weighted"] + 1e-9
     valid = sum(sample["log_reward"] == 0.0 for sample in drawn.samples) / 64
     assert valid == pytest.approx(exact.metrics["exact/listed_mass"], abs=0.25)
-
-
-def test_an_actor_that_cannot_be_built_gives_its_own_error(running: Config, problem: Problem) -> None:
-    broken = config(Path("./no-such-folder"), learner={"steps": 12, "cpus": 0})
-    with pytest.raises(ConfigError, match="no-such-folder"):
-        wait_until_ready(RayLearner(broken, problem))

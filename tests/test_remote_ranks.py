@@ -20,14 +20,14 @@ from deploy.remote import RayLearner, wait_until_ready
 from learner.learner import Learner
 from system import tasks
 from system.adapters import Adapter
-from system.config import Config, ConfigError
+from system.config import Config
 from system.config_file import parse
 from system.handles import LearnerDied
-from system.language_model import load_tokenizer
 from system.models import locate
+from system.pretrained import load_tokenizer
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt
-from tests import tiny
+from tests import faults, tiny
 from tests.servers import listening
 from tests.test_prefix_tree import trajectory
 
@@ -132,6 +132,8 @@ def test_the_death_of_one_rank_is_an_error_at_once_and_ends_all(folder: Path, pr
         ranks.adapter(1)
 
 
-def test_ranks_that_cannot_be_built_give_their_own_error(problem: Problem) -> None:
-    with pytest.raises(ConfigError, match="no-such-folder"):
-        wait_until_ready(RayLearner(config(Path("./no-such-folder")), problem))
+def test_ranks_that_cannot_be_built_give_their_own_error(folder: Path, problem: Problem, tmp_path: Path) -> None:
+    cfg = config(folder).model_copy(update={"output_dir": str(tmp_path)})
+    broken = faults.Faults(failed_builds=2)
+    with pytest.raises(ValueError, match="this actor cannot be built"):
+        wait_until_ready(RayLearner(cfg, broken, actor=faults.IdleLearner))  # type: ignore[arg-type]

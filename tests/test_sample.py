@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +19,10 @@ from peft import PeftModel
 from deploy import sample
 from system import config_file, tasks
 from system.config import ConfigError
-from system.language_model import load_tokenizer
 from system.posterior import log_mean_exp
+from system.pretrained import load_tokenizer
 from system.tasks.arithmetic import read_questions
+from system.tasks.continuation import read_prompts
 from system.trajectory import Group, sampled
 from tests import fakes, finished, lora, tiny
 
@@ -69,14 +72,29 @@ def test_each_record_has_its_samples_with_the_models_own_figures(tmp_path: Path)
         assert record["log_z"] == pytest.approx(log_mean_exp(log_weights))
 
 
-def test_a_text_on_the_command_line_is_printed_as_a_table(tmp_path: Path) -> None:
+def test_a_text_on_the_command_line_is_printed_as_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     finished.run(tmp_path)
-    done = command(tmp_path, "one", "--prompt", "b a", "--samples", "3")
-    first, heads, *rows = done.stdout.strip().splitlines()
+    asked: list[Any] = []
+
+    @contextmanager
+    def opened(config: Any, samples: int) -> Iterator[Any]:
+        asked.append(([record for _, record in read_prompts(config.task)], samples))
+        yield SimpleNamespace(use=lambda adapter: asked.append(adapter))
+
+    row = {"text": "a b", "log_q": -1.0, "log_reward": -2.0, "weight": 1.0}
+    record = {"prompt": "line-1", "context": "<s>b a", "log_z": -1.0, "ess": 1.0, "samples": [row]}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("deploy.local.opened", opened)
+    monkeypatch.setattr(sample, "take_machine", lambda config: config)
+    monkeypatch.setattr(sample, "draw", lambda *_: iter([record]))
+    assert sample.main(["one", "--prompt", "b a", "--samples", "3"]) == 0
+    assert asked == [([{"prompt": "b a"}], 3), tmp_path / "runs/one/adapter/adapter_model.safetensors"]
+    first, heads, line = capsys.readouterr().out.strip().splitlines()
     assert first.startswith("line-1  log Z ") and first.endswith("'<s>b a'")
     assert heads.split() == ["weight", "log", "q", "log", "R", "text"]
-    assert sum(float(row.split()[0]) for row in rows) == pytest.approx(1, abs=1e-3)
-    assert len(rows) == 3
+    assert line.split() == ["1.0000", "-1.000", "-2.000", "'a", "b'"]
 
 
 def test_prompts_are_asked_for_once_each_and_a_seed_changes_all_draws(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,10 +25,9 @@ from system.adapters import Adapter, AdapterError
 from system.config import ConfigError
 from system.config_file import parse
 from system.constraints import Constraints
-from system.language_model import load_tokenizer
-from system.log_rewards import LogRewards
 from system.models import locate
-from system.reward_error import RewardError
+from system.pretrained import load_tokenizer
+from system.scores import Scores
 from system.trajectory import Behaviour, Prompt, Request, Trajectory
 from tests import lora, tiny
 
@@ -44,8 +43,8 @@ class Lengths:
 
     tokens_forwarded = progress = 0
 
-    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
-        return [np.array([np.nan, *np.arange(-1.0, -len(t) - 1, -1)]) for t in trajectories_K]
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Scores:
+        return Scores([np.array([np.nan, *np.arange(-1.0, -len(t) - 1, -1)]) for t in trajectories_K])
 
 
 def test_settings_that_vllm_refuses_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,7 +397,7 @@ def test_the_engine_goes_on_while_a_reward_is_computed() -> None:
     computing, finish = threading.Event(), threading.Event()
 
     class Slow(Lengths):
-        def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+        def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Scores:
             computing.set()
             assert finish.wait(SECONDS)
             return super().score(prompt, trajectories_K)
@@ -418,7 +417,7 @@ def test_the_engine_goes_on_while_a_reward_is_computed() -> None:
 
 def test_an_error_of_the_reward_is_its_callers_and_the_sampler_goes_on() -> None:
     class Picky(Lengths):
-        def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+        def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Scores:
             if len(trajectories_K) == 1:
                 raise ArithmeticError("log of zero")
             return super().score(prompt, trajectories_K)
@@ -435,9 +434,9 @@ def test_an_error_of_the_reward_is_its_callers_and_the_sampler_goes_on() -> None
 
 def test_samples_without_a_reward_are_left_out_of_their_group_with_the_reason() -> None:
     class Picky(Lengths):
-        def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
-            known = LogRewards(super().score(prompt, trajectories_K), {"rank": np.arange(3.0)})
-            raise RewardError({0: "log of zero", 2: "no answer"}, known)
+        def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Scores:
+            faults = {0: "log of zero", 2: "no answer"}
+            return replace(super().score(prompt, trajectories_K), faults=faults, factors_K={"rank": np.arange(3.0)})
 
     engine: Any = ScriptedEngine()
     sampler = Sampler(lambda: engine, Picky())
@@ -445,8 +444,7 @@ def test_samples_without_a_reward_are_left_out_of_their_group_with_the_reason() 
     assert group.faults == ("log of zero", "no answer")
     assert len(group.trajectories_K) == len(group.log_reward_K) == 1
     assert {name: value_K.tolist() for name, value_K in group.factors_K.items()} == {"rank": [1.0]}
-    with pytest.raises(RewardError, match="log of zero"):
-        sampler.score(PROMPT, group.trajectories_K)
+    assert sampler.score(PROMPT, group.trajectories_K).faults == {0: "log of zero", 2: "no answer"}
     sampler.close()
 
 

@@ -124,7 +124,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ps
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(serve, "check_port", lambda *_: None)
     stand_in = [sys.executable, "-c", "import time; time.sleep(20); raise SystemExit(3)"]
-    monkeypatch.setattr(serve, "command", lambda *_, **__: stand_in)
+    monkeypatch.setattr(serve, "command_line", lambda *_, **__: stand_in)
     processes: list[psutil.Process] = []
     start = serve.Server.__init__
 

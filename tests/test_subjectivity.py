@@ -16,16 +16,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.build import build_reward
-from actors.rewards import Posterior
+from actors.posterior_reward import Posterior
 from deploy import baselines
 from learner.learner import Learner
 from system import demonstrations, evaluation, tasks
 from system.config import Config, ConfigError
 from system.config_file import load, parse
-from system.language_model import LanguageModel, load_pretrained, load_tokenizer
+from system.language_model import LanguageModel
 from system.models import locate
+from system.pretrained import load_pretrained, load_tokenizer
 from system.requests import Requests
-from system.reward_error import RewardError
+from system.scores import Scores
 from system.tasks.problem import Problem
 from system.tasks.subjectivity import PACKAGED_REVIEWS
 from system.text import decode
@@ -266,8 +267,8 @@ class Frozen:
         self.reward = Posterior(LanguageModel(model), stop)
         self.samples = tuple(sampled(TOKENIZER.encode(text, add_special_tokens=False)) for text in texts)
 
-    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
-        future: Future[list[np.ndarray]] = Future()
+    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[Scores]:
+        future: Future[Scores] = Future()
         future.set_result(self.reward.score(prompt, trajectories_K))
         return future
 
@@ -275,7 +276,7 @@ class Frozen:
 
     def sample(self, request: Request) -> Future[Group]:
         future: Future[Group] = Future()
-        log_reward_K = tuple(self.reward.score(request.prompt, self.samples))
+        log_reward_K = tuple(self.reward.log_rewards(request.prompt, self.samples))
         future.set_result(Group(request.prompt, self.samples, log_reward_K, 0, request.group_id))
         return future
 
@@ -355,7 +356,7 @@ def test_a_contrast_sharpens_the_likelihood_among_the_labels_of_the_task(folder:
     model = load_pretrained(folder, torch.float32, torch.device("cpu"))
     reward = build_reward(cfg, problem, tokenizer, LanguageModel(model))
     for prompt in problem.prompts:
-        [log_reward_T] = reward.score(prompt, [sampled([7, 8])])
+        [log_reward_T] = reward.score(prompt, [sampled([7, 8])]).complete()
         context = [*prompt.reward_tokens, 7, 8]
         own, other = (log_prob(model, context, [*problem.reward_stop, *y]) for y in problem.evidences[prompt.id])
         path = log_prob(model, prompt.reward_tokens, [7, 8])
@@ -377,9 +378,9 @@ def test_a_vote_whose_reward_cannot_be_had_is_left_out_and_named(
     tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Faulty(Frozen):
-        def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[list[np.ndarray]]:
-            answer: Future[list[np.ndarray]] = Future()
-            answer.set_exception(RewardError({0: "log of zero"}, []))
+        def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[Scores]:
+            answer: Future[Scores] = Future()
+            answer.set_result(Scores([], {0: "log of zero"}))
             return answer
 
     _, _, problem = built(folder, section(tmp_path))

@@ -121,10 +121,7 @@ def with_gaps(number: int) -> str:
 
 
 PLANS = {
-    "refuses every other request or so": by_chance("answer", "refuse"),
-    "cuts a half": by_chance("cut", "answer"),
     "forgets to acknowledge": by_chance("answer", "forget"),
-    "slow": by_chance("slow"),
     "back with gaps": with_gaps,
     "all of it": by_chance("answer", "answer", "slow", "forget", "refuse", "cut"),
 }

@@ -20,6 +20,8 @@ LETTERS, MAX_TOKENS = 2, 3
 STOP = LETTERS
 STRINGS = [s for n in range(MAX_TOKENS + 1) for s in itertools.product(range(LETTERS), repeat=n)]
 INDEX = {s: i for i, s in enumerate(STRINGS)}
+NEXT = np.array([[INDEX.get((*s, letter), -1) for letter in range(LETTERS)] for s in STRINGS])
+"""[states, letters]: the state that a letter leads to."""
 PROMPTS = [Prompt("first", (0,), (0,)), Prompt("second", (1,), (1,))]
 
 
@@ -32,20 +34,17 @@ class Toy:
         # The second prompt's Z is e^5 times the first's: a loss that mixes prompts cannot fit both.
         self.log_reward = [rng.normal(0.0, 1.5, len(STRINGS)), rng.normal(5.0, 1.5, len(STRINGS))]
         self.logits = torch.zeros(2, len(STRINGS), LETTERS + 1, dtype=torch.float64, requires_grad=True)
+        length = torch.tensor([len(string) for string in STRINGS])
+        self._closed = torch.zeros(len(STRINGS), LETTERS + 1, dtype=torch.bool)
+        self._closed[length == MAX_TOKENS, :STOP] = True
+        self._closed[length < min_tokens, STOP] = True
 
     def terminable(self, string: tuple[int, ...]) -> bool:
         return len(string) >= self.min_tokens
 
     def log_probs(self, prompt: int) -> Tensor:
         """[states, letters + stop]: the masked policy."""
-        logits = self.logits[prompt]
-        masked = logits.clone()
-        for string, row in INDEX.items():
-            if len(string) == MAX_TOKENS:
-                masked[row, :STOP] = -torch.inf
-            if not self.terminable(string):
-                masked[row, STOP] = -torch.inf
-        return masked.log_softmax(-1)
+        return self.logits[prompt].masked_fill(self._closed, -torch.inf).log_softmax(-1)
 
     def log_q(self, prompt: int) -> Tensor:
         """[terminable strings]: log-probability of each outcome."""
@@ -73,13 +72,13 @@ class Toy:
         table = self.log_probs(prompt).detach()
         allowed = torch.isfinite(table).double()
         probs = (allowed / allowed.sum(-1, keepdim=True) if uniform else table.exp()).numpy()
-        strings = []
-        for _ in range(k):
-            string: tuple[int, ...] = ()
-            while (letter := int(rng.choice(LETTERS + 1, p=probs[INDEX[string]]))) != STOP:
-                string += (letter,)
-            strings.append(string)
-        return strings
+        cumulated = probs.cumsum(1) / probs.sum(1, keepdims=True)
+        row_K, live_K = np.zeros(k, np.int64), np.ones(k, bool)
+        while live_K.any():
+            letter_K = (rng.random((k, 1)) >= cumulated[row_K]).sum(1)
+            live_K &= letter_K != STOP
+            row_K[live_K] = NEXT[row_K[live_K], letter_K[live_K]]
+        return [STRINGS[row] for row in row_K]
 
     def group(self, prompt: int, strings: list[tuple[int, ...]]) -> Group:
         """Rewards at every prefix that can stop; NaN elsewhere."""
@@ -96,12 +95,13 @@ class Toy:
     def states(self, prompt: int, group: Group, temperature: float = 1.0) -> States:
         tree = PrefixTree.of(group.trajectories_K)
         table = self.log_probs(prompt)
-        string_N: list[tuple[int, ...]] = [()]
+        row_N = np.zeros(len(tree), np.int64)
         for node in range(1, len(tree)):
-            string_N.append((*string_N[tree.parent_N[node]], int(tree.token_N[node])))
-        edge_N = [table.new_zeros(())] + [table[INDEX[s[:-1]], s[-1]] for s in string_N[1:]]
-        stop_N = [table[INDEX[s], STOP] if self.terminable(s) else table.new_zeros(()) for s in string_N]
-        return states_of(tree, node_log_reward(tree, group), torch.stack(edge_N), torch.stack(stop_N), temperature)
+            row_N[node] = NEXT[row_N[tree.parent_N[node]], tree.token_N[node]]
+        edges = table[row_N[tree.parent_N[1:]], tree.token_N[1:].astype(np.int64)]
+        edge_N = torch.cat([table.new_zeros(1), edges])
+        stop_N = table[row_N, STOP].masked_fill(self._closed[row_N, STOP], 0.0)
+        return states_of(tree, node_log_reward(tree, group), edge_N, stop_N, temperature)
 
     def set_to_posterior(self) -> None:
         """The logits of the exact posterior: flow of each child, and the reward as the flow into the stop."""

@@ -29,8 +29,8 @@ def main(dtype: str, run: Path | None) -> None:
     from learner.learner import Learner
     from system import config_file, tasks
     from system.config import Config
-    from system.language_model import load_tokenizer
     from system.models import locate
+    from system.pretrained import load_tokenizer
     from system.requests import Requests
 
     settings = [f"sampler.dtype={dtype}", "task.limit=4", "sampler.canary_tolerance=100", "learner.dtype=float32"]

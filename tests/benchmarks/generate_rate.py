@@ -21,8 +21,8 @@ from actors.settings import EngineSettings, engine_environment
 from system.adapters import BaseWeights
 from system.config import Model
 from system.constraints import Constraints
-from system.language_model import load_pretrained
 from system.models import locate
+from system.pretrained import load_pretrained
 from system.trajectory import Behaviour, Prompt, Request
 from tests.benchmarks.figures import in_turns, ratio, report, seconds
 from tests.benchmarks.sampler_rate import NEW_TOKENS, PROMPT_TOKENS, SAMPLES, Nothing, random_adapter

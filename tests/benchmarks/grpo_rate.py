@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from system import config_file, tasks
-from system.language_model import load_pretrained, load_tokenizer
 from system.models import locate
+from system.pretrained import load_pretrained, load_tokenizer
 from tests.benchmarks.figures import ratio, report
 from tests.benchmarks.runs import ALL_LAYERS, NO_REPLAY, ON_POLICY, job
 

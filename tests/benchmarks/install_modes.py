@@ -104,8 +104,8 @@ def first_update(folder: Path) -> Update:
     from learner.policy import Policy
     from system.config import Lora
     from system.constraints import Constraints
-    from system.language_model import load_tokenizer
     from system.prefix_tree import Packed, PrefixTree
+    from system.pretrained import load_tokenizer
 
     torch.manual_seed(0)
     constraints = Constraints.of(stop_token=2, min_tokens=1, max_tokens=2, vocab_size=49152)

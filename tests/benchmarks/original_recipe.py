@@ -35,9 +35,9 @@ from learner.losses import States, subtrajectory_balance
 from system import config_file, tasks
 from system.config import Config
 from system.functions import import_function
-from system.language_model import load_tokenizer
 from system.models import locate
 from system.posterior import Exact
+from system.pretrained import load_tokenizer
 from system.reward_config import FunctionReward
 from system.text import decode
 from system.timeline import Timeline

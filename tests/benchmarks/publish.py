@@ -17,8 +17,8 @@ from deploy import ray_cluster
 from deploy.pool import RaySamplers
 from deploy.remote import RayLearner, wait_until_ready
 from system import config, config_file, tasks
-from system.language_model import load_tokenizer
 from system.models import locate
+from system.pretrained import load_tokenizer
 from system.requests import Requests
 from tests.benchmarks.figures import Figure, report
 

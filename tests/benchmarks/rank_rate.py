@@ -14,8 +14,8 @@ import numpy as np
 from deploy import ray_cluster
 from deploy.remote import RayLearner, wait_until_ready
 from system import config_file, tasks
-from system.language_model import load_tokenizer
 from system.models import locate
+from system.pretrained import load_tokenizer
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt
 from tests.benchmarks.figures import Figure, in_turns, ratio, report, seconds

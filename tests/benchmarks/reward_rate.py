@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from actors.rewards import Posterior
+from actors.posterior_reward import Posterior
 from system.config import Model
-from system.language_model import LanguageModel, load_pretrained
+from system.language_model import LanguageModel
 from system.models import locate
+from system.pretrained import load_pretrained
 from system.trajectory import Behaviour, Prompt, Trajectory
 from tests.benchmarks.figures import Figure, in_turns, ratio, report, seconds
 
@@ -54,10 +55,10 @@ def measure(model: PreTrainedModel, prompt_tokens: int, repeats: int, against: l
     trajectories = [Trajectory(s, np.ones(T, bool), np.zeros(T + 1, np.float32), "sampled", Behaviour()) for s in samples]
 
     def packed() -> np.ndarray:
-        return np.stack(reward.score(prompt, trajectories))
+        return np.stack(reward.log_rewards(prompt, trajectories))
 
     def rows() -> np.ndarray:
-        return np.stack(with_rows.score(prompt, trajectories))
+        return np.stack(with_rows.log_rewards(prompt, trajectories))
 
     @torch.no_grad()
     def passes() -> np.ndarray:

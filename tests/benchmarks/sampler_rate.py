@@ -23,6 +23,7 @@ from system.adapters import Adapter, BaseWeights
 from system.config import Model
 from system.constraints import Constraints
 from system.models import locate
+from system.scores import Scores
 from system.trajectory import Behaviour, Prompt, Request, Trajectory
 from tests.benchmarks.figures import Figure, in_turns, ratio, report
 from tests.benchmarks.worker import Worker
@@ -73,8 +74,8 @@ def random_adapter(base: BaseWeights, name: str, rng: np.random.Generator) -> Ad
 class Nothing:
     tokens_forwarded = progress = 0
 
-    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
-        return [np.zeros(len(trajectory) + 1) for trajectory in trajectories_K]
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Scores:
+        return Scores([np.zeros(len(trajectory) + 1) for trajectory in trajectories_K])
 
 
 class Ours:

@@ -15,8 +15,8 @@ import numpy as np
 
 from learner.learner import Learner
 from system import config_file, tasks
-from system.language_model import load_tokenizer
 from system.models import locate
+from system.pretrained import load_tokenizer
 from tests.benchmarks.figures import Figure, in_turns, ratio, report, seconds
 from tests.benchmarks.plain import plain
 from tests.benchmarks.runs import ALL_LAYERS

@@ -21,8 +21,8 @@ from learner.baselines import Baseline
 from learner.learner import Learner
 from learner.losses import States
 from system import config_file, tasks
-from system.language_model import load_tokenizer
 from system.models import locate
+from system.pretrained import load_tokenizer
 from system.tasks.problem import Problem
 from system.trajectory import Behaviour, Group, Prompt, Trajectory
 from tests.benchmarks.figures import Figure, in_turns, ratio, report, seconds

@@ -1,0 +1,106 @@
+"""log R by the frozen model: its posterior, and what evidence says among its alternatives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from system.language_model import LanguageModel
+from system.prefix_tree import Packed, PrefixTree, rows_by_budget
+from system.scores import Scores
+from system.trajectory import Prompt, Trajectory
+
+
+class Posterior:
+    """log p(Z stop | X), plus log p(Y | X Z stop) where the prompt has evidence Y, under the frozen model.
+
+    One packed pass: each distinct prefix once, and a branch with the stop and Y after each of them, in place of T + 1
+    passes. A group that does not fit the token budget is several rows, which go on from one reading of X where the model
+    can. `tokens_forwarded` counts what that costs.
+    """
+
+    def __init__(self, model: LanguageModel, stop: Sequence[int], token_budget: int = 1024, every_prefix: bool = True) -> None:
+        """Without `every_prefix`, log R is known where a trajectory of the group ends, and NaN elsewhere."""
+        self.model = model
+        self.every_prefix = every_prefix
+        self.stop = tuple(stop)
+        self.token_budget = token_budget
+        self.tokens_forwarded = 0
+
+    @property
+    def progress(self) -> int:
+        return self.tokens_forwarded
+
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Scores:
+        return Scores(self.log_rewards(prompt, trajectories_K))
+
+    def log_rewards(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> list[np.ndarray]:
+        """K arrays float64 [T + 1], nats; every sample has one."""
+        suffix = self.stop + tuple(prompt.evidence_tokens or ())
+        read, context = prompt.reward_tokens, None
+        parts = self._parts(len(read), trajectories_K, suffix)
+        if len(parts) > 1 and len(read) > 1 and (context := self.model.read(read[:-1])) is not None:
+            self.tokens_forwarded += context.length
+            read = read[-1:]
+            parts = self._parts(len(read), trajectories_K, suffix)
+        pieces = [Packed.of(tree, read, suffix, self._branches(tree, suffix)) for tree, _ in parts]
+        result: list[np.ndarray] = [np.zeros(0)] * len(trajectories_K)
+        for row in rows_by_budget([len(piece) for piece in pieces], self.token_budget):
+            self.tokens_forwarded += sum(len(pieces[index]) for index in row)
+            for index, (edge_N, suffix_N) in zip(row, self.model.score([pieces[index] for index in row], context), strict=True):
+                tree, members = parts[index]
+                for k, nodes_T in zip(members, tree.nodes_K, strict=True):
+                    result[k] = np.cumsum(edge_N[nodes_T]) + (suffix_N[nodes_T] if suffix else 0.0)
+        return result
+
+    def _branches(self, tree: PrefixTree, suffix: tuple[int, ...]) -> np.ndarray | None:
+        return None if self.every_prefix or not suffix else tree.is_end_N
+
+    def _parts(
+        self, before: int, trajectories_K: Sequence[Trajectory], suffix: tuple[int, ...]
+    ) -> list[tuple[PrefixTree, list[int]]]:
+        """The group as one tree, or as several with neighbouring samples where one would not fit the token budget with the
+        `before` tokens that it begins with. Rows that each begin with a long prompt hold as many tokens of samples at least:
+        it would be read for nearly every sample."""
+        order = sorted(range(len(trajectories_K)), key=lambda k: trajectories_K[k].tokens_T.tolist())
+        tree = PrefixTree.of([trajectories_K[k] for k in order])
+        branches = len(tree) if self.every_prefix else len(order)
+        tokens = before + len(tree) + branches * max(0, len(suffix) - 1)
+        if tokens <= max(self.token_budget, 2 * before) or len(order) == 1:
+            return [(tree, order)]
+        half = len(order) // 2
+        parts = []
+        for members in (order[:half], order[half:]):
+            for subtree, inner in self._parts(before, [trajectories_K[k] for k in members], suffix):
+                parts.append((subtree, [members[k] for k in inner]))
+        return parts
+
+
+class Contrast:
+    """power * log of how much of p(Y' | X Z stop), over all evidences Y' that a prompt may have, is the prompt's own Y's."""
+
+    def __init__(self, posterior: Posterior, evidences: Mapping[str, Sequence[tuple[int, ...]]], power: float = 1.0) -> None:
+        """`evidences` has, by a prompt's id, its own and those of the other labels."""
+        self.posterior, self.evidences, self.power = posterior, evidences, power
+
+    @property
+    def tokens_forwarded(self) -> int:
+        return self.posterior.tokens_forwarded
+
+    @property
+    def progress(self) -> int:
+        return self.posterior.progress
+
+    def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Scores:
+        others = [evidence for evidence in self.evidences[prompt.id] if evidence != prompt.evidence_tokens]
+        prompts = [prompt, *(replace(prompt, evidence_tokens=evidence) for evidence in others)]
+        # p(Z stop | X) is in each of them and cancels.
+        log_joint_EK = [self.posterior.log_rewards(one, trajectories_K) for one in prompts]
+        return Scores(
+            [
+                self.power * (own_T - np.logaddexp.reduce((own_T, *others_ET)))
+                for own_T, *others_ET in zip(*log_joint_EK, strict=True)
+            ]
+        )
