@@ -142,7 +142,7 @@ class Job:
             sampler, longest = config.sampler, problem.constraints.max_tokens
             requests = Requests(problem.trained, sampler.samples_per_prompt, sampler.exploration, config.seed, longest)
             learner = RayLearner(config, problem)
-            samplers = RaySamplers(config, problem, lambda: learner.node)
+            samplers = RaySamplers(config, problem, lambda: learner.nodes)
             ending.callback(samplers.close)
             learner.room = samplers.room
             ray_metrics = RayMetrics(run_dir.name)

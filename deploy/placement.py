@@ -12,6 +12,8 @@ ROUNDING = 1e-6
 
 
 class Resources(NamedTuple):
+    """What an actor needs, of one GPU at most, or a node has in all."""
+
     cpus: float
     gpus: float
 
@@ -19,7 +21,45 @@ class Resources(NamedTuple):
         return f"{self.cpus:g} cpus" + (f" and {self.gpus:g} gpus" if self.gpus else "")
 
 
-def check(config: Config, nodes_N: Sequence[Resources], samplers: int | None = None) -> None:
+class Node(NamedTuple):
+    """What a node has free: of each of its GPUs the share, since a fraction of a GPU is of one."""
+
+    cpus: float
+    gpus: tuple[float, ...]
+
+    @classmethod
+    def of(cls, cpus: float, gpus: float) -> Node:
+        """Where the free shares are known by their sum alone, they are of as few GPUs as may be."""
+        rest = gpus % 1
+        return cls(cpus, (1.0,) * int(gpus) + ((rest,) if rest > ROUNDING else ()))
+
+    @property
+    def all(self) -> Resources:
+        return Resources(self.cpus, sum(self.gpus))
+
+    def copies(self, each: Resources) -> int:
+        """How many times `each` fits; a very large number where it needs nothing."""
+        fitting = []
+        if each.cpus > 0:
+            fitting.append(_times(self.cpus, each.cpus))
+        if each.gpus > 0:
+            fitting.append(sum(_times(share, each.gpus) for share in self.gpus))
+        return min(fitting, default=1 << 30)
+
+    def without(self, each: Resources) -> Node:
+        """With `each` placed, which fits: a share of a GPU on the one that it fits most closely."""
+        shares = sorted(self.gpus)
+        if each.gpus > 0:
+            at = next(at for at, share in enumerate(shares) if share > each.gpus - ROUNDING)
+            shares[at] -= each.gpus
+        return Node(self.cpus - each.cpus, tuple(shares))
+
+
+def _times(have: float, need: float) -> int:
+    return int((have + ROUNDING) // need)
+
+
+def check(config: Config, nodes_N: Sequence[Node], samplers: int | None = None) -> None:
     """Raises ConfigError if the learner and `samplers` (by default the fewest that the run starts with) do not fit these nodes,
     even if nothing else ran there."""
     learner, sampler = _learner(config), _sampler(config)
@@ -27,26 +67,28 @@ def check(config: Config, nodes_N: Sequence[Resources], samplers: int | None = N
     field = f"actors.{'count' if config.actors.min is None else 'min'}={config.actors.fewest}"
     for kind in Resources._fields:
         own, each = getattr(learner, kind), getattr(sampler, kind)
-        needed, have = config.learner.ranks * own + fewest * each, sum(getattr(node, kind) for node in nodes_N)
+        needed, have = config.learner.ranks * own + fewest * each, sum(getattr(node.all, kind) for node in nodes_N)
         if needed > have + ROUNDING:
             times = f"{config.learner.ranks} x " if config.learner.ranks > 1 else ""
             raise ConfigError(
                 f"{field}: {times}learner.{kind}={own:g} and {fewest} x actors.{kind}={each:g} need {needed:g} {kind}, but the "
                 f"cluster has {have:g}; lower one of these, or set cluster.wait_seconds where nodes are to join"
             )
-    left_N = beside_learner(config, nodes_N)
-    if left_N is None or sum(copies(node, sampler) for node in left_N) < fewest:
-        shown = "; ".join(map(str, nodes_N[:8])) + (f"; and {len(nodes_N) - 8} more" if len(nodes_N) > 8 else "")
+    homes = learner_homes(config, nodes_N)
+    if len(homes) < config.learner.ranks or samplers_beside(config, nodes_N, homes) < fewest:
+        shown = "; ".join(str(node.all) for node in nodes_N[:8])
+        shown += f"; and {len(nodes_N) - 8} more" if len(nodes_N) > 8 else ""
         ranks = "the learner" if config.learner.ranks == 1 else f"each of the learner's {config.learner.ranks} ranks"
         raise ConfigError(
-            f"{field}: an actor needs a node that holds all of it: {ranks} {learner}, each of {fewest} samplers {sampler}, "
-            f"and the nodes have: {shown}; lower what each needs, or set cluster.wait_seconds where nodes are to join"
+            f"{field}: an actor needs a node that holds all of it, a fraction of a GPU is of one: {ranks} {learner}, "
+            f"each of {fewest} samplers {sampler}, and the nodes have: {shown}; lower what each needs, or set "
+            "cluster.wait_seconds where nodes are to join"
         )
 
 
-def idle_gpus(config: Config, nodes_N: Sequence[Resources]) -> list[str]:
+def idle_gpus(config: Config, nodes_N: Sequence[Node]) -> list[str]:
     """What is hardly meant on nodes with GPUs: that nothing reserves one of them."""
-    have = sum(node.gpus for node in nodes_N)
+    have = sum(node.all.gpus for node in nodes_N)
     unused = [field for field in ("learner", "actors") if not getattr(config, field).gpus]
     return [
         f"{field}.gpus=0, but the nodes have {have:g} GPUs: none is reserved for it, so that it shares one with others or has "
@@ -55,32 +97,30 @@ def idle_gpus(config: Config, nodes_N: Sequence[Resources]) -> list[str]:
     ]  # fmt: skip
 
 
-def beside_learner(config: Config, nodes_N: Sequence[Resources]) -> list[Resources] | None:
-    """What is left of the nodes with all ranks of the learner placed, one after the other; None where one fits no node."""
-    left_N = list(nodes_N)
+def learner_homes(config: Config, nodes_N: Sequence[Node]) -> list[int]:
+    """For each rank of the learner the index of the node where it costs the fewest samplers, one after the other; fewer than
+    there are ranks where the next one fits no node."""
+    homes: list[int] = []
     for _ in range(config.learner.ranks):
-        home = learner_home(config, left_N)
-        if home is None:
-            return None
-        left_N[home] = _without_rank(config, left_N[home])
+        left_N = beside_learner(config, nodes_N, homes)
+        fitting = [index for index, node in enumerate(left_N) if node.copies(_learner(config))]
+        if not fitting:
+            break
+        homes.append(max(fitting, key=lambda index: samplers_beside(config, nodes_N, [*homes, index])))
+    return homes
+
+
+def beside_learner(config: Config, nodes_N: Sequence[Node], homes: Sequence[int]) -> list[Node]:
+    """What is left of these nodes with a rank of the learner on each of `homes`."""
+    left_N = list(nodes_N)
+    for home in homes:
+        left_N[home] = left_N[home].without(_learner(config))
     return left_N
 
 
-def learner_home(config: Config, nodes_N: Sequence[Resources]) -> int | None:
-    """Index of the node where a rank of the learner costs the fewest samplers; None where it fits no node."""
-    fitting = [index for index, node in enumerate(nodes_N) if copies(node, _learner(config))]
-    return max(fitting, key=lambda index: samplers_beside(config, nodes_N, index), default=None)
-
-
-def samplers_beside(config: Config, nodes_N: Sequence[Resources], home: int) -> int:
-    """How many samplers these nodes hold, with a rank of the learner on node `home`."""
-    left_N = list(nodes_N)
-    left_N[home] = _without_rank(config, nodes_N[home])
-    return sum(copies(node, _sampler(config)) for node in left_N)
-
-
-def _without_rank(config: Config, node: Resources) -> Resources:
-    return Resources(node.cpus - config.learner.cpus, node.gpus - config.learner.gpus)
+def samplers_beside(config: Config, nodes_N: Sequence[Node], homes: Sequence[int]) -> int:
+    """How many samplers these nodes hold, with a rank of the learner on each of `homes`."""
+    return sum(node.copies(_sampler(config)) for node in beside_learner(config, nodes_N, homes))
 
 
 def _learner(config: Config) -> Resources:
@@ -89,8 +129,3 @@ def _learner(config: Config) -> Resources:
 
 def _sampler(config: Config) -> Resources:
     return Resources(config.actors.cpus, config.actors.gpus)
-
-
-def copies(node: Resources, each: Resources) -> int:
-    """How many times `each` fits `node`; a very large number where it needs nothing."""
-    return min([int((have + ROUNDING) // need) for have, need in zip(node, each, strict=True) if need > 0], default=1 << 30)

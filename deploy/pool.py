@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -105,12 +105,12 @@ class RaySamplers:
         self,
         config: Config,
         problem: Problem,
-        learner_node: Callable[[], str | None] = lambda: None,
+        learner_nodes: Callable[[], Collection[str]] = lambda: (),
         actor: type[BuiltActor] = SamplerActor,
     ) -> None:
-        """Samplers keep off `learner_node` where they can. `actor` is the class of the actors, which tests change."""
+        """Samplers keep off `learner_nodes` where they can. `actor` is the class of the actors, which tests change."""
         self.config = config
-        self._class, self._problem, self._learner_node = actor, ray.put(problem), learner_node
+        self._class, self._problem, self._learner_nodes = actor, ray.put(problem), learner_nodes
         self._names = (f"sampler-{number}" for number in itertools.count())
         self._members: dict[str, _Member] = {}
         self._waiting: deque[_Call] = deque()
@@ -267,7 +267,7 @@ class RaySamplers:
             max_concurrency=self._threads,
             scheduling_strategy="SPREAD",
             runtime_env={"env_vars": ONE_ARENA | engine_environment(actors.threads, gpu=actors.gpus > 0)},
-            **ray_cluster.preferring(self._learner_node(), avoid=True),
+            **ray_cluster.off(self._learner_nodes()),
         ).remote(self.config, self._problem)
         member = _Member(name, actor, actor.ready.remote(), time.monotonic())
         self._members[name] = member

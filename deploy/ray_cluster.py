@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ray._private.state import available_resources_per_node
 from ray.exceptions import RayError
 
 from deploy import placement
-from deploy.placement import Resources
+from deploy.placement import Node, Resources
 from system.config import Config, ConfigError
 
 logger = logging.getLogger("headwater")
@@ -121,10 +121,14 @@ def disconnect() -> None:
         ray.shutdown()
 
 
-def nodes() -> dict[str, Resources]:
+def nodes() -> dict[str, Node]:
     """What each living node has in all, by its id."""
     alive = [node for node in ray.nodes() if node["Alive"]]
-    return {node["NodeID"]: Resources(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in alive}
+    return {node["NodeID"]: _node(node["Resources"]) for node in alive}
+
+
+def _node(resources: Mapping[str, float]) -> Node:
+    return Node.of(resources.get("CPU", 0.0), resources.get("GPU", 0.0))
 
 
 def check(config: Config, waited: float, samplers: int | None = None) -> None:
@@ -134,27 +138,34 @@ def check(config: Config, waited: float, samplers: int | None = None) -> None:
         placement.check(config, list(nodes().values()), samplers)
 
 
-def learner_node(config: Config) -> str | None:
-    """The node where the learner takes the least room from samplers; None where none can hold it."""
+def learner_nodes(config: Config) -> list[str]:
+    """For each rank of the learner the node where it takes the least room from samplers; fewer than there are ranks where no
+    node can hold the next one."""
     present = nodes()
-    home = placement.learner_home(config, list(present.values()))
-    return None if home is None else list(present)[home]
+    return [list(present)[home] for home in placement.learner_homes(config, list(present.values()))]
 
 
 def has_room(each: Resources, copies: int = 1) -> bool:
     """Nodes have `copies` times `each` free. Ray hears of what becomes free a moment later."""
-    free = [Resources(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in available_resources_per_node().values()]
-    return sum(placement.copies(node, each) for node in free) >= copies
+    return sum(_node(free).copies(each) for free in available_resources_per_node().values()) >= copies
 
 
 def could_have_room(each: Resources, copies: int) -> bool:
     """Nodes have `copies` times `each` in all."""
-    return sum(placement.copies(node, each) for node in nodes().values()) >= copies
+    return sum(node.copies(each) for node in nodes().values()) >= copies
 
 
-def preferring(node: str | None, *, avoid: bool = False) -> dict[str, Any]:
-    """Options of an actor that is placed on `node`, or with `avoid` on any other; elsewhere if there is no room there."""
-    if node is None or len(nodes()) < 2:
+def on(node: str) -> dict[str, Any]:
+    """Options of an actor that is placed on `node`, or elsewhere if there is no room there."""
+    return _preferring(node)
+
+
+def off(avoided: Collection[str]) -> dict[str, Any]:
+    """Options of an actor that is placed on another node than these, or on one of them if there is no room elsewhere."""
+    return _preferring(f"!in({','.join(sorted(set(avoided)))})") if avoided else {}
+
+
+def _preferring(selected: str) -> dict[str, Any]:
+    if len(nodes()) < 2:
         return {}
-    selector = {NODE_ID: f"!{node}" if avoid else node}
-    return {"label_selector": selector, "fallback_strategy": [{"label_selector": {}}]}
+    return {"label_selector": {NODE_ID: selected}, "fallback_strategy": [{"label_selector": {}}]}

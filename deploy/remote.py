@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
 """Between two looks at the cluster while actors are not placed."""
+TELL_SECONDS = 60.0
+"""Between two warnings that some still wait: for their turn on a cluster that others use, say."""
 
 
 class Handle(Protocol):
@@ -79,16 +81,16 @@ class RayLearner:
         if learner.ranks > 1 and not learner.gpus:
             # All would see the same GPU, which NCCL refuses.
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        self.node = ray_cluster.learner_node(self.config)
-        """Where it is placed, if there is room; samplers go elsewhere where they can."""
+        self.nodes = ray_cluster.learner_nodes(self.config)
+        """Where the ranks are placed, if there is room; samplers go elsewhere where they can."""
         base: Any = ray.remote(self._class)
-        remote = base.options(
-            num_cpus=learner.cpus,
-            num_gpus=learner.gpus,
-            runtime_env={"env_vars": environment},
-            **ray_cluster.preferring(self.node),
-        )
-        self.actors: list[Any] = [remote.remote(rank, learner.ranks) for rank in range(learner.ranks)]
+        preferred = [ray_cluster.on(node) for node in self.nodes]
+        # The others take what they find, once there is room.
+        preferred += [{}] * (learner.ranks - len(preferred))
+        self.actors: list[Any] = []
+        for rank, where in enumerate(preferred):
+            remote = base.options(num_cpus=learner.cpus, num_gpus=learner.gpus, runtime_env={"env_vars": environment}, **where)
+            self.actors.append(remote.remote(rank, learner.ranks))
         self._forwarding = self.actors if learner.shard_base else self.actors[:1]
         meeting = self.actors[0].open_meeting.remote() if learner.ranks > 1 else None
         building = _on(self.actors, "build", self.config, self._problem, meeting)
@@ -196,6 +198,7 @@ def wait_until_ready(*handles: Handle, samplers: int | None = None) -> None:
         Exception: what building an actor's part raised.
     """
     config, began, lost, waves = handles[0].config, time.monotonic(), set(), 0
+    tell_after = TELL_SECONDS
     while True:
         owners = {reference: handle for handle in handles for reference in handle.ready()}
         done, missing = ray.wait(list(owners), num_returns=len(owners), timeout=LOOK_SECONDS)
@@ -219,12 +222,17 @@ def wait_until_ready(*handles: Handle, samplers: int | None = None) -> None:
             return
         waited = time.monotonic() - began
         ray_cluster.check(config, waited, samplers)
+        there = f"the cluster has {_shown(ray.cluster_resources())}, of which {_shown(ray.available_resources())} is free"
         if missing and waited > config.actors.start_seconds:
             raise ConfigError(
                 f"{len(missing)} of {len(owners)} actors were not placed and built within actors.start_seconds="
-                f"{config.actors.start_seconds:g}; the cluster has {_shown(ray.cluster_resources())}, of which "
-                f"{_shown(ray.available_resources())} is free"
+                f"{config.actors.start_seconds:g}; {there}"
             )
+        if missing and waited > tell_after:
+            logger.warning(
+                "%d of %d actors are not placed and built after %.0f s; %s", len(missing), len(owners), waited, there
+            )
+            tell_after += TELL_SECONDS
         if lost.issuperset(missing):
             time.sleep(LOOK_SECONDS)  # until their successors are started
 

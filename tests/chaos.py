@@ -99,7 +99,7 @@ class Crew:
 
     def __init__(self, config: Config, problem: Any, cluster: Cluster | None) -> None:
         self.learner = Learner(config, problem)
-        self.samplers = Pool(config, problem, lambda: self.learner.node)
+        self.samplers = Pool(config, problem, lambda: self.learner.nodes)
         self.learner.room = self.samplers.room
         self.cluster = cluster
         wait_until_ready(self.learner, self.samplers)

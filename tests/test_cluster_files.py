@@ -21,7 +21,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 
 from deploy import placement
-from deploy.placement import Resources
+from deploy.placement import Node
 from system import config_file
 from system.config import ConfigError
 
@@ -171,14 +171,14 @@ def test_the_entrypoint_of_the_ray_job_is_a_config_that_fits_its_pods() -> None:
     assert cluster["rayVersion"] == ray.__version__
     read = autoscaling(cluster)
     groups = read["available_node_types"]
-    head = Resources(groups.pop(read["head_node_type"])["resources"]["CPU"], 0)
-    workers = [(Resources(group["resources"]["CPU"], 0), group) for group in groups.values()]
+    head = Node.of(groups.pop(read["head_node_type"])["resources"]["CPU"], 0)
+    workers = [(Node.of(group["resources"]["CPU"], 0), group) for group in groups.values()]
     fewest = [head, *(node for node, group in workers for _ in range(group["min_workers"]))]
     most = [head, *(node for node, group in workers for _ in range(group["max_workers"]))]
     placement.check(loaded, fewest)
-    home = placement.learner_home(loaded, most)
-    assert home is not None
-    assert placement.samplers_beside(loaded, most, home) == loaded.actors.most
+    homes = placement.learner_homes(loaded, most)
+    assert len(homes) == loaded.learner.ranks
+    assert placement.samplers_beside(loaded, most, homes) == loaded.actors.most
     with pytest.raises(ConfigError):
         placement.check(loaded, fewest[:1])
 

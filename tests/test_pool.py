@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,9 @@ def config(folder: Path, actors: dict[str, Any], steps: int = 12, **cluster: Any
 
 
 def pool(
-    cfg: Config, faults: Faults, learner_node: str | None = None, actor: type[FaultySampler] = FaultySampler
+    cfg: Config, faults: Faults, learner_nodes: Sequence[str] = (), actor: type[FaultySampler] = FaultySampler
 ) -> RaySamplers:
-    samplers = RaySamplers(cfg, faults, lambda: learner_node, actor)  # type: ignore[arg-type]
+    samplers = RaySamplers(cfg, faults, lambda: learner_nodes, actor)  # type: ignore[arg-type]
     samplers.publish(0)
     return samplers
 
@@ -92,7 +92,7 @@ class TestOneNode:
         ray_cluster.disconnect()
 
     def test_a_sampler_that_hangs_over_a_request_is_replaced_and_the_group_counts_once(self, tmp_path: Path) -> None:
-        cfg = config(tmp_path, {"count": 2, "answer_seconds": 5})
+        cfg = config(tmp_path, {"count": 2, "answer_seconds": 3})
         used: list[int] = []
         samplers = pool(cfg, Faults(hangs=frozenset({4})))
         wait_until_ready(samplers)
@@ -101,7 +101,7 @@ class TestOneNode:
         assert loop.counters.deaths == 1
 
     def test_a_sampler_whose_process_is_stopped_is_killed_and_replaced(self, tmp_path: Path) -> None:
-        cfg = config(tmp_path, {"count": 2, "cpus": 2, "answer_seconds": 5}, steps=20)
+        cfg = config(tmp_path, {"count": 2, "cpus": 2, "answer_seconds": 3}, steps=20)
         used: list[int] = []
         samplers = pool(cfg, Faults())
         wait_until_ready(samplers)
@@ -160,10 +160,10 @@ class TestOneNode:
         samplers.close()
 
     def test_work_that_takes_long_is_no_hang_while_answers_come(self, tmp_path: Path) -> None:
-        cfg = config(tmp_path, {"count": 1, "answer_seconds": 4})
-        samplers = pool(cfg, Faults(seconds=2))
+        cfg = config(tmp_path, {"count": 1, "answer_seconds": 2})
+        samplers = pool(cfg, Faults(seconds=1))
         wait_until_ready(samplers)
-        futures = [samplers.sample(request(number, cfg)) for number in range(30)]  # ten at a time: the last after 6 s
+        futures = [samplers.sample(request(number, cfg)) for number in range(30)]  # ten at a time: the last after 3 s
         assert [future.result(60).group_id for future in futures] == list(range(30))
         samplers.close()
 
@@ -171,7 +171,7 @@ class TestOneNode:
         """The verdicts of a slow judge, say."""
         for gets_further in (True, False):
             cfg = config(tmp_path / str(gets_further), {"count": 1, "answer_seconds": 2})
-            samplers = pool(cfg, Faults(seconds=6, gets_further=gets_further))
+            samplers = pool(cfg, Faults(seconds=4, gets_further=gets_further))
             wait_until_ready(samplers)
             future = samplers.sample(request(0, cfg))
             if gets_further:
@@ -340,7 +340,7 @@ class TestNodes:
         actor: Any = ray.remote(FaultySampler)
         holder = actor.options(num_cpus=1).remote(cfg, Faults())
         ray.get(holder.ready.remote())
-        samplers = pool(cfg, Faults(seconds=0.5), learner_node=head)
+        samplers = pool(cfg, Faults(seconds=0.5), learner_nodes=[head])
         wait_until_ready(samplers)
         used: list[int] = []
         sizes: list[int] = []
@@ -417,21 +417,22 @@ class TestNodes:
         samplers.close()
 
     @pytest.mark.parametrize("cluster", [4], indirect=True)
-    @pytest.mark.parametrize(("count", "beside_learner"), [(2, 0), (5, 1)])
     def test_samplers_keep_off_the_node_of_the_learner_until_the_others_are_full(
-        self, count: int, beside_learner: int, cluster: Cluster, tmp_path: Path
+        self, cluster: Cluster, tmp_path: Path
     ) -> None:
         cluster.add_node(num_cpus=4)
-        cfg = config(tmp_path, {"count": count}, address=cluster.address)
-        ray_cluster.connect(cfg)
-        learner = RayLearner(cfg, Faults(), IdleLearner)  # type: ignore[arg-type]
-        samplers = pool(cfg, Faults(), learner.node)
-        wait_until_ready(learner, samplers)
-        home: str = ray.get(learner.actors[0].node.remote())
-        assert home == learner.node
-        assert len(samplers._built()) == count
-        assert self.nodes_of(samplers).count(home) == beside_learner
-        samplers.close()
+        for count, beside_learner in ((2, 0), (5, 1)):
+            cfg = config(tmp_path / str(count), {"count": count}, address=cluster.address)
+            ray_cluster.connect(cfg)
+            learner = RayLearner(cfg, Faults(), IdleLearner)  # type: ignore[arg-type]
+            samplers = pool(cfg, Faults(), learner.nodes)
+            wait_until_ready(learner, samplers)
+            home: str = ray.get(learner.actors[0].node.remote())
+            assert [home] == learner.nodes
+            assert len(samplers._built()) == count
+            assert self.nodes_of(samplers).count(home) == beside_learner
+            samplers.close()
+            ray_cluster.disconnect()
 
     def test_samplers_share_a_gpu_and_more_than_fill_it_are_refused_within_seconds(
         self, cluster: Cluster, tmp_path: Path
