@@ -97,6 +97,7 @@ class TokenDraw:
 
         no_stop_B = column((not row.may_stop for row in rows_B), torch.bool)
         epsilon_B = column((row.epsilon for row in rows_B), torch.float64)
+        # The one number says which part of the mixture draws, the other which of its tokens.
         where_B, which_B = (column((row.uniforms[i] for row in rows_B), torch.float64) for i in range(2))
         logits_BC = logits_BV[:, : self._size] if self._columns_C is None else logits_BV[:, self._columns_C]
         scaled_BC = logits_BC / column((row.temperature for row in rows_B), torch.float32)[:, None]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from actors import rewards
+from actors.engine import Engine
 from actors.sampler import Sampler
+from actors.settings import BLOCK, EngineSettings
 from system.config import Config, ConfigError
 from system.language_model import LanguageModel
 from system.learner_config import USES_PREFIX_REWARDS
@@ -17,6 +20,9 @@ from system.pretrained import load_pretrained, load_tokenizer, resolve_device
 from system.reward_config import at_ends
 from system.tasks.problem import Problem
 from system.text import decode
+
+SHORTEST_CONTEXT = 128
+"""Tokens that an engine holds at least, so that an adapter's canary fits."""
 
 
 def build_reward(
@@ -29,8 +35,30 @@ def build_reward(
         stop=problem.reward_stop,
         decode=lambda tokens: decode(tokenizer, tokens),
         token_budget=config.sampler.token_budget,
-        min_tokens=problem.constraints.min_tokens,
+        may_stop=problem.constraints.can_stop,
         evidences=problem.evidences,
+    )
+
+
+def engine_settings(config: Config, problem: Problem) -> EngineSettings:
+    section = config.sampler
+    install = section.install
+    if install == "auto":
+        install = "adapter" if torch.cuda.is_available() and section.dtype == "bfloat16" else "merged"
+    context = max(SHORTEST_CONTEXT, problem.longest_prompt + problem.constraints.longest)
+    return EngineSettings(
+        max_model_len=math.ceil(context / BLOCK) * BLOCK,
+        install=install,
+        rounding=section.rounding,
+        dtype=section.dtype,
+        max_num_seqs=section.max_num_seqs,
+        kv_cache_mb=section.kv_cache_mb,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        canary_tolerance=config.canary_tolerance,
+        canary_by_mean=config.canary_by_mean,
+        max_lora_rank=config.lora.rank,
+        threads=config.actors.threads,
+        seed=config.seed,
     )
 
 
@@ -49,11 +77,9 @@ def build_sampler(config: Config, problem: Problem, on_death: Callable[[], None]
         base = load_pretrained(folder, getattr(torch, config.sampler.reward_dtype), device)
         model = LanguageModel(base, attention=config.learner.attention)
     reward = build_reward(config, problem, tokenizer, model)
+    arguments = folder, config.model.path, problem.constraints, engine_settings(config, problem), problem.tool
     try:
-        return Sampler.build(
-            config, folder, problem.constraints, reward,
-            longest_prompt=problem.longest_prompt, tool=problem.tool, on_death=on_death,
-        )  # fmt: skip
+        return Sampler(lambda: Engine(*arguments), reward, on_death)
     except ConfigError:
         raise
     except ValueError as error:

@@ -130,9 +130,9 @@ class Decoder:
         log_q_B = log_q_BC.gather(1, column_B1)[:, 0]
         return column_B1[:, 0].cpu().numpy(), log_q_B.double().cpu().numpy()
 
-    def resample(self, log_weight_N: np.ndarray, samples: int) -> np.ndarray:
+    def resample(self, log_weight_P: np.ndarray, samples: int) -> np.ndarray:
         """Indices int64 [samples], systematic: each as often as its share of the weights, rounded up or down."""
-        weights = np.exp(log_weight_N - log_weight_N.max())
+        weights = np.exp(log_weight_P - log_weight_P.max())
         offset = torch.rand(1, generator=self.generator, device=self.policy.device).item()
         at = (np.arange(samples) + offset) / samples
         return np.minimum(np.searchsorted(np.cumsum(weights) / weights.sum(), at), len(weights) - 1)
@@ -229,17 +229,17 @@ def _beams(decoder: Decoder, prompt: Prompt, width_G: Sequence[int]) -> list[Tok
 def best_of_n(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
     """Each sample is the one with the highest reward of `oversample` draws of its own."""
     n = decoder.settings.oversample
-    tokens_N, _ = _sample(decoder, prompt, samples * n)
-    best_K = decoder.log_target(prompt, tokens_N).reshape(samples, n).argmax(1)
-    return [tokens_N[k * n + best] for k, best in enumerate(best_K)], None, None
+    tokens_P, _ = _sample(decoder, prompt, samples * n)
+    best_K = decoder.log_target(prompt, tokens_P).reshape(samples, n).argmax(1)
+    return [tokens_P[k * n + best] for k, best in enumerate(best_K)], None, None
 
 
 def sir(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
     """Sampling importance resampling: K of n draws of the policy, with weights R^(1/T) / q."""
-    tokens_N, log_q_N = _sample(decoder, prompt, samples * decoder.settings.oversample)
-    log_weight_N = decoder.log_target(prompt, tokens_N) - log_q_N
-    chosen = decoder.resample(log_weight_N, samples)
-    return [tokens_N[n] for n in chosen], None, log_mean_exp(log_weight_N)
+    tokens_P, log_q_P = _sample(decoder, prompt, samples * decoder.settings.oversample)
+    log_weight_P = decoder.log_target(prompt, tokens_P) - log_q_P
+    chosen = decoder.resample(log_weight_P, samples)
+    return [tokens_P[n] for n in chosen], None, log_mean_exp(log_weight_P)
 
 
 def smc(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
@@ -252,36 +252,36 @@ def smc(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
     constraints = decoder.constraints
     rows = decoder.policy.start(prompt.policy_tokens)
     rows.select(np.zeros(count, np.int64))
-    tokens_N: list[Tokens] = [()] * count
-    live_N = np.ones(count, bool)
-    log_q_N, log_target_N, log_weight_N, log_z = np.zeros(count), np.zeros(count), np.zeros(count), 0.0
+    tokens_P: list[Tokens] = [()] * count
+    live_P = np.ones(count, bool)
+    log_q_P, log_target_P, log_weight_P, log_z = np.zeros(count), np.zeros(count), np.zeros(count), 0.0
     # Of a prefix without a reward nothing can come: in the difference to the next target all that it weighed would be lost.
-    dead_N = np.zeros(count, bool)
-    row_N, column_N = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    while live_N.any():
-        at_B = np.flatnonzero(live_N)
-        row_N[at_B] = np.arange(len(at_B))
-        column_N[at_B], log_q_B = decoder.columns(rows.log_q_BC)
-        log_q_N[at_B] += log_q_B
-        live_N[at_B] = column_N[at_B] != constraints.stop_column
-        for n in np.flatnonzero(live_N):
-            tokens_N[n] = (*tokens_N[n], int(constraints.columns[column_N[n]]))
-        log_target_B = _targets(decoder, prompt, [tokens_N[n] for n in at_B], log_q_N[at_B], ~live_N[at_B])
-        log_weight_N[at_B] += log_target_B - log_target_N[at_B] - log_q_B
-        log_target_N[at_B] = log_target_B
-        dead_N |= log_target_N * decoder.reward_temperature <= NOTHING / 2
-        log_weight_N[dead_N] = NOTHING
-        weight_N = np.exp(log_weight_N - log_weight_N.max())
-        if weight_N.sum() ** 2 < np.square(weight_N).sum() * count / 2:
-            log_z += log_mean_exp(log_weight_N)
-            chosen = decoder.resample(log_weight_N, count)
-            log_weight_N = np.zeros(count)
-            tokens_N = [tokens_N[n] for n in chosen]
-            live_N, dead_N, log_q_N, log_target_N = live_N[chosen], dead_N[chosen], log_q_N[chosen], log_target_N[chosen]
-            row_N, column_N = row_N[chosen], column_N[chosen]
-        rows.advance(row_N[live_N], column_N[live_N])
-    log_z += log_mean_exp(log_weight_N)
-    return [tokens_N[n] for n in decoder.resample(log_weight_N, samples)], None, log_z
+    dead_P = np.zeros(count, bool)
+    row_P, column_P = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    while live_P.any():
+        at_B = np.flatnonzero(live_P)
+        row_P[at_B] = np.arange(len(at_B))
+        column_P[at_B], log_q_B = decoder.columns(rows.log_q_BC)
+        log_q_P[at_B] += log_q_B
+        live_P[at_B] = column_P[at_B] != constraints.stop_column
+        for n in np.flatnonzero(live_P):
+            tokens_P[n] = (*tokens_P[n], int(constraints.columns[column_P[n]]))
+        log_target_B = _targets(decoder, prompt, [tokens_P[n] for n in at_B], log_q_P[at_B], ~live_P[at_B])
+        log_weight_P[at_B] += log_target_B - log_target_P[at_B] - log_q_B
+        log_target_P[at_B] = log_target_B
+        dead_P |= log_target_P * decoder.reward_temperature <= NOTHING / 2
+        log_weight_P[dead_P] = NOTHING
+        weight_P = np.exp(log_weight_P - log_weight_P.max())
+        if weight_P.sum() ** 2 < np.square(weight_P).sum() * count / 2:
+            log_z += log_mean_exp(log_weight_P)
+            chosen = decoder.resample(log_weight_P, count)
+            log_weight_P = np.zeros(count)
+            tokens_P = [tokens_P[n] for n in chosen]
+            live_P, dead_P, log_q_P, log_target_P = live_P[chosen], dead_P[chosen], log_q_P[chosen], log_target_P[chosen]
+            row_P, column_P = row_P[chosen], column_P[chosen]
+        rows.advance(row_P[live_P], column_P[live_P])
+    log_z += log_mean_exp(log_weight_P)
+    return [tokens_P[n] for n in decoder.resample(log_weight_P, samples)], None, log_z
 
 
 def _targets(

@@ -68,7 +68,6 @@ class Engine:
         self.prompt_tokens = 0
         self._base = BaseWeights(folder)
         self._lora: Any = None
-        self._lora_folder: tempfile.TemporaryDirectory[str] | None = None
         self._serial = itertools.count(1)
         self._groups: dict[int, _Group] = {}
         self._drawn: dict[str, list[tuple[int, float]]] = {}
@@ -101,6 +100,11 @@ class Engine:
     def busy(self) -> bool:
         """Groups are being drawn."""
         return bool(self._groups)
+
+    @property
+    def progress(self) -> int:
+        """Grows with every token, those of samples that are not complete among them. For any thread."""
+        return self.prompt_tokens + self.tokens + sum(map(len, list(self._drawn.values())))
 
     def check(self, request: Request) -> None:
         """Raises ValueError for a request that this engine cannot draw."""
@@ -237,18 +241,18 @@ class Engine:
         from vllm.lora.request import LoRARequest
 
         number = next(self._serial)
-        folder = tempfile.TemporaryDirectory(prefix="headwater-adapter-")
-        path = adapter.materialise(Path(folder.name) / "adapter")
-        lora = LoRARequest(f"version-{adapter.version}-{number}", number, str(path))
-        stale = lora, folder
-        try:
+        # Read here, and never again: the engine keeps this version and the one before. A killed process leaves no files.
+        with tempfile.TemporaryDirectory(prefix="headwater-adapter-") as folder:
+            path = adapter.materialise(Path(folder) / "adapter")
+            lora = LoRARequest(f"version-{adapter.version}-{number}", number, str(path))
             self._engine.add_lora(lora)
+        stale = lora
+        try:
             error = self._canary(adapter, lora)
-            stale, self._lora, self._lora_folder = (self._lora, self._lora_folder), lora, folder
+            stale, self._lora = self._lora, lora
         finally:
-            if stale[0] is not None and stale[1] is not None:
-                self._engine.remove_lora(stale[0].lora_int_id)
-                stale[1].cleanup()
+            if stale is not None:
+                self._engine.remove_lora(stale.lora_int_id)
         self._forget_prefixes()
         return error
 
@@ -296,8 +300,6 @@ class Engine:
         self._engine.engine_core.shutdown()
         # The merging has the model's modules, and the base its weights.
         del self._llm, self._engine, self._merging, self._base
-        if self._lora_folder is not None:
-            self._lora_folder.cleanup()
         cleanup_dist_env_and_memory()
 
 

@@ -23,19 +23,20 @@ class Function:
         decode: Callable[[list[int]], str],
         beta: float = 1.0,
         every_prefix: bool = False,
-        min_tokens: int = 0,
+        may_stop: Callable[[Sequence[int], int], bool] = lambda tokens, actions: True,
         *,
         batch: bool = False,
         concurrency: int = 1,
     ) -> None:
-        """`min_tokens` is the fewest actions after which a sample can stop. With `batch` the function takes lists of texts and
-        of their tokens, and returns one of numbers. It is called for `concurrency` prefixes at a time."""
+        """`may_stop` says whether a sample can stop after these tokens, of which so many are actions. With `batch` the function
+        takes lists of texts and of their tokens, and returns one of numbers. It is called for `concurrency` prefixes at a
+        time."""
         self.tokens_forwarded = self.progress = 0
         self.function = function
         self.decode = decode
         self.beta = beta
         self.every_prefix = every_prefix
-        self.min_tokens = min_tokens
+        self.may_stop = may_stop
         self.batch = batch
         self._callers = ThreadPoolExecutor(concurrency, thread_name_prefix="function") if concurrency > 1 else None
 
@@ -69,8 +70,10 @@ class Function:
 
     def _called_at(self, trajectory: Trajectory) -> list[int]:
         """Lengths of the prefixes that are scored. A text that cannot be drawn is nothing that the function has to know."""
-        inside_T = trajectory.is_action_T & (np.cumsum(trajectory.is_action_T) > self.min_tokens)
-        return [*(np.flatnonzero(inside_T).tolist() if self.every_prefix else ()), len(trajectory)]
+        tokens, is_action_T = trajectory.tokens_T.tolist(), trajectory.is_action_T
+        before_T = np.cumsum(is_action_T) - is_action_T
+        inside = np.flatnonzero(is_action_T).tolist() if self.every_prefix else []
+        return [*(t for t in inside if self.may_stop(tokens[:t], int(before_T[t]))), len(trajectory)]
 
     def _call(self, prompt: Prompt, tokens: list[int]) -> float | str:
         """log R, or what is wrong."""

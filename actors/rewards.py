@@ -133,12 +133,13 @@ def build(
     stop: Sequence[int],
     decode: Callable[[list[int]], str],
     token_budget: int,
-    min_tokens: int = 0,
+    may_stop: Callable[[Sequence[int], int], bool] = lambda tokens, actions: True,
     evidences: Mapping[str, Sequence[tuple[int, ...]]] | None = None,
 ) -> Reward:
     """The reward of a config section `task.reward`; `model` may be None where `needs_language_model` says so.
 
-    `min_tokens` is the fewest actions after which a sample can stop, `evidences` what a contrast is over, by a prompt's id.
+    `may_stop` says whether a sample can stop after these tokens, of which so many are actions; `evidences` are what a contrast
+    is over, by a prompt's id.
 
     Raises:
         ConfigError: a function cannot be imported.
@@ -148,7 +149,7 @@ def build(
         if isinstance(factor, FunctionReward):
             function = _function(factor, f"{field}.path")
             how: dict[str, Any] = {"batch": factor.batch, "concurrency": factor.concurrency}
-            return Function(function, decode, factor.beta, factor.every_prefix, min_tokens, **how)
+            return Function(function, decode, factor.beta, factor.every_prefix, may_stop, **how)
         if model is None:
             raise ValueError(f"a reward of kind {factor.kind} needs the frozen model")
         posterior = Posterior(model, stop, token_budget, factor.every_prefix)

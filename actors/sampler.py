@@ -14,27 +14,19 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.engine import Engine
-from actors.settings import BLOCK, EngineSettings
 from system.adapters import Adapter, AdapterError
-from system.config import Config
-from system.constraints import Constraints
 from system.run_error import RunError
 from system.scores import Scores
 from system.timeline import Timeline
-from system.tools import Tool
 from system.trajectory import Group, Prompt, Request, Trajectory
 
 if TYPE_CHECKING:
+    from actors.engine import Engine
     from actors.rewards import Reward
 
 logger = logging.getLogger(__name__)
-
-SHORTEST_CONTEXT = 128
-"""Tokens that an engine holds at least, so that an adapter's canary fits."""
 
 
 class EngineDied(RunError):
@@ -86,46 +78,6 @@ class Sampler:
             self._thread.join()
             raise
         self._started = time.perf_counter()
-
-    @classmethod
-    def build(
-        cls,
-        config: Config,
-        folder: Path,
-        constraints: Constraints,
-        reward: Reward,
-        *,
-        longest_prompt: int,
-        tool: Tool | None = None,
-        on_death: Callable[[], None] = lambda: None,
-    ) -> Sampler:
-        """A sampler for a run. `folder` holds the model's files; `longest_prompt` is in tokens.
-
-        Raises:
-            ValueError: vLLM cannot run this model with these settings.
-        """
-        import torch
-
-        section = config.sampler
-        install = section.install
-        if install == "auto":
-            install = "adapter" if torch.cuda.is_available() and section.dtype == "bfloat16" else "merged"
-        context = max(SHORTEST_CONTEXT, longest_prompt + constraints.longest)
-        settings = EngineSettings(
-            max_model_len=math.ceil(context / BLOCK) * BLOCK,
-            install=install,
-            rounding=section.rounding,
-            dtype=section.dtype,
-            max_num_seqs=section.max_num_seqs,
-            kv_cache_mb=section.kv_cache_mb,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            canary_tolerance=config.canary_tolerance,
-            canary_by_mean=config.canary_by_mean,
-            max_lora_rank=config.lora.rank,
-            threads=config.actors.threads,
-            seed=config.seed,
-        )
-        return cls(lambda: Engine(folder, config.model.path, constraints, settings, tool), reward, on_death)
 
     # --------------------------------------------------------------------------------------------- for any thread
 
@@ -179,7 +131,7 @@ class Sampler:
     @property
     def progress(self) -> int:
         """Grows while it draws or scores: tokens, and calls of the reward."""
-        return self._engine.tokens + self._engine.prompt_tokens + self._reward.progress
+        return self._engine.progress + self._reward.progress
 
     def close(self) -> None:
         """Ends the engine; callers that still wait get EngineDied. May be called twice."""
@@ -216,7 +168,9 @@ class Sampler:
                     complete = self._engine.step()
                 for ticket, trajectories_K in complete:
                     self._groups += 1
-                    self._rewards.submit(self._deliver, self._running.pop(ticket), trajectories_K)
+                    self._rewards.submit(self._deliver, self._running[ticket], trajectories_K)
+                    # Not before: whoever waits for what could not be handed on is told with the others.
+                    del self._running[ticket]
                 self._seconds["generate"] += time.perf_counter() - started
             self._engine.close()
         # A border: whatever ended this thread must reach those who wait for it, and `on_death`.

@@ -165,7 +165,7 @@ class Baselines:
             log_p_K = [float(log_p_T[-1]) for log_p_T in log_p_KT]
             metrics |= {"task/max_log_likelihood": max(log_p_K), "task/mean_log_likelihood": sum(log_p_K) / len(log_p_K)}
         log_weight_K = draws.log_weights(log_reward_K / decoder.reward_temperature)
-        metrics |= _bounds(draws, log_weight_K)
+        metrics |= _bounds(draws, log_weight_K, group.drawn)
         rows = [
             {"prompt": prompt.id, "text": self.text_of(tokens), "tokens": list(tokens), "log_reward": float(log_reward)}
             for tokens, log_reward in zip(draws.tokens_K, log_reward_K, strict=True)
@@ -177,13 +177,13 @@ class Baselines:
         return metrics, rows
 
 
-def _bounds(draws: Draws, log_weight_K: np.ndarray | None) -> dict[str, float]:
+def _bounds(draws: Draws, log_weight_K: np.ndarray | None, drawn: int) -> dict[str, float]:
     """All of them for independent draws; a resampled set has an estimate of log Z alone."""
     from system.posterior import Bounds, mean_metrics
 
     if draws.log_z is not None:
         return {"posterior/log_z_weighted": draws.log_z}
-    return {} if log_weight_K is None else mean_metrics([Bounds.of(log_weight_K)])
+    return {} if log_weight_K is None else mean_metrics([Bounds.of(log_weight_K, drawn)])
 
 
 def is_tuned(method: str) -> bool:
@@ -222,7 +222,8 @@ def run(
     Raises:
         ConfigError: as `Baselines`, or as `check`.
     """
-    from system.tracking import Tracker, resolve_uri
+    from system.tracking import Tracker
+    from system.tracking_uri import resolve_uri
 
     check(methods, settings, tuned=run_dir is not None)
     resolve_uri(config.tracking.uri)

@@ -34,7 +34,7 @@ from system import config_file  # noqa: E402
 from system.config import ConfigError  # noqa: E402
 from system.journal import State  # noqa: E402
 from system.mlflow_results import fetch  # noqa: E402
-from system.tracking import set_environment  # noqa: E402
+from system.tracking_uri import set_environment  # noqa: E402
 
 SHOWN = ("task/", "posterior/", "exact/", "model_tokens", "seconds")
 INCIDENTAL = {"seed", "output_dir", "tracking", "cluster", "actors"}

@@ -167,7 +167,8 @@ def main(argv: list[str]) -> int:
     check_output("RUN", path)
     _earlier(path, how)
     adapter = adapter_at(run_dir, config, arguments.step)
-    adapter_tensors(adapter, config.model.path, config.lora)
+    if arguments.only != "base":
+        adapter_tensors(adapter, config.model.path, config.lora)
     behaviour, prefixes = Behaviour(arguments.temperature), {"base": f"{stem}/base/", "adapter": f"{stem}/"}
     results: dict[str, Evaluation] = {}
     metrics: dict[str, float] = {}

@@ -25,7 +25,7 @@ from deploy.charts import Chart, data_uri, draw  # noqa: E402
 from deploy.command import command  # noqa: E402
 from deploy.report import shown  # noqa: E402
 from deploy.runs import check_output, find_run  # noqa: E402
-from system import config_file, evaluation, journal  # noqa: E402
+from system import config_file, evaluation_files, journal  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
 from system.evaluation import Evaluation  # noqa: E402
 from system.whole_file import replace_text  # noqa: E402
@@ -193,7 +193,7 @@ def number(value: Any) -> str:
 def context(run_dir: Path, config: Config) -> dict[str, Any]:
     """All that the template shows."""
     metrics = Metrics.read(run_dir / "journal.jsonl")
-    evaluations = evaluation.read(run_dir / "evaluations", config.task, metrics.step)
+    evaluations = evaluation_files.read(run_dir / "evaluations", config.task, metrics.step)
     contexts = {str(row["id"]): row["text"] for row in _table(run_dir / "datasets" / f"{config.task.kind}.json")}
     tables = [path for path in sorted((run_dir / "tables" / "samples").glob("*.json")) if int(path.stem) <= metrics.step]
     drawn = _table(tables[-1]) if tables else []

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # `python deploy/job.py` puts deploy/ on the path, not the root
@@ -39,12 +39,15 @@ if TYPE_CHECKING:
 
     from deploy.pool import RaySamplers
     from deploy.prepare import Prepared
+    from deploy.progress import Progress
+    from deploy.recorder import Recorder
     from learner.replay import Replay
     from system.handles import LearnerHandle, Pool
     from system.loop_state import LoopState
     from system.orchestrator import Orchestrator
     from system.requests import Requests
     from system.tasks.problem import Problem
+    from system.tracking import Tracker
     from system.trajectory import Group
 
 logger = logging.getLogger("headwater")
@@ -82,11 +85,22 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, argparse.Namespace]:
     return config, run_dir.resolve(), arguments
 
 
+class Begun(NamedTuple):
+    """What a run begins with."""
+
+    saved: LoopState | None
+    """The checkpoint that it goes on from."""
+    prepared: Prepared
+    """Model and data."""
+    start: np.ndarray | None
+    """Weights of another run that a new one starts from."""
+
+
 class Job:
     """One run from start to summary. `run` returns the summary."""
 
     def __init__(self, config: Config, run_dir: Path, resume: bool, from_step: int | None = None) -> None:
-        from system.tracking import resolve_uri
+        from system.tracking_uri import resolve_uri
 
         # What the folder keeps of the server means the same from any working directory; and a password in it is refused.
         tracking = config.tracking.model_copy(update={"uri": resolve_uri(config.tracking.uri)})
@@ -99,8 +113,7 @@ class Job:
         for a checkpoint that cannot be gone on from."""
         from system.function_process import FunctionProcess
 
-        _, prepared, _ = self._begin()
-        problem = prepared.problem
+        problem = self._begin().prepared.problem
         for field, factor in factors(self.config.task.reward):
             if isinstance(factor, FunctionReward):
                 with contextlib.closing(FunctionProcess(factor.path, f"{field}.path", 1.0, factor.start_seconds)) as function:
@@ -111,21 +124,14 @@ class Job:
         )
 
     def run(self) -> dict[str, Any]:
+        """Leaves a checkpoint of what was learned, and all that the run says of itself, whatever ends it."""
         config, run_dir, started = self.config, self.run_dir, time.perf_counter()
-        # First of all: what is refused is refused before Ray is imported.
-        saved, prepared, start = self._begin()
+        # Before anything is imported that takes long, or a folder is made: what is refused is refused here.
+        begun = self._begin()
         from deploy import ray_cluster
-        from deploy.pool import RaySamplers
         from deploy.progress import show
-        from deploy.ray_metrics import RayMetrics
-        from deploy.recorder import Recorder
-        from deploy.remote import RayLearner, wait_until_ready
-        from system.evaluation import needs_samples
-        from system.orchestrator import Orchestrator
-        from system.requests import Requests
         from system.tracking import Tracker
 
-        problem = prepared.problem
         make_folder(config, run_dir)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         # Each of its steps is taken, also where one more signal cuts the one before short.
@@ -139,46 +145,9 @@ class Job:
             progress = show()
             ending.callback(progress.close)
             ray_cluster.connect(config)
-            sampler, longest = config.sampler, problem.constraints.max_tokens
-            requests = Requests(problem.trained, sampler.samples_per_prompt, sampler.exploration, config.seed, longest)
-            learner = RayLearner(config, problem)
-            samplers = RaySamplers(config, problem, lambda: learner.nodes)
-            ending.callback(samplers.close)
-            learner.room = samplers.room
-            ray_metrics = RayMetrics(run_dir.name)
-            recorder = Recorder(
-                config, run_dir, problem, prepared.tokenizer, requests, learner, samplers,
-                tracker, progress, ray_metrics, self.stop,
-            )  # fmt: skip
-            recorder.describe()
-            wait_until_ready(learner, samplers)
-
-            def on_step(loop: Orchestrator, metrics: dict[str, float], fresh: list[Group]) -> None:
-                recorder.on_step(loop, metrics, fresh)
-                # What it waited for an evaluation to begin no sampler more would have spared it.
-                samplers.fit(metrics["seconds/wait"] / metrics["seconds/step"])
-
-            buffered = saved is not None and saved.is_of(config.task)
-            training, pool, replay = sources(
-                config, problem, requests, samplers, lambda: loop.counters.version, buffered=buffered
-            )
-            loop = Orchestrator(
-                config, training, pool, learner, replay, tracker, run_dir / "checkpoints",
-                on_step=on_step, evaluate=recorder.evaluate, evaluation_draws=needs_samples(problem), should_stop=self.stop,
-            )  # fmt: skip
-            if saved is not None:
-                loop.restore(saved)
-                learner.restore(saved.learner, loop.counters.step)
-                recorder.restore(loop.counters.step)
-                # Not before: with settings that are refused here, the run could not be resumed again.
-                tracker.artifact(keep_config(config, run_dir))
-            elif start is not None:
-                start_from(start, learner, config.lora)
-                # A learner that dies begins again from here, not from the base.
-                loop.checkpoint()
-            saved = start = None  # as large as the weights and the optimizer's moments
+            loop, recorder = self._assemble(begun, tracker, progress, ending)
+            del begun  # as large as the weights and the optimizer's moments
             logger.info("ready after %.0f s; run folder %s", time.perf_counter() - started, run_dir)
-            ray_metrics.resume(loop.counters.trajectories, loop.counters.deaths)
             with self.stop.patient():
                 loop.train()
                 progress.close()
@@ -191,8 +160,59 @@ class Job:
         finally:
             ending.close()
 
-    def _begin(self) -> tuple[LoopState | None, Prepared, np.ndarray | None]:
-        """(the checkpoint to go on from, model and data, the weights to start from), with a warning of what hardly fits."""
+    def _assemble(
+        self, begun: Begun, tracker: Tracker, progress: Progress, ending: contextlib.ExitStack
+    ) -> tuple[Orchestrator, Recorder]:
+        """The loop with its samplers and its learner, which stand where the run goes on from."""
+        from deploy.pool import RaySamplers
+        from deploy.ray_learner import RayLearner
+        from deploy.ray_metrics import RayMetrics
+        from deploy.readiness import wait_until_ready
+        from deploy.recorder import Recorder
+        from system.evaluation import needs_samples
+        from system.orchestrator import Orchestrator
+        from system.requests import Requests
+
+        config, run_dir, sampler = self.config, self.run_dir, self.config.sampler
+        saved, problem = begun.saved, begun.prepared.problem
+        longest = problem.constraints.max_tokens
+        requests = Requests(problem.trained, sampler.samples_per_prompt, sampler.exploration, config.seed, longest)
+        learner = RayLearner(config, problem)
+        samplers = RaySamplers(config, problem, lambda: learner.nodes)
+        ending.callback(samplers.close)
+        learner.room = samplers.room
+        recorder = Recorder(
+            config, run_dir, problem, begun.prepared.tokenizer, requests, learner, samplers,
+            tracker, progress, RayMetrics(run_dir.name), self.stop,
+        )  # fmt: skip
+        recorder.describe()
+        wait_until_ready(learner, samplers)
+
+        def on_step(loop: Orchestrator, metrics: dict[str, float], fresh: list[Group]) -> None:
+            recorder.on_step(loop, metrics, fresh)
+            # What it waited for an evaluation to begin no sampler more would have spared it.
+            samplers.fit(metrics["seconds/wait"] / metrics["seconds/step"])
+
+        buffered = saved is not None and saved.is_of(config.task)
+        training, pool, replay = sources(config, problem, requests, samplers, lambda: loop.counters.version, buffered=buffered)
+        loop = Orchestrator(
+            config, training, pool, learner, replay, tracker, run_dir / "checkpoints",
+            on_step=on_step, evaluate=recorder.evaluate, evaluation_draws=needs_samples(problem), should_stop=self.stop,
+        )  # fmt: skip
+        if saved is not None:
+            loop.restore(saved)
+            learner.restore(saved.learner, loop.counters.step)
+            # Not before: with settings that are refused here, the run could not be resumed again.
+            tracker.artifact(keep_config(config, run_dir))
+        elif begun.start is not None:
+            start_from(begun.start, learner, config.lora)
+            # A learner that dies begins again from here, not from the base.
+            loop.checkpoint()
+        recorder.restore(loop)
+        return loop, recorder
+
+    def _begin(self) -> Begun:
+        """With a warning of what hardly fits. Raises ConfigError or CheckpointError for what is refused."""
         from deploy.prepare import prepare
         from system.demonstrations import shown
 
@@ -206,7 +226,7 @@ class Job:
             logger.warning(warning)
         if config.loss.kind == "mle" or config.replay.demonstrations:
             shown(prepared.problem)
-        return saved, prepared, starting_weights(config) if config.lora.start and saved is None else None
+        return Begun(saved, prepared, starting_weights(config) if config.lora.start and saved is None else None)
 
     def _saved(self) -> LoopState:
         """The checkpoint to go on from. Raises ConfigError where the config leaves nothing to do from there."""

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayError
 
+from system.process_metrics import system_metrics
 from system.timeline import Span
-from system.tracking import Tracker, system_metrics
+from system.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 

@@ -59,7 +59,7 @@ def _times(have: float, need: float) -> int:
     return int((have + ROUNDING) // need)
 
 
-def check(config: Config, nodes_N: Sequence[Node], samplers: int | None = None) -> None:
+def check(config: Config, nodes: Sequence[Node], samplers: int | None = None) -> None:
     """Raises ConfigError if the learner and `samplers` (by default the fewest that the run starts with) do not fit these nodes,
     even if nothing else ran there."""
     learner, sampler = _learner(config), _sampler(config)
@@ -67,17 +67,17 @@ def check(config: Config, nodes_N: Sequence[Node], samplers: int | None = None) 
     field = f"actors.{'count' if config.actors.min is None else 'min'}={config.actors.fewest}"
     for kind in Resources._fields:
         own, each = getattr(learner, kind), getattr(sampler, kind)
-        needed, have = config.learner.ranks * own + fewest * each, sum(getattr(node.all, kind) for node in nodes_N)
+        needed, have = config.learner.ranks * own + fewest * each, sum(getattr(node.all, kind) for node in nodes)
         if needed > have + ROUNDING:
             times = f"{config.learner.ranks} x " if config.learner.ranks > 1 else ""
             raise ConfigError(
                 f"{field}: {times}learner.{kind}={own:g} and {fewest} x actors.{kind}={each:g} need {needed:g} {kind}, but the "
                 f"cluster has {have:g}; lower one of these, or set cluster.wait_seconds where nodes are to join"
             )
-    homes = learner_homes(config, nodes_N)
-    if len(homes) < config.learner.ranks or samplers_beside(config, nodes_N, homes) < fewest:
-        shown = "; ".join(str(node.all) for node in nodes_N[:8])
-        shown += f"; and {len(nodes_N) - 8} more" if len(nodes_N) > 8 else ""
+    homes = learner_homes(config, nodes)
+    if len(homes) < config.learner.ranks or samplers_beside(config, nodes, homes) < fewest:
+        shown = "; ".join(str(node.all) for node in nodes[:8])
+        shown += f"; and {len(nodes) - 8} more" if len(nodes) > 8 else ""
         ranks = "the learner" if config.learner.ranks == 1 else f"each of the learner's {config.learner.ranks} ranks"
         raise ConfigError(
             f"{field}: an actor needs a node that holds all of it, a fraction of a GPU is of one: {ranks} {learner}, "
@@ -86,9 +86,9 @@ def check(config: Config, nodes_N: Sequence[Node], samplers: int | None = None) 
         )
 
 
-def idle_gpus(config: Config, nodes_N: Sequence[Node]) -> list[str]:
+def idle_gpus(config: Config, nodes: Sequence[Node]) -> list[str]:
     """What is hardly meant on nodes with GPUs: that nothing reserves one of them."""
-    have = sum(node.all.gpus for node in nodes_N)
+    have = sum(node.all.gpus for node in nodes)
     unused = [field for field in ("learner", "actors") if not getattr(config, field).gpus]
     return [
         f"{field}.gpus=0, but the nodes have {have:g} GPUs: none is reserved for it, so that it shares one with others or has "
@@ -97,30 +97,30 @@ def idle_gpus(config: Config, nodes_N: Sequence[Node]) -> list[str]:
     ]  # fmt: skip
 
 
-def learner_homes(config: Config, nodes_N: Sequence[Node]) -> list[int]:
+def learner_homes(config: Config, nodes: Sequence[Node]) -> list[int]:
     """For each rank of the learner the index of the node where it costs the fewest samplers, one after the other; fewer than
     there are ranks where the next one fits no node."""
     homes: list[int] = []
     for _ in range(config.learner.ranks):
-        left_N = beside_learner(config, nodes_N, homes)
-        fitting = [index for index, node in enumerate(left_N) if node.copies(_learner(config))]
+        left = beside_learner(config, nodes, homes)
+        fitting = [index for index, node in enumerate(left) if node.copies(_learner(config))]
         if not fitting:
             break
-        homes.append(max(fitting, key=lambda index: samplers_beside(config, nodes_N, [*homes, index])))
+        homes.append(max(fitting, key=lambda index: samplers_beside(config, nodes, [*homes, index])))
     return homes
 
 
-def beside_learner(config: Config, nodes_N: Sequence[Node], homes: Sequence[int]) -> list[Node]:
+def beside_learner(config: Config, nodes: Sequence[Node], homes: Sequence[int]) -> list[Node]:
     """What is left of these nodes with a rank of the learner on each of `homes`."""
-    left_N = list(nodes_N)
+    left = list(nodes)
     for home in homes:
-        left_N[home] = left_N[home].without(_learner(config))
-    return left_N
+        left[home] = left[home].without(_learner(config))
+    return left
 
 
-def samplers_beside(config: Config, nodes_N: Sequence[Node], homes: Sequence[int]) -> int:
+def samplers_beside(config: Config, nodes: Sequence[Node], homes: Sequence[int]) -> int:
     """How many samplers these nodes hold, with a rank of the learner on each of `homes`."""
-    return sum(node.copies(_sampler(config)) for node in beside_learner(config, nodes_N, homes))
+    return sum(node.copies(_sampler(config)) for node in beside_learner(config, nodes, homes))
 
 
 def _learner(config: Config) -> Resources:

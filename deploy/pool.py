@@ -25,8 +25,9 @@ from actors.settings import engine_environment
 from deploy import ray_cluster
 from deploy.allocator import ONE_ARENA
 from deploy.placement import Resources
+from deploy.pool_size import PoolSize
 from deploy.ray_actors import BuiltActor, SamplerActor
-from deploy.remote import first_line, is_loss, raised
+from deploy.ray_errors import first_line, is_loss, raised
 from system.config import Config
 from system.handles import SamplerDied, SamplerLeft
 from system.run_error import RunError
@@ -38,10 +39,6 @@ logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
 """Longest time between two looks at the deadlines."""
-IDLE_LEARNER = 0.1
-"""A learner that waits for more than this share of a step could use another sampler."""
-SPARE_STEPS = 20
-"""Steps without work for all, after which a sampler goes: starting one again takes as long as many steps."""
 ROOM_SECONDS = 8.0
 """Until what a killed process held is free; a stopped one takes 5 s to go."""
 SPARE_THREADS = 8
@@ -116,11 +113,10 @@ class RaySamplers:
         self._waiting: deque[_Call] = deque()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._adapter: Any = None
-        self._target = config.actors.fewest
+        self._size = PoolSize(config.actors.fewest, config.actors.most)
         self._failed_starts, self._failed_at, self._start_after = 0, 0.0, 0.0
         smallest = min(config.sampler.samples_per_prompt, config.learner.evaluation_samples)
         self._threads = config.sampler.groups_at_once(smallest) + SPARE_THREADS
-        self._most_asked = self._spare_steps = 0
         self.deaths = 0
         """Samplers that died, with work or without; not those that the pool itself ended."""
         self._paused = self._closed = False
@@ -132,7 +128,7 @@ class RaySamplers:
     # --------------------------------------------------------------------------------------------- for any thread
 
     def publish(self, adapter: Any) -> None:
-        """`adapter` is an Adapter or Ray's reference to one; samplers install it with the next request at the latest."""
+        """`adapter` is an Adapter or Ray's reference to one; a sampler installs it with its next request."""
         self._adapter = adapter
 
     def sample(self, request: Request) -> Future[Group]:
@@ -150,15 +146,11 @@ class RaySamplers:
         self._inbox.put(lambda: self._consider(learner_idle))
 
     def complete(self) -> bool:
-        return len(self._members) >= self._target
+        return len(self._members) >= self._size.target
 
     def ready(self) -> list[Any]:
         """References that resolve once each sampler is built."""
         return [member.built for member in list(self._members.values())]
-
-    def install(self) -> list[Any]:
-        """Asks every sampler to install the published adapter now; references to what each measured."""
-        return [member.actor.install.remote(self._adapter) for member in self._built()]
 
     def named(self) -> dict[str, Any]:
         """The actors that are built, by name."""
@@ -255,7 +247,7 @@ class RaySamplers:
             member.progress, member.heard = progress, time.monotonic()
 
     def _fill(self) -> None:
-        while not self._paused and len(self._members) < self._target and time.monotonic() >= self._start_after:
+        while not self._paused and len(self._members) < self._size.target and time.monotonic() >= self._start_after:
             self._start()
 
     def _start(self) -> None:
@@ -323,7 +315,7 @@ class RaySamplers:
 
     def _dispatch(self) -> None:
         calls = [*self._waiting, *(call for member in self._members.values() for call in member.calls)]
-        self._most_asked = max(self._most_asked, sum(call.trains for call in calls))
+        self._size.asked(sum(call.trains for call in calls))
         built = self._built()
         while self._waiting and built:
             # Of those with the least work, the one that has rested longest: one that hangs is found when it has work.
@@ -356,28 +348,17 @@ class RaySamplers:
             call.future.set_result(source.result())
 
     def _consider(self, learner_idle: float) -> None:
-        most_asked, self._most_asked = self._most_asked, 0
-        self._spare_steps = self._spare_steps + 1 if most_asked < self._target else 0
-        settled = len(self._built()) == self._target
-        if settled and learner_idle >= IDLE_LEARNER and most_asked > self._target:
-            self._grow(learner_idle)
-        elif settled and self._spare_steps >= SPARE_STEPS:
-            self._shrink()
-
-    def _grow(self, learner_idle: float) -> None:
-        actors = self.config.actors
-        if self._target >= actors.most:
-            return
-        # A cluster that adds nodes does so for actors that wait for one.
-        if self.config.cluster.wait_seconds or ray_cluster.has_room(Resources(actors.cpus, actors.gpus)):
-            self._target += 1
-            logger.info("the learner waits %.0f%% of its time: sampler %d is started", 100 * learner_idle, self._target)
-
-    def _shrink(self) -> None:
         resting = [member for member in self._members.values() if not member.calls]
-        if self._target > self.config.actors.fewest and resting:
-            self._target, self._spare_steps = self._target - 1, 0
+        change = self._size.after_step(learner_idle, built=len(self._built()), one_rests=bool(resting), has_room=self._has_room)
+        if change > 0:
+            logger.info("the learner waits %.0f%% of its time: sampler %d is started", 100 * learner_idle, self._size.target)
+        elif change < 0:
             self._lose(resting[-1], "the others do all the work that there is", SamplerLeft)
+
+    def _has_room(self) -> bool:
+        """For another sampler; a cluster that adds nodes does so for actors that wait for one."""
+        actors = self.config.actors
+        return bool(self.config.cluster.wait_seconds) or ray_cluster.has_room(Resources(actors.cpus, actors.gpus))
 
 
 def _within(seconds: float, true: Callable[[], bool]) -> bool:

@@ -1,6 +1,6 @@
 """What runs in Ray's actors: a sampler, or a rank of the learner. Plain classes, each built inside its own process.
 
-`deploy.remote` and `deploy.pool` start them and speak to them.
+`deploy.ray_learner` and `deploy.pool` start them and speak to them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class BuiltActor:
 
     def stats(self) -> dict[str, float]:
         """Memory and load of this process and its node."""
-        from system.tracking import system_metrics
+        from system.process_metrics import system_metrics
 
         return system_metrics()
 
@@ -79,9 +79,6 @@ class SamplerActor(BuiltActor):
 
     def __init__(self, config: Config, problem: Problem) -> None:
         self.construct(_build_sampler, config, problem)
-
-    def install(self, adapter: Adapter) -> dict[str, float]:
-        return self.part.install(adapter)
 
     def sample(self, request: Request, adapter: Adapter) -> Group:
         return self.part.sample(request, adapter)

@@ -15,10 +15,10 @@ from deploy import environment, html_report, report
 from deploy.observer import Observer
 from deploy.pool import RaySamplers
 from deploy.progress import Progress, Standing
+from deploy.ray_learner import RayLearner
 from deploy.ray_metrics import RayMetrics
-from deploy.remote import RayLearner
 from deploy.stop import Stop
-from system import evaluation
+from system import evaluation, evaluation_files
 from system.config import Config
 from system.evaluation import Evaluation
 from system.orchestrator import Orchestrator
@@ -50,9 +50,10 @@ class Recorder:
         self._observer = Observer((self.learner, self.samplers), self.tracker, seconds, self.run_dir)
         self._standing = Standing(self.run_dir.name, self.config.learner.steps)
 
-    def restore(self, step: int) -> None:
-        """What was evaluated up to the step that a run goes on from."""
-        self.evaluations = evaluation.go_back(self.run_dir / "evaluations", self.config.task, step)
+    def restore(self, loop: Orchestrator) -> None:
+        """What was evaluated and counted up to the step that the run begins or goes on from."""
+        self.evaluations = evaluation_files.go_back(self.run_dir / "evaluations", self.config.task, loop.counters.step)
+        self.ray_metrics.resume(loop.counters.trajectories, loop.counters.deaths)
 
     def describe(self) -> None:
         """The prompts, and what the run is made with."""
@@ -110,14 +111,14 @@ class Recorder:
         self.tracker.table("posterior_by_prompt", result.per_prompt, step)
         if result.samples:
             self.tracker.table("posterior_samples", result.samples, step)
-        evaluation.write(self.run_dir / "evaluations", step, self.config.task, result)
+        evaluation_files.write(self.run_dir / "evaluations", step, self.config.task, result)
         self.progress.say(f"evaluation at step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items()))
 
     def _evaluation(self, step: int) -> Evaluation:
         most = self.config.learner.evaluation_prompts
         if (listed := evaluation.without_samples(self.problem, self.learner, most)) is not None:
             return listed
-        prompts = evaluation.spread(self.problem.evaluated, most)
+        prompts = evaluation.evenly(self.problem.evaluated, most)
         return evaluation.sampled(
             self.requests.of(prompts), self.samplers, self.learner,
             samples=self.config.learner.evaluation_samples,

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,7 +132,7 @@ def adapter_tensors(path: Path, model: str, lora: Lora) -> dict[str, np.ndarray]
 
     own = config_file.load(path.parents[1] / "config.yaml", []).model.path
     if own != model:
-        logger.warning("model.path=%r is taken for %r, of which this adapter is", model, own)
+        _warn_of_base(own, model)
     try:
         tensors = read_folder(path.parent, own)
         _check_scale(path.parent, lora)
@@ -142,6 +143,12 @@ def adapter_tensors(path: Path, model: str, lora: Lora) -> dict[str, np.ndarray]
     except (OSError, ValueError) as error:
         raise _misfit(path, lora, error) from error
     return tensors
+
+
+@cache
+def _warn_of_base(own: str, model: str) -> None:
+    """Once, however often the adapter is read."""
+    logger.warning("model.path=%r is taken for %r, of which this adapter is", model, own)
 
 
 def load_adapter(policy: Policy, path: Path, model: str, lora: Lora) -> None:

@@ -28,7 +28,7 @@ from deploy.job import STOPPED  # noqa: E402
 from deploy.stop import SIGNALS, heard  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import ConfigError  # noqa: E402
-from system.tracking import resolve_uri  # noqa: E402
+from system.tracking_uri import resolve_uri  # noqa: E402
 
 
 def combinations(over: Sequence[str]) -> Iterator[list[str]]:

@@ -93,23 +93,24 @@ def subtrajectory_balance(states: States, decay: float) -> Tensor:
     """
     root_K, exists_K = _root(states)
     u_KS = torch.cat([root_K[:, None], states.u_KT[:, 1:]], 1)
-    here_KS = torch.cat([exists_K[:, None], states.terminable_KT[:, 1:]], 1)
+    state_KS = torch.cat([exists_K[:, None], states.terminable_KT[:, 1:]], 1)
     # States that cannot stop take part in no pair: close the gaps, so that column distance counts terminable states.
-    order_KS = torch.argsort((~here_KS).to(torch.int8), dim=1, stable=True)
-    here_KS = here_KS.gather(1, order_KS)
-    counts_KS = (here_KS & states.distinct_KT.gather(1, order_KS)).to(u_KS.dtype)
+    order_KS = torch.argsort((~state_KS).to(torch.int8), dim=1, stable=True)
+    state_KS = state_KS.gather(1, order_KS)
+    # A pair is of a state and any state above it; it counts on the one sample that has the lower one's node first.
+    counted_KS = (state_KS & states.distinct_KT.gather(1, order_KS)).to(u_KS.dtype)
     u_KS = u_KS.gather(1, order_KS)
-    centre_K = (u_KS * here_KS).sum(1) / here_KS.sum(1).clamp(min=1)
-    u_KS = torch.where(here_KS, u_KS - centre_K.detach()[:, None], 0.0)
+    centre_K = (u_KS * state_KS).sum(1) / state_KS.sum(1).clamp(min=1)
+    u_KS = torch.where(state_KS, u_KS - centre_K.detach()[:, None], 0.0)
 
     at = torch.arange(u_KS.shape[1], device=u_KS.device)
     distance_SS = at[None, :] - at[:, None]
     weight_SS = torch.where(distance_SS > 0, decay ** (distance_SS - 1).clamp(min=0).to(u_KS.dtype), 0.0)
-    here = here_KS.to(u_KS.dtype)
-    ancestors_KS, descendants_KS = here @ weight_SS, counts_KS @ weight_SS.T
-    squares = (u_KS.square() * (ancestors_KS * counts_KS + descendants_KS * here)).sum()
-    cross = ((u_KS @ weight_SS) * u_KS * counts_KS).sum()
-    return (squares - 2.0 * cross) / (ancestors_KS * counts_KS).sum().clamp(min=1e-12)
+    state = state_KS.to(u_KS.dtype)
+    ancestors_KS, descendants_KS = state @ weight_SS, counted_KS @ weight_SS.T
+    squares = (u_KS.square() * (ancestors_KS * counted_KS + descendants_KS * state)).sum()
+    cross = ((u_KS @ weight_SS) * u_KS * counted_KS).sum()
+    return (squares - 2.0 * cross) / (ancestors_KS * counted_KS).sum().clamp(min=1e-12)
 
 
 def detailed_balance(states: States) -> Tensor:

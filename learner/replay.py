@@ -107,6 +107,8 @@ class Replay:
 
     def restore(self, arrays: dict[str, np.ndarray], records: list[dict[str, Any]]) -> None:
         self._prompts = {}
+        if not (self.config.prioritised or self.config.uniform):
+            return
         at = after = 0
         for record in records:
             length = record["length"]

@@ -141,6 +141,11 @@ class Config(Section):
         found = []
         if steps * groups < prompts:
             found.append(f"{drawn}: the others are never seen; raise steps, or lower task.limit")
+        if prompts < self.learner.ranks:
+            found.append(
+                f"learner.ranks={self.learner.ranks} share out the prompts of an update, and the task has {prompts}: the other "
+                "ranks have no work; lower learner.ranks"
+            )
         replayed = 1 - self.replay.fresh
         if replayed and not self.replay.demonstrations and steps * groups <= prompts:
             found.append(

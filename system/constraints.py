@@ -98,6 +98,10 @@ class Constraints:
         may_stop, certain = self.required.after(tokens) if self.required else (True, None)
         return may_stop and depth >= self.min_tokens, certain
 
+    def can_stop(self, tokens: Sequence[int], actions: int) -> bool:
+        """The stop is in the support after these tokens, of which so many are actions."""
+        return self.after(tokens, actions)[0]
+
     def of_tree(self, tree: PrefixTree) -> tuple[np.ndarray, np.ndarray]:
         """bool [N]: the stop is in the support at a node; and the policy chose the token that leads to it, which was neither
         a tool's nor certain."""

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -21,11 +18,9 @@ from system.posterior import Bounds, Exact, mean_metrics
 from system.requests import Requests
 from system.run_error import RunError
 from system.scores import RewardError
-from system.task_config import Task, is_same
 from system.tasks.problem import Problem
 from system.trajectory import ON_POLICY, Behaviour, Group, Prompt, Trajectory
 from system.voting import preferred, tally
-from system.whole_file import replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +69,7 @@ def exact(problem: Problem, scorer: Scorer) -> Evaluation:
     return Evaluation(metrics, rows, log_q_O=scores[0].log_q_K)
 
 
-def spread(items: Sequence[T], count: int | None) -> Sequence[T]:
+def evenly(items: Sequence[T], count: int | None) -> Sequence[T]:
     """`count` of them, evenly spaced; all, where there are no more."""
     if count is None or len(items) <= count:
         return items
@@ -89,12 +84,12 @@ def chosen(problem: Problem, scorer: Scorer, most: int | None = None) -> Evaluat
     by_record: dict[str, list[Prompt]] = {}
     for prompt in problem.evaluated:
         by_record.setdefault(problem.record(prompt), []).append(prompt)
-    asked = [prompt for record in spread(list(by_record), most) for prompt in by_record[record]]
+    prompts = [prompt for record in evenly(list(by_record), most) for prompt in by_record[record]]
     keys = [choice.key for choice in problem.choices]
     votes: dict[str, list[int]] = {}
     truths: dict[str, int] = {}
     rows = []
-    for prompt, score in zip(asked, _scores(asked, scorer, problem.choices), strict=True):
+    for prompt, score in zip(prompts, _scores(prompts, scorer, problem.choices), strict=True):
         record = problem.record(prompt)
         [right] = problem.demonstrations[prompt.id]
         truths[record] = keys.index(right.key)
@@ -188,7 +183,7 @@ def sampled(
     scores = _in_parts(groups, scorer)
     bounds_G, per_prompt, table = [], [], []
     for group, score in zip(groups, scores, strict=True):
-        bounds = Bounds.of(score.log_reward_K / temperature - score.log_q_K)
+        bounds = Bounds.of(score.log_reward_K / temperature - score.log_q_K, group.drawn)
         bounds_G.append(bounds)
         lengths = [len(trajectory) for trajectory in group.trajectories_K]
         row = {name: getattr(bounds, name) for name in Bounds.__dataclass_fields__}
@@ -250,45 +245,3 @@ def _bounded(group: Group) -> bool:
     if group.faults:
         logger.warning("evaluation: %d samples of %s have no reward: %s", len(group.faults), group.prompt.id, group.faults[0])
     return len(group) >= 2
-
-
-def write(folder: Path, step: int, task: Task, evaluation: Evaluation) -> None:
-    """A file in `folder`, from which `read` rebuilds the evaluation. A run that is resumed with another task may have one of
-    each at the same step."""
-    folder.mkdir(parents=True, exist_ok=True)
-    section = task.model_dump(mode="json")
-    content = asdict(evaluation) | {"step": step, "task": section}
-    if evaluation.log_q_O is not None:
-        content["log_q_O"] = evaluation.log_q_O.tolist()
-    for earlier in folder.glob(f"step-{step:08d}*.json"):
-        if _is_of(task, json.loads(earlier.read_text(encoding="utf-8"))):
-            earlier.unlink()
-    digest = hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()[:8]
-    replace_text(folder / f"step-{step:08d}-{digest}.json", json.dumps(content))
-
-
-def go_back(folder: Path, task: Task, last: int) -> list[tuple[int, Evaluation]]:
-    """As `read`, for a run that goes on from step `last`: evaluations of later steps are of weights that are given up, and are
-    removed."""
-    for path in folder.glob("step-*.json"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if _is_of(task, content) and content["step"] > last:
-            path.unlink()
-    return read(folder, task, last)
-
-
-def read(folder: Path, task: Task, last: int) -> list[tuple[int, Evaluation]]:
-    """A run's evaluations of the task up to step `last`, with their steps, in order."""
-    result = []
-    for path in sorted(folder.glob("step-*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        step, log_q_O, mine = content.pop("step"), content.pop("log_q_O"), _is_of(task, content)
-        content.pop("task", None)
-        if mine and step <= last:
-            result.append((step, Evaluation(**content, log_q_O=None if log_q_O is None else np.array(log_q_O))))
-    return result
-
-
-def _is_of(task: Task, content: Mapping[str, Any]) -> bool:
-    """A file without a task is from when a run's folder had those of one task alone."""
-    return "task" not in content or is_same(task, content["task"])

@@ -40,6 +40,8 @@ class Issued(NamedTuple):
 
 @dataclass
 class GroupFlow:
+    """Asks for groups as far ahead as the gate lets it, and hands them on in the order of their arrival."""
+
     config: Config
     requests: Requests
     samplers: Pool
@@ -96,7 +98,10 @@ class GroupFlow:
         self._reissue = deque(unused)
 
     def collect(self, wanted: int, should_stop: Callable[[], bool]) -> bool:
-        """Takes the next `wanted` groups; False if a stop was asked for meanwhile."""
+        """Takes the next `wanted` groups; False if a stop was asked for meanwhile.
+
+        Raises RunError where samplers die without end or too many samples have no reward, and what a sampler or a reward
+        raised."""
         while len(self.taken) < wanted:
             if should_stop():
                 return False
@@ -143,7 +148,12 @@ class GroupFlow:
                 group_id = self._reissue.popleft()
             else:
                 group_id, self.counters.next_group = self.counters.next_group, self.counters.next_group + 1
-            self._in_flight[self.samplers.sample(self.requests.training(group_id))] = Issued(group_id, self._waves)
+            try:
+                future = self.samplers.sample(self.requests.training(group_id))
+            except BaseException:
+                self._reissue.appendleft(group_id)  # no prompt is skipped
+                raise
+            self._in_flight[future] = Issued(group_id, self._waves)
 
     def _open(self) -> bool:
         """The capacity gate: a group issued now would be fresh enough when its turn comes.
@@ -158,7 +168,8 @@ class GroupFlow:
         )
 
     def receive(self, update: Future[dict[str, float]] | None = None) -> None:
-        """Takes in the groups that have come back, waiting a little if there is none."""
+        """Takes in the groups that have come back, waiting a little if there is none. Raises what a sampler raised, unless it
+        died."""
         awaited: list[Future[Any]] = [*self._in_flight, *([update] if update else [])]
         done, _ = wait(awaited, POLL_SECONDS, FIRST_COMPLETED)
         self.counters.deaths = self._deaths_before + self.samplers.deaths
@@ -205,6 +216,7 @@ class GroupFlow:
         if isinstance(death, SamplerLeft):
             return
         self._deaths_over[issued.group_id] += 1
+        # Its oldest group decides: a later one may have been issued again between two deaths of one wave.
         if name in self._dead:
             return
         self._dead.add(name)

@@ -206,7 +206,7 @@ class Courier:
             failures.append(error)
         if failures and not self._failing and not self.abandoned.is_set():
             message = "%s does not take what is logged (%s); %d entries wait in %s"
-            log.warning(message, self.state.uri, first_line(failures[0]), self._journal.waiting, self._journal.path)
+            log.warning(message, self.state.uri, brief(failures[0]), self._journal.waiting, self._journal.path)
         elif self._failing and not failures:
             log.info("%s has caught up with %s", self.state.uri, self._journal.path)
         self._failing = bool(failures)
@@ -243,6 +243,6 @@ class Courier:
             self.state.save(self._path)
 
 
-def first_line(error: Exception) -> str:
+def brief(error: Exception) -> str:
     """Type and message, short enough for a log line."""
     return f"{type(error).__name__}: {error}".split("\n", 1)[0][:300]

@@ -23,7 +23,7 @@ from system.config import ConfigError
 from system.constraints import Constraints
 from system.output_layer import ChunkedLogProbs, Head
 from system.prefix_tree import Packed, PrefixTree
-from system.pretrained import first_line
+from system.run_error import first_line
 from system.trajectory import sampled
 
 logger = logging.getLogger(__name__)

@@ -134,7 +134,7 @@ class Learner(Section):
     steps: int = Field(default=100, ge=1)
     """Updates in the run."""
     groups_per_update: int = Field(default=1, ge=1)
-    """Prompts whose groups make one update; the loss is their mean."""
+    """Groups that make one update. Those of one prompt are one tree; the loss is the mean over prompts."""
     lr: float = Field(default=1e-3, gt=0)
     """The largest learning rate of AdamW. Where the spread of u does not fall within some sixty updates, lower it."""
     warmup_steps: int = Field(default=5, ge=0)
@@ -154,8 +154,8 @@ class Learner(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the base weights and activations. LoRA weights are kept, and the loss computed, in float32."""
     token_budget: int = Field(default=2048, ge=64)
-    """Most tokens of one micro-batch: the trees of an update are packed into rows of this length. A group of more is a row of
-    its own, which `sampler.samples_per_prompt` and `task.max_tokens` bound."""
+    """Most tokens of one micro-batch: the trees of an update are packed into rows of this length. What an update
+    has of one prompt, replayed samples included, is never cut: with more it is a row of its own."""
     logits_chunk: int = Field(default=256, ge=1)
     """Positions whose logits exist at one time; twice as many where a baseline with `kl` asks the base too."""
     attention: Literal["auto", "dense", "block"] = "auto"

@@ -30,7 +30,7 @@ class Counters:
     groups: int = 0
     """Groups used fresh."""
     too_stale: int = 0
-    """Groups that came back too old to be used fresh; they are for replay, where there is any."""
+    """Groups that came back staler than learner.max_staleness: used all the same, but for a policy gradient's."""
     trajectories: int = 0
     sampled_tokens: int = 0
     deaths: int = 0
@@ -45,7 +45,7 @@ class Counters:
     seconds: float = 0.0
     """Time in the loop, over all sessions of the run."""
     learner_busy_seconds: float = 0.0
-    """Of those, all but the wait for groups."""
+    """Of those, all but the wait for groups and for evaluations to begin."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from system.config import ConfigError
-from system.journal import State, TrackingError, first_line
+from system.journal import State, TrackingError, brief
 from system.mlflow_run import PARENT_TAG, SWEEP_TAG
-from system.tracking import resolve_uri, set_environment
+from system.tracking_uri import resolve_uri, set_environment
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,7 +40,7 @@ def fetch(uri: str, name: str, into: Path) -> list[Path]:
             raise ConfigError(f"RUN={name!r}: {uri} has no run of that id, no finished one of that name, and no sweep")
         return [_download(client, uri, run, into / run.info.run_id) for run in found]
     except MlflowException as error:
-        raise TrackingError(f"{uri}: {first_line(error)}") from error
+        raise TrackingError(f"{uri}: {brief(error)}") from error
 
 
 def _find(client: MlflowClient, name: str) -> list[Run]:

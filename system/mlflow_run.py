@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from system.journal import BATCH, Entry, State, TrackingError, first_line
+from system.journal import BATCH, Entry, State, TrackingError, brief
 
 _KEY_TAG = "headwater.journal"
 SWEEP_TAG, PARENT_TAG = "headwater.sweep", "mlflow.parentRunId"  # of a parent run, and of its children
@@ -129,7 +129,7 @@ class MlflowRun:
                     raise
                 self._probe()  # raises if it is not the items that are at fault
             if len(items) == 1:
-                return [first_line(error)]
+                return [brief(error)]
             half = len(items) // 2
             return self._offer(items[:half], call) + self._offer(items[half:], call)
         return []

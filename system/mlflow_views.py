@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from urllib.parse import quote, urlencode
 
-from system.journal import TrackingError, first_line
+from system.journal import TrackingError, brief
 
 _LOCAL_UI = "http://127.0.0.1:5000"
 _VIEW_TAG = "mlflow.sharedViewState."
@@ -58,7 +58,7 @@ def save_views(uri: str, run_ids: Sequence[str]) -> dict[str, str]:
                 if (tag := _VIEW_TAG + name) not in experiment.tags:
                     client.set_experiment_tag(experiment.experiment_id, tag, _view(name))
     except MlflowException as error:
-        raise TrackingError(f"{uri}: {first_line(error)}") from error
+        raise TrackingError(f"{uri}: {brief(error)}") from error
     ui = _LOCAL_UI if uri.startswith("sqlite:") else uri
     query = urlencode({"runs": json.dumps(list(run_ids)), "experiments": json.dumps(list(ids))}, quote_via=quote)
     addresses = {"compare": f"{ui}/#/compare-runs?{query}"}

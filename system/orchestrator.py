@@ -33,6 +33,8 @@ T = TypeVar("T")
 
 @dataclass
 class Orchestrator:
+    """Samplers, a learner, a buffer and a tracker, at work together until the last update."""
+
     config: Config
     requests: Requests
     samplers: Pool
@@ -44,7 +46,7 @@ class Orchestrator:
     """Called after each update, with its metrics and the fresh groups it used: progress and tables."""
     evaluate: Callable[[Orchestrator], None] = lambda loop: None
     """Called before the first update, every evaluate_every updates and after the last; what was learned is in a checkpoint, and
-    nothing is in flight."""
+    nothing is in flight, unless a stop was asked for."""
     evaluation_draws: bool = True
     """Evaluations draw from the samplers, to which the learner's weights are published first."""
     should_stop: Callable[[], bool] = lambda: False
@@ -76,11 +78,14 @@ class Orchestrator:
 
     def train(self) -> None:
         """Runs until learner.steps updates are done or a stop is asked for. Whatever ends it, an error too, a checkpoint has
-        what was learned, unless the learner itself is lost.
+        what was learned, unless the learner itself is lost, or a KeyboardInterrupt asks for the end at once.
 
         Raises:
             RunError: samplers died more than actors.max_deaths times with no group in between or over the same group, or the
                 learner with no checkpoint; or more than sampler.max_reward_faults samples had no reward.
+            FloatingPointError: the loss or its gradient is not finite.
+            CheckpointError: a checkpoint could not be written.
+            Exception: what a sampler or a reward raised.
         """
         try:
             self._train()

@@ -12,6 +12,7 @@ import numpy as np
 
 
 def log_mean_exp(values: np.ndarray) -> float:
+    """log of the mean of e^values, without overflow."""
     top = float(np.max(values))
     return top + float(np.log(np.mean(np.exp(values - top))))
 
@@ -77,15 +78,22 @@ class Bounds:
     """Effective share of the samples under the weights e^u, in (0, 1]: 1 iff the spread is 0."""
 
     @classmethod
-    def of(cls, u_K: np.ndarray) -> Bounds:
-        """Raises ValueError for fewer than two samples: one says nothing about the spread."""
+    def of(cls, u_K: np.ndarray, drawn: int | None = None) -> Bounds:
+        """`drawn` counts those too that have no reward, and so no u: by default there are none.
+
+        The others are draws from q(z | z has a reward) = q(z) / q(has a reward), so that their log-weights are u + log q(has
+        a reward), which is estimated by their share.
+
+        Raises ValueError for fewer than two samples: one says nothing about the spread.
+        """
         if len(u_K) < 2:
             raise ValueError(f"bounds need at least 2 samples, got {len(u_K)}")
+        share = len(u_K) / (drawn or len(u_K))
         return cls(
-            log_z_lower=float(np.mean(u_K)),
-            log_z_weighted=log_mean_exp(u_K),
+            log_z_lower=float(np.mean(u_K) + np.log(share)),
+            log_z_weighted=log_mean_exp(u_K) + float(np.log(share)),
             spread=float(np.var(u_K, ddof=1)),
-            ess=effective_share(u_K),
+            ess=effective_share(u_K) * share,
         )
 
 

@@ -124,8 +124,8 @@ class Packed:
             branch_N = np.full(len(tree), len(suffix_S) > 0)
         inputs = max(len(suffix_S) - 1, 0)
         before = len(context) - 1
-        edges = before + np.concatenate([[0], np.cumsum(1 + inputs * branch_N)])
-        start_N, total = edges[:-1], int(edges[-1])
+        offsets = before + np.concatenate([[0], np.cumsum(1 + inputs * branch_N)])
+        start_N, total = offsets[:-1], int(offsets[-1])
 
         input_ids = np.empty(total, np.int64)
         position_ids = np.empty(total, np.int64)
@@ -133,7 +133,7 @@ class Packed:
         input_ids[: before + 1], position_ids[: before + 1] = context, np.arange(before + 1)
         input_ids[start_N[1:]] = tree.token_N[1:]
         position_ids[start_N] = before + tree.length_N
-        end[start_N] = edges[tree.end_N]
+        end[start_N] = offsets[tree.end_N]  # where the node after the subtree lies
         if inputs:
             branch_at = start_N[branch_N, None] + 1 + np.arange(inputs)
             input_ids[branch_at] = suffix_S[:-1]

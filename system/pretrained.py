@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from system.config import ConfigError
+from system.run_error import first_line
 
 
 def resolve_device(device: str, gpus: float = 0.0) -> torch.device:
@@ -40,11 +41,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"model.path={str(folder)!r} has no tokenizer that can be loaded: {first_line(error)}; "
             "save the tokenizer beside the model (tokenizer.save_pretrained)"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """Of its message, or its type where it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def load_pretrained(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

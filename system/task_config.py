@@ -30,7 +30,8 @@ LAST_NUMBER = "system.tasks.verifiable:last_number"
 
 
 class RandomNumber(Section):
-    """An integer, uniform over low..high: the posterior is known exactly, so this task measures the method."""
+    """An integer, uniform over low..high: the posterior is known exactly, so this task measures the method. (A number that the
+    tokenizer can write in several ways, as one with tokens of many digits can under `support=vocabulary`, counts for each.)"""
 
     kind: Literal["random_number"] = "random_number"
     low: int = Field(default=0, ge=0)

@@ -11,65 +11,21 @@ import hashlib
 import json
 import logging
 import math
-import os
 import sys
 import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
-from urllib.parse import urlsplit
-
-import psutil
 
 from system.config import Config, ConfigError
 from system.config_file import flatten
 from system.journal import Courier, Journal, State, TrackingError
 from system.mlflow_run import MlflowRun, plain_name
+from system.tracking_uri import resolve_uri, set_environment
 
 log = logging.getLogger(__name__)
 
-_ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the courier retries
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-}
-_MIB = 1 << 20
-_METER = ThreadPoolExecutor(1, "cpu meter")
-"""psutil measures CPU since the same thread asked last, and those that ask here may be of a pool."""
 REPLAY_ATTEMPTS = 3
-
-
-def resolve_uri(uri: str) -> str:
-    """The URI with an absolute path, so that a replay from another folder finds the same file.
-
-    Raises:
-        ConfigError: neither a SQLite file nor a server, or one with a password in it.
-    """
-    fix = "use a SQLite file such as 'sqlite:///mlflow.db' or a server such as 'http://127.0.0.1:5000'"
-    if uri == os.environ.get("MLFLOW_TRACKING_URI"):
-        fix += "; it is the environment's MLFLOW_TRACKING_URI, which counts where the config says nothing"
-    scheme, _, rest = uri.partition("://")
-    if scheme == "sqlite":
-        path = Path(rest[1:])
-        if rest[:1] != "/" or not rest[1:] or ":memory:" in rest or path.is_dir():
-            raise ConfigError(f"tracking.uri={uri!r}: names no file; {fix}")
-        return f"sqlite:///{path.resolve()}"
-    if scheme not in ("http", "https"):
-        raise ConfigError(f"tracking.uri={uri!r}: a scheme that is not supported (MLflow refuses file stores); {fix}")
-    try:
-        parts = urlsplit(uri)
-        host, _port = parts.hostname, parts.port
-    except ValueError as error:
-        raise ConfigError(f"tracking.uri={uri!r}: {error}; {fix}") from error
-    if not host:
-        raise ConfigError(f"tracking.uri={uri!r}: names no host; {fix}")
-    if "@" in parts.netloc:
-        shown = f"{scheme}://***@{parts.netloc.rpartition('@')[2]}"
-        fix = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
-        raise ConfigError(f"tracking.uri={shown!r}: everybody who sees the run would read the password; {fix}")
-    return uri.rstrip("/")
 
 
 class Tracker:
@@ -209,12 +165,6 @@ class Tracker:
             (self._courier.abandoned if closing else self._closing).wait(self._flush_seconds)
 
 
-def set_environment() -> None:
-    """What every client of MLflow here wants, before its first call: no retries of its own, no long waits, no telemetry."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-
-
 def _courier(run_dir: Path, journal: Journal, state: State) -> Courier:
     set_environment()
     return Courier(journal, state, run_dir / "tracking.json", lambda: MlflowRun(state, run_dir))
@@ -256,26 +206,6 @@ def replay(run_dir: Path, uri: str | None = None) -> int:
         return journal.waiting
     finally:
         journal.close()
-
-
-def system_metrics(folder: Path = Path()) -> dict[str, float]:
-    """Of this process, its machine, and the disk that has `folder`. Sizes in MiB. CPU in percent of all cores since the last
-    call, so 0 at first.
-
-    GPU memory is there if this process already uses CUDA: asking must not create a CUDA context.
-    """
-    values = {
-        "cpu_percent": _METER.submit(psutil.cpu_percent).result(),
-        "process_memory_mib": psutil.Process().memory_info().rss / _MIB,
-        "memory_available_mib": psutil.virtual_memory().available / _MIB,
-        "disk_free_mib": psutil.disk_usage(str(folder)).free / _MIB,
-    }
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        free, total = torch.cuda.mem_get_info()
-        values["gpu_memory_used_mib"] = (total - free) / _MIB
-        values["process_gpu_memory_mib"] = torch.cuda.memory_allocated() / _MIB
-    return values
 
 
 def main() -> None:

@@ -44,7 +44,8 @@ class Behaviour:
     temperature: float = 1.0
     epsilon: float = 0.0
     planted: tuple[tuple[int, int], ...] = ()
-    """(depth, token), by depth: the action at that depth is this one, and the stop is not drawn before the last of them."""
+    """(depth, token), by depth: the action at that depth is this one, unless the support has another for certain, and the stop
+    is not drawn before the last of them."""
 
     @property
     def open_from(self) -> int:
@@ -99,15 +100,14 @@ class Trajectory:
 
 
 def sampled(
-    tokens: Sequence[int] | np.ndarray, is_action_T: np.ndarray | None = None, *, max_tokens: int | None = None
+    tokens: Sequence[int] | np.ndarray, is_action: Sequence[bool] | np.ndarray | None = None, *, max_tokens: int | None = None
 ) -> Trajectory:
     """A trajectory as it would be recorded if the policy had drawn it; of actions alone, unless it is said which are.
 
     At `max_tokens` actions the stop is forced, which a loss over actions leaves out. Without, for what is only to be scored, it
     counts as drawn.
     """
-    if is_action_T is None:
-        is_action_T = np.ones(len(tokens), bool)
+    is_action_T = np.ones(len(tokens), bool) if is_action is None else np.array(is_action, bool)
     forced = max_tokens is not None and int(is_action_T.sum()) >= max_tokens
     logp_T = np.zeros(len(tokens) + 1, np.float32)
     return Trajectory(np.array(tokens, np.int32), is_action_T, logp_T, "forced" if forced else "sampled")
@@ -120,8 +120,8 @@ class Group:
     prompt: Prompt
     trajectories_K: tuple[Trajectory, ...]
     log_reward_K: tuple[np.ndarray, ...]
-    """K arrays float64 [T + 1]: entry t is the *untempered* log R, in nats, of stopping after t tokens; NaN where the
-    state cannot stop (under the minimum length, inside a tool call) or has no reward of its own (terminal rewards)."""
+    """K arrays float64 [T + 1]: entry t is the *untempered* log R, in nats, of stopping after t tokens; NaN inside a tool's
+    output and where the reward has none (terminal rewards). Whether the policy may stop there is for the learner to know."""
     adapter_version: int
     group_id: int
     faults: tuple[str, ...] = ()
@@ -145,6 +145,11 @@ class Group:
 
     def __len__(self) -> int:
         return len(self.trajectories_K)
+
+    @property
+    def drawn(self) -> int:
+        """Samples, those that are not here among them."""
+        return len(self.trajectories_K) + len(self.faults)
 
     def factors_of(self, k: int) -> dict[str, float]:
         """What the factors of the reward say of a sample, as the columns of a table."""

@@ -30,14 +30,13 @@ from ray.exceptions import RayError
 
 from deploy import ray_cluster
 from deploy.pool import RaySamplers
-from deploy.remote import RayLearner, wait_until_ready
+from deploy.prepare import prepare
+from deploy.ray_learner import RayLearner
+from deploy.readiness import wait_until_ready
 from learner.replay import Replay
-from system import tasks
 from system.config import Config
 from system.config_file import parse
-from system.models import locate
 from system.orchestrator import Orchestrator
-from system.pretrained import load_tokenizer
 from system.requests import Requests
 from system.trajectory import Group
 from tests import nodes, tiny
@@ -227,7 +226,7 @@ def _run(fault: Fault, injections: int, folder: Path, cluster: Cluster | None) -
             "output_dir": str(folder),
         }
     )
-    problem = tasks.build(config.task, load_tokenizer(locate(config.model)))
+    problem = prepare(config).problem
     ray_cluster.connect(config)
     crew = Crew(config, problem, cluster)
     injector = Injector(crew, fault, injections)

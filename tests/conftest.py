@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
+    from _pytest.terminal import TerminalReporter
     from transformers import PreTrainedTokenizerBase
 
 # No deadline: a slow machine is no failure. `tmp_path` is shared by the examples of one test, which is meant.
@@ -22,6 +23,15 @@ settings.register_profile(
     "headwater", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("headwater")
+
+
+def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
+    """What tests measured by the way (`record_property`), such as how long it takes until a fault is over."""
+    passed = terminalreporter.stats.get("passed", [])
+    if rows := [(report.nodeid, *row) for report in passed if report.when == "call" for row in report.user_properties]:
+        terminalreporter.section("measured")
+        for test, name, value in rows:
+            terminalreporter.write_line(f"{value}  {name}  ({test})")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.ray_actors import BuiltActor, SamplerActor
-from system.config import Config
+from system.config import Config, ConfigError
 from system.orchestrator import Orchestrator
 from system.timeline import Timeline
 from system.trajectory import Group, Request
@@ -47,7 +47,7 @@ class Part:
     def __post_init__(self) -> None:
         for number in range(self.faults.failed_builds):
             if once(self.config, f"build-{number}"):
-                raise ValueError("this actor cannot be built")
+                raise ConfigError("this actor cannot be built")
         for number in range(self.faults.killed_builds):
             if once(self.config, f"killed-{number}"):
                 os._exit(1)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from deploy.prepare import prepare
 from learner.learner import Learner
-from system import config_file, tasks
+from system import config_file
 from system.config import Config
-from system.models import locate
-from system.pretrained import load_tokenizer
 from tests import tiny
 
 PROMPTS = ["abc", "the cat", "b d f"]
@@ -35,7 +34,7 @@ def run(folder: Path, *, task: dict[str, Any] | None = None, kind: str = "llama"
     run_dir = folder / "runs" / "one"
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(config_file.dump(config))
-    problem = tasks.build(config.task, load_tokenizer(locate(config.model)))
+    problem = prepare(config).problem
     learner = Learner.build(config, problem)
     tiny.perturb(learner.policy.parameters.values(), seed=1, scale=0.1)
     learner.adapter(1).materialise(run_dir / "adapter")

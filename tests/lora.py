@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import ray
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from deploy.pool import RaySamplers
 from system.adapters import Adapter, Canary
 from system.constraints import Constraints
 from system.trajectory import Behaviour, Prompt, Trajectory
@@ -97,3 +100,9 @@ def drawn_log_probs(model: torch.nn.Module, constraints: Constraints, prompt: Pr
     planted = [depth for depth, _ in trajectory.behaviour.planted if depth < len(trajectory) and not certain[depth]]
     result[planted] = 0.0
     return result
+
+
+def installed_by(samplers: RaySamplers, adapter: Any) -> list[dict[str, float]]:
+    """What each sampler of a pool measured as it installed the adapter, to which there is a reference."""
+    actors = samplers.named().values()
+    return ray.get([actor.__ray_call__.remote(lambda actor, adapter: actor.part.install(adapter), adapter) for actor in actors])

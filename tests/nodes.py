@@ -147,14 +147,15 @@ class TwoNodes:
                 return result
             time.sleep(2)
 
-    def close(self) -> None:
+    def close(self, *, at_once: bool = False) -> None:
+        """`at_once`: by SIGKILL of every process, as when the machines go."""
         # `ray start --block` leaves its daemons to themselves when it is killed: end all that it started.
         started = [psutil.Process(node.pid) for node in self.nodes]
         processes = [*started, *(child for process in started for child in process.children(recursive=True))]
         # Ray ends workers by itself meanwhile.
         for process in processes:
             with suppress(psutil.NoSuchProcess):
-                process.terminate()
+                process.kill() if at_once else process.terminate()
         for process in psutil.wait_procs(processes, timeout=20)[1]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -29,7 +29,10 @@ def free_port() -> int:
 
 def listening(processes: Iterable[psutil.Process]) -> set[tuple[str, int]]:
     """The addresses and ports at which processes take connections."""
-    found = [c.laddr for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            found += [each.laddr for each in process.net_connections("inet") if each.status == psutil.CONN_LISTEN]
     return {(address.ip.removeprefix("::ffff:"), address.port) for address in found}
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from system import tasks
 from system.config import ConfigError
 from system.config_file import parse
-from system.evaluation import spread
+from system.evaluation import evenly
 from system.models import locate
 from system.pretrained import load_tokenizer
 from system.task_config import Arithmetic
@@ -212,8 +212,8 @@ def test_a_question_that_no_sample_has_room_for_is_refused(tokenizer: PreTrained
 
 def test_an_evaluation_takes_prompts_evenly_from_all_of_them() -> None:
     prompts = [Prompt(str(number), (1,), (1,)) for number in range(10)]
-    assert [prompt.id for prompt in spread(prompts, 4)] == ["0", "2", "5", "7"]
-    assert spread(prompts, 10) is prompts
+    assert [prompt.id for prompt in evenly(prompts, 4)] == ["0", "2", "5", "7"]
+    assert evenly(prompts, 10) is prompts
 
 
 def test_the_test_split_asks_nothing_that_was_trained_on_or_shown() -> None:

@@ -9,8 +9,7 @@ import torch
 from learner.baselines import TRUNCATION, Actions, actions_of, build, grpo, mle, ppo, rloo
 from system.learner_config import GRPO, PPO, RLOO
 from system.prefix_tree import PrefixTree
-from system.trajectory import Group, Prompt, Trajectory
-from tests.test_prefix_tree import trajectory
+from system.trajectory import Group, Prompt, Trajectory, sampled
 from tests.toy import INDEX, MAX_TOKENS, STOP, STRINGS, Toy
 
 PROMPT = Prompt("p", (1,), (1,))
@@ -26,9 +25,9 @@ def actions(reward: list[float], log_q: list[list[float]], drawn: list[list[floa
 
 
 def test_actions_leave_out_padding_tool_tokens_and_forced_stops() -> None:
-    tool = trajectory([4, 5, 6], [True, False, True])
-    forced = replace(trajectory([4, 7]), stop="forced")
-    short = replace(trajectory([4]), logp_T=np.array([-0.25, -0.5], np.float32))
+    tool = sampled([4, 5, 6], [True, False, True])
+    forced = replace(sampled([4, 7]), stop="forced")
+    short = replace(sampled([4]), logp_T=np.array([-0.25, -0.5], np.float32))
     rewards = (np.array([np.nan, 9, 9, 3.0]), np.array([9, 9, 6.0]), np.array([9, -2.0]))
     group = Group(PROMPT, (tool, forced, short), rewards, 0, 0)
     tree = PrefixTree.of(group.trajectories_K)

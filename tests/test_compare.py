@@ -13,13 +13,13 @@ import pytest
 from mlflow import MlflowClient
 
 from deploy import baselines, compare
+from deploy.prepare import prepare
 from learner.learner import Learner
-from system import config_file, tasks
+from system import config_file
 from system.config import Config, ConfigError
 from system.journal import State
 from system.learner_config import VarGrad
 from system.models import locate
-from system.pretrained import load_tokenizer
 from system.run_error import RunError
 from system.tracking import Tracker
 from tests import tiny
@@ -223,7 +223,7 @@ def trained(cfg: Config) -> Path:
     path = Path(cfg.output_dir) / "trained"
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(config_file.dump(cfg))
-    problem = tasks.build(cfg.task, load_tokenizer(locate(cfg.model)))
+    problem = prepare(cfg).problem
     learner = Learner(cfg, locate(cfg.model), problem.constraints, cfg.model.path, list(range(10, 40)))
     tiny.perturb(learner.policy.parameters.values(), seed=1)
     learner.adapter(1).materialise(path / "adapter")

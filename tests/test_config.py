@@ -504,6 +504,13 @@ def test_prompts_that_are_never_seen_and_replay_that_has_nothing_are_warned_of(
     assert more.warnings_about(3) == []
 
 
+def test_ranks_without_a_prompt_of_their_own_are_warned_of() -> None:
+    config = parse({"task": NUMBER, "learner": {"ranks": 2, "groups_per_update": 2}})
+    [warning] = config.warnings_about(1)
+    assert warning.startswith("learner.ranks=2 share out the prompts of an update, and the task has 1: ")
+    assert config.warnings_about(2) == []
+
+
 def test_tracking_goes_where_mlflow_itself_would_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert parse({"task": NUMBER}).tracking.uri == "sqlite:///mlflow.db"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -131,6 +132,17 @@ def test_tokens_are_drawn_as_often_as_their_log_probs_say(case: Case) -> None:
         due[CONSTRAINTS.stop_token] = 0.0
         # Twice the expected total variation of so many exact draws.
         assert 0.5 * np.abs(counts / len(seconds) - due / due.sum()).sum() < 0.8 * np.sqrt(30 / len(seconds))
+
+
+def test_every_token_is_progress_long_before_a_sample_is_complete(case: Case) -> None:
+    case.engine.install(case.version(0)[0])
+    before = case.engine.progress
+    case.engine.add(Request(0, SHORT, (Behaviour(planted=((5, 3),)),) * 4, 3))
+    seen = [before]
+    while case.engine.busy:
+        if not case.engine.step():
+            seen.append(case.engine.progress)
+    assert len(seen) > 5 and all(later > earlier for earlier, later in itertools.pairwise(seen))
 
 
 def test_a_seed_repeats_its_draws_and_another_does_not(case: Case) -> None:
@@ -279,6 +291,16 @@ def test_a_wrong_canary_is_refused_and_nothing_is_drawn_from_it(case: Case) -> N
     assert case.largest_error(model) < 1e-3
 
 
+def test_no_file_of_a_version_outlives_its_install(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sampler is killed, so that what it keeps on a disk stays there for good."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for number in (1, 2, 3):
+        adapter, model = case.version(number)
+        case.engine.install(adapter)
+        assert list(tmp_path.iterdir()) == []
+        assert case.largest_error(model) < 1e-3
+
+
 def test_an_install_below_running_groups_is_an_error(case: Case) -> None:
     adapter = case.version(1)[0]
     case.engine.install(adapter)
@@ -418,13 +440,16 @@ def test_samples_that_the_engine_puts_off_are_as_they_would_have_been(tmp_path: 
         case = Case(folder, "llama", engine)
         adapter, model = case.version(0)
         engine.install(adapter)
-        # A sample's draws follow from its group's seed and its place in the group, whatever else is drawn.
-        (few,) = case.draw(Request(0, prompt, (Behaviour(),) * 8, 3))
+        requests = [Request(number, prompt, (Behaviour(),) * 8, number) for number in range(25)]
+        groups = case.draw(*requests)
+        late = {int(name.split("/")[0]) for name in put_off}
+        assert late
+        number = max(late) - 1  # the engine counts groups from 1
+        put_off.clear()
+        (alone,) = case.draw(requests[number])
         assert not put_off
-        (group,) = case.draw(Request(0, prompt, (Behaviour(),) * 200, 3))
-        assert put_off
     finally:
         engine.close()
-    assert [trajectory.key for trajectory in few] == [trajectory.key for trajectory in group[:8]]
-    for trajectory in group:
+    assert [trajectory.key for trajectory in alone] == [trajectory.key for trajectory in groups[number]]
+    for trajectory in groups[number]:
         np.testing.assert_allclose(trajectory.logp_T, lora.drawn_log_probs(model, constraints, prompt, trajectory), atol=1e-3)

@@ -20,8 +20,9 @@ import torch
 from actors.posterior_reward import Posterior
 from actors.settings import alone, take_machine
 from deploy import evaluate, runs, self_consistent
+from deploy.prepare import prepare
 from learner.learner import Learner
-from system import config_file, diversity, tasks
+from system import config_file, diversity
 from system.config import Config, ConfigError
 from system.evaluation import Evaluation
 from system.language_model import LanguageModel
@@ -77,7 +78,7 @@ def test_bounds_from_self_consistent_stories_enclose_the_exact_log_z(folder: Pat
     assert len(stories) == 150
     (folder / "told.jsonl").write_text("".join(json.dumps(story) + "\n" for story in stories))
     cfg = config_file.parse(settings(folder, stories=str(folder / "told.jsonl")))
-    problem = tasks.build(cfg.task, load_tokenizer(locate(cfg.model)))
+    problem = prepare(cfg).problem
     learner = learner_of(cfg, problem)
     frozen = load_pretrained(locate(cfg.model), torch.float32, torch.device("cpu"))
     reward = Posterior(LanguageModel(frozen), problem.reward_stop)
@@ -147,7 +148,7 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
     run.mkdir(parents=True)
     cfg = config_file.parse(settings(folder))
     (run / "config.yaml").write_text(config_file.dump(cfg))
-    problem = tasks.build(cfg.task, load_tokenizer(locate(cfg.model)))
+    problem = prepare(cfg).problem
     learner_of(cfg, problem).adapter(1).materialise(run / "adapter")
     tokenizer = load_tokenizer(locate(cfg.model))
     middle = [t for t in problem.constraints.columns.tolist() if t != problem.constraints.stop_token][:2]

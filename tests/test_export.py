@@ -14,13 +14,12 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from deploy import export
+from deploy.prepare import prepare
 from learner.learner import Learner
 from learner.replay import Replay
-from system import checkpoint, tasks
+from system import checkpoint
 from system.config import ConfigError
 from system.loop_state import Counters, LoopState
-from system.models import locate
-from system.pretrained import load_tokenizer
 from tests import finished, lora, tiny
 
 TOKENS = [1, 14, 15, 16, 20, 30, 17, 18]
@@ -59,7 +58,7 @@ def test_a_base_that_has_moved_is_named_on_the_command_line(tmp_path: Path, capl
 
 def test_a_checkpoints_adapter_is_used_by_its_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir, config = finished.run(tmp_path)
-    problem = tasks.build(config.task, load_tokenizer(locate(config.model)))
+    problem = prepare(config).problem
     learner = Learner.build(config, problem)
     for step, scale in ((3, 0.3), (6, 0.6)):
         tiny.perturb(learner.policy.parameters.values(), seed=step, scale=scale)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from system.config_file import parse
-from system.handles import SamplerLeft
+from system.handles import SamplerDied, SamplerLeft
 from system.run_error import RunError
 from system.trajectory import Group, Request
 from tests.fakes import FakeLearner, FakeSamplers, dies
@@ -124,6 +124,52 @@ def test_samplers_that_the_pool_itself_ends_are_no_deaths(tmp_path: Path) -> Non
     loop = orchestrator(tmp_path, config(), FakeSamplers(fate=fate), FakeLearner())
     loop.train()
     assert (loop.counters.deaths, loop.counters.reissued, loop.counters.groups) == (0, 10, 24)
+
+
+class ByHand(FakeSamplers):
+    """Groups come back when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: dict[int, Future[Group]] = {}
+        self.refuses = False
+
+    def sample(self, request: Request) -> Future[Group]:
+        if self.refuses:
+            raise ConnectionError("no pool")
+        self.asked[request.group_id] = Future()
+        return self.asked[request.group_id]
+
+    def lose(self, name: str, *numbers: int) -> None:
+        for number in numbers:
+            self.asked[number].set_exception(SamplerDied("killed", name))
+
+
+def test_a_wave_of_deaths_is_one_though_a_group_is_issued_again_to_one_that_has_died_too(tmp_path: Path) -> None:
+    """The pool hears of the samplers of a node one after the other."""
+    samplers = ByHand()
+    flow = orchestrator(tmp_path, config(max_staleness=1), samplers, FakeLearner()).flow
+    flow.feed()
+    for name, numbers in (("sampler-0", (0,)), ("sampler-1", (1, 0)), ("sampler-2", (2, 0))):
+        samplers.lose(name, *numbers)
+        flow.receive()
+        flow.feed()
+    assert flow._waves_in_a_row == 1
+    samplers.lose("sampler-3", 1)
+    flow.receive()
+    assert flow._waves_in_a_row == 2, "all that it had was issued after the others died"
+
+
+def test_a_group_that_could_not_be_asked_for_is_not_skipped(tmp_path: Path) -> None:
+    samplers = ByHand()
+    samplers.refuses = True
+    flow = orchestrator(tmp_path, config(max_staleness=1), samplers, FakeLearner()).flow
+    with pytest.raises(ConnectionError):
+        flow.feed()
+    assert flow.unused() == [0]
+    samplers.refuses = False
+    flow.feed()
+    assert list(samplers.asked) == [0, 1, 2, 3]
 
 
 def test_a_sampler_that_refuses_ends_the_run_with_its_own_error(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from deploy import environment, html_report, report
 from deploy.charts import Chart, draw, running_mean, thinned
 from deploy.html_report import Metrics
-from system import config_file, evaluation
+from system import config_file, evaluation_files
 from system.config import ConfigError
 from system.evaluation import Evaluation
 from system.journal import Journal
@@ -50,8 +50,8 @@ def run_dir(tmp_path: Path) -> Path:
     journal.append("status", status="RUNNING")
     table(folder / "datasets" / "continuation.json", [{"id": "line-1", "text": f"context {EVIL}"}])
     table(folder / "tables" / "samples" / "000090.json", [sample(EVIL)])
-    evaluation.write(folder / "evaluations", 0, config.task, evaluated(100.0, "before " + EVIL))
-    evaluation.write(folder / "evaluations", 90, config.task, evaluated(4.0, "after " + EVIL))
+    evaluation_files.write(folder / "evaluations", 0, config.task, evaluated(100.0, "before " + EVIL))
+    evaluation_files.write(folder / "evaluations", 90, config.task, evaluated(4.0, "after " + EVIL))
     (folder / "plots").mkdir()
     (folder / "plots" / "posterior.png").write_bytes(b"\x89PNG plot")
     (folder / "environment.json").write_text(json.dumps({"torch": "9.9.9", "commit": "abc123"}))
@@ -144,8 +144,8 @@ def test_a_figure_that_only_some_prompts_or_evaluations_have_is_a_dash_elsewhere
     first.per_prompt[0]["task/bleu_4"] = 0.25
     last.per_prompt[1]["task/bleu_4"] = 0.375
     task = config_file.load(run_dir / "config.yaml").task
-    evaluation.write(run_dir / "evaluations", 0, task, first)
-    evaluation.write(run_dir / "evaluations", 90, task, last)
+    evaluation_files.write(run_dir / "evaluations", 0, task, first)
+    evaluation_files.write(run_dir / "evaluations", 90, task, last)
     words = re.sub(r"\s+", " ", page(run_dir).text)
     assert "task/distinct_answers 2 – " in words
     assert "task/bleu_4 – 0.125 " in words

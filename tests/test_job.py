@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
@@ -49,7 +50,10 @@ def doors(job: subprocess.Popen[str]) -> set[tuple[str, int]]:
     """Where a job's processes, those of its Ray and its actors among them, take connections: addresses and ports."""
     driver = psutil.Process(job.pid)
     processes = [driver, *driver.children(recursive=True)]
-    names = {process.name() for process in processes}
+    names = set()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            names.add(process.name())
     assert {"gcs_server", "raylet"} <= names and any("Sampler" in name for name in names), names
     return listening(processes)
 
@@ -72,8 +76,14 @@ def mlflow_run(folder: Path) -> Any:
 
 def test_the_main_job_runs_on_the_packaged_model_and_leaves_everything_in_mlflow(tmp_path: Path) -> None:
     job = start(tmp_path, str(ROOT / "deploy/configs/random_number.yaml"), "learner.steps=8", "sampler.samples_per_prompt=32")
+    assert job.stdout is not None
+    while not job.stdout.readline().startswith("step "):
+        assert job.poll() is None
+    assert {address for address, _ in doors(job)} == {"127.0.0.1"}
+    started = psutil.Process(job.pid).children(recursive=True)
     summary = last_line(job)
     assert job.returncode == 0
+    assert len(started) > 5 and psutil.wait_procs(started, timeout=60)[1] == []
     assert summary["steps"] == 8
     assert summary["before"]["exact/kl_target_q"] == pytest.approx(1.62, abs=0.01)
     assert summary["after"]["exact/kl_target_q"] < 0.8
@@ -177,8 +187,8 @@ def metrics_in(output: Path) -> list[dict[str, float]]:
 def test_a_submitted_job_runs_on_the_nodes_of_a_cluster_and_can_be_followed_and_stopped(tmp_path: Path) -> None:
     cluster = TwoNodes(tmp_path)
     try:
-        # The head has room for the learner and a sampler, which keeps off the learner's node where it can.
-        job = [*cluster.entry, "actors.count=1"]
+        # The learner fills the head, so that the sampler is the second node's.
+        job = [*cluster.entry, "actors.count=1", "learner.cpus=2"]
         told = {"RAY_JOB_STOP_WAIT_TIME_S": "60", "MY_TOKEN": "x"}
         submit = ["--submission-id", "long", "--working-dir", ".", "--runtime-env-json", json.dumps({"env_vars": told})]
         submitted = cluster.submit("--no-wait", *submit, "--", *job, "learner.steps=100000", f"output_dir={tmp_path}/long")
@@ -206,8 +216,10 @@ def test_a_submitted_job_runs_on_the_nodes_of_a_cluster_and_can_be_followed_and_
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(900)  # three jobs
-def test_a_submitted_job_grows_over_the_nodes_and_goes_on_after_its_driver_was_killed(tmp_path: Path) -> None:
+@pytest.mark.timeout(1200)  # four jobs
+def test_a_submitted_job_grows_over_the_nodes_and_goes_on_after_its_driver_was_killed(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     def actors() -> list[psutil.Process]:
         below = [child for node in cluster.nodes for child in psutil.Process(node.pid).children(recursive=True)]
         return [process for process in below if process.name().startswith(("ray::Sampler", "ray::Learner"))]
@@ -243,10 +255,14 @@ def test_a_submitted_job_grows_over_the_nodes_and_goes_on_after_its_driver_was_k
         run_dir = found[0].parents[1]
         [driver] = drivers()
         driver.kill()
+        began = time.monotonic()
+        psutil.wait_procs(actors(), timeout=60)
+        record_property(
+            "seconds from the death of a submitted driver until its actors are gone", round(time.monotonic() - began, 1)
+        )
         while "'killed' failed" not in cluster.job("status", "killed").stdout:
             time.sleep(1)
         step = max(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
-        psutil.wait_procs(actors(), timeout=60)
         assert actors() == []
 
         again = ["python", "deploy/job.py", "--resume", str(run_dir), f"learner.steps={step + 20}"]
@@ -261,5 +277,40 @@ def test_a_submitted_job_grows_over_the_nodes_and_goes_on_after_its_driver_was_k
         assert {"node.learner", "node.sampler-0", "node.sampler-1"} <= nodes.keys()
         assert len(set(nodes.values())) == 2
         assert actors() == []
+
+        cluster.close(at_once=True)
+        cluster = TwoNodes(tmp_path)
+        again[-1] = f"learner.steps={step + 40}"
+        result = cluster.submit("--working-dir", ".", "--", *again)
+        assert result.returncode == 0, result.stdout[-3000:]
+        client, run = mlflow_run(tmp_path)
+        assert {point.step for point in client.get_metric_history(run.info.run_id, "loss")} == set(range(1, step + 41))
+    finally:
+        cluster.close()
+
+
+@pytest.mark.chaos
+def test_a_stop_of_a_submitted_sweep_stops_the_run_at_hand_with_a_checkpoint_and_starts_no_other(tmp_path: Path) -> None:
+    cluster = TwoNodes(tmp_path)
+    try:
+        sweep = ["python", "deploy/sweep.py", *cluster.entry[2:], "actors.count=1", "learner.steps=100000"]
+        wait = ["--runtime-env-json", json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})]
+        identity = ["--no-wait", "--submission-id", "swept", "--working-dir", "."]
+        cluster.submit(*identity, *wait, "--", *sweep, f"output_dir={tmp_path}/runs", "--over", "seed=0,1")
+        deadline = time.monotonic() + 200
+        while not any("loss" in metrics for metrics in metrics_in(tmp_path / "runs")):
+            assert time.monotonic() < deadline, cluster.job("logs", "swept").stdout[-3000:]
+            time.sleep(0.2)
+        assert cluster.job("stop", "swept").returncode == 0
+        (run_dir,) = (tmp_path / "runs").iterdir()
+        assert list((run_dir / "checkpoints").glob("step-*"))
+        assert json.loads((run_dir / "summary.json").read_text())["finished"] is False
+        client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+        runs = client.search_runs([client.get_experiment_by_name("headwater").experiment_id])  # type: ignore[union-attr]
+        parents = {run.data.tags.get("mlflow.parentRunId") for run in runs}
+        assert len(runs) == 2 and parents == {
+            None,
+            *(run.info.run_id for run in runs if "mlflow.parentRunId" not in run.data.tags),
+        }
     finally:
         cluster.close()

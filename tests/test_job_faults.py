@@ -159,6 +159,11 @@ def wait_until(condition: Callable[[], Any], job: subprocess.Popen[str]) -> None
         time.sleep(0.01)
 
 
+def updates(run_dir: Path) -> int:
+    """That were logged, those among them that were done again."""
+    return sum("loss" in entry.get("values", ()) for entry, _ in read(run_dir / "journal.jsonl"))
+
+
 def drawn(run_dir: Path) -> list[list[tuple[str, str]]]:
     """By update: (prompt, text) of each fresh sample."""
     tables = [json.loads(path.read_text()) for path in sorted((run_dir / "tables/samples").glob("*.json"))]
@@ -170,8 +175,19 @@ def weights(run_dir: Path) -> bytes:
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(1800)  # five jobs
-def test_a_killed_and_an_interrupted_run_end_with_the_weights_of_one_that_was_not(runner: Runner, undisturbed: Runner) -> None:
+@pytest.mark.timeout(1800)  # six jobs
+def test_a_killed_and_an_interrupted_run_end_with_the_weights_of_one_that_was_not(
+    runner: Runner, undisturbed: Runner, record_property: Callable[[str, object], None]
+) -> None:
+    def resumed(after: str) -> subprocess.Popen[str]:
+        began, before = time.monotonic(), updates(run_dir)
+        job = runner.start("--resume", str(run_dir))
+        wait_until(lambda: updates(run_dir) > before, job)
+        record_property(
+            f"seconds from --resume after {after} to the end of the next update", round(time.monotonic() - began, 1)
+        )
+        return job
+
     job = runner.start("config.json", "output_dir=cut")
     wait_until(lambda: list(runner.folder.glob("cut/*/checkpoints/step-00000005")), job)
     assert len(runner.processes()) > 4, "driver, learner, sampler, its function, and Ray's own"
@@ -180,19 +196,20 @@ def test_a_killed_and_an_interrupted_run_end_with_the_weights_of_one_that_was_no
     run_dir = run_of(runner, "cut")
     assert not (run_dir / "adapter").exists()
 
-    job = runner.start("--resume", str(run_dir))
+    job = resumed("SIGKILL of the driver")
     wait_until(lambda: list(run_dir.glob("checkpoints/step-00000010")), job)
     assert {"python", "gcs_server", "raylet", "ray::LearnerActor", "ray::SamplerActor"} <= runner.names()
     runner.kill()
     assert runner.ended(job) == -signal.SIGKILL
 
-    job = runner.start("--resume", str(run_dir))
+    job = resumed("SIGKILL of every process")
     wait_until(lambda: list(run_dir.glob("checkpoints/step-00000015")), job)
-    os.killpg(job.pid, signal.SIGHUP)  # as a terminal does that is closed
-    assert runner.ended(job) == 130, runner.logs()[-3000:]
-    assert json.loads((run_dir / "summary.json").read_text())["steps"] < STEPS
-
-    job = runner.start("--resume", str(run_dir))
+    # As a terminal does, at Ctrl-C and when it is closed.
+    for number, after in ((signal.SIGINT, "Ctrl-C"), (signal.SIGHUP, "a hangup")):
+        os.killpg(job.pid, number)
+        assert runner.ended(job) == 130, runner.logs()[-3000:]
+        assert json.loads((run_dir / "summary.json").read_text())["steps"] < STEPS
+        job = resumed(after)
     assert runner.ended(job) == 0, runner.logs()[-3000:]
     reference = run_of(undisturbed, "whole")
     assert drawn(run_dir) == drawn(reference)
@@ -305,11 +322,12 @@ def server(tmp_path: Path) -> Iterator[MLflow]:
 @pytest.mark.chaos
 @pytest.mark.timeout(1200)  # two jobs
 def test_a_slow_tracking_server_that_is_killed_and_comes_back_has_everything_and_the_run_its_weights(
-    runner: Runner, undisturbed: Runner, server: MLflow
+    runner: Runner, undisturbed: Runner, server: MLflow, record_property: Callable[[str, object], None]
 ) -> None:
     server.start()
     with Slow(server.uri, seconds=0.5) as slow:
-        _killed_tracking(runner, server, slow)
+        seconds = _killed_tracking(runner, server, slow)
+    record_property("seconds from the tracking server's return until it has what waited", round(seconds, 1))
     run_dir = run_of(runner, "down")
     assert weights(run_dir) == weights(run_of(undisturbed, "whole"))
 
@@ -329,7 +347,8 @@ def test_a_slow_tracking_server_that_is_killed_and_comes_back_has_everything_and
     assert run.info.status == "FINISHED"
 
 
-def _killed_tracking(runner: Runner, server: MLflow, slow: Slow) -> None:
+def _killed_tracking(runner: Runner, server: MLflow, slow: Slow) -> float:
+    """Seconds from the server's return until it has all that waited for it."""
     settings = (f"tracking.uri={slow.uri}", "tracking.flush_seconds=0.2", f"tracking.close_seconds={SECONDS}")
     job = runner.start("config.json", "output_dir=down", *settings)
     wait_until(lambda: list(runner.folder.glob("down/*/checkpoints/step-00000005")), job)
@@ -339,8 +358,12 @@ def _killed_tracking(runner: Runner, server: MLflow, slow: Slow) -> None:
     wait_until(lambda: list(run_dir.glob("checkpoints/step-00000015")), job)
     assert f"{slow.uri} does not take what is logged" in runner.logs()
     server.start()
+    began, waiting = time.monotonic(), (run_dir / "journal.jsonl").stat().st_size
+    wait_until(lambda: min(json.loads((run_dir / "tracking.json").read_text())["cursors"].values()) >= waiting, job)
+    seconds = time.monotonic() - began
     assert runner.ended(job) == 0, runner.logs()[-3000:]
     assert slow.asked
+    return seconds
 
 
 @pytest.fixture
@@ -427,7 +450,9 @@ def test_a_disk_that_turns_read_only_ends_a_job_with_one_line_and_once_writable_
 
 @pytest.mark.chaos
 @pytest.mark.timeout(900)  # two jobs
-def test_two_ranks_learn_what_one_does_also_where_one_of_them_is_killed(runner: Runner, undisturbed: Runner) -> None:
+def test_two_ranks_learn_what_one_does_also_where_one_of_them_is_killed(
+    runner: Runner, undisturbed: Runner, record_property: Callable[[str, object], None]
+) -> None:
     two = ("learner.ranks=2", "learner.cpus=0.5")
     assert runner.ended(runner.start("config.json", "output_dir=two", *two)) == 0, runner.logs()[-3000:]
     one, both = (load_file(run_dir / "adapter/adapter_model.safetensors") for run_dir in (
@@ -440,10 +465,13 @@ def test_two_ranks_learn_what_one_does_also_where_one_of_them_is_killed(runner: 
     *_, last = sorted(
         (process for process in runner.processes() if process.name().startswith("ray::LearnerActor")), key=lambda each: each.pid
     )
+    killed, before = time.monotonic(), updates(run_dir := run_of(runner, "killed"))
     last.kill()
+    wait_until(lambda: updates(run_dir) > before, job)
+    record_property("seconds from the death of a rank to the end of the next update", round(time.monotonic() - killed, 1))
     assert runner.ended(job) == 0, runner.logs()[-3000:]
     assert "the learner died at step" in runner.logs()
-    assert weights(run_of(runner, "killed")) == weights(run_of(runner, "two"))
+    assert weights(run_dir) == weights(run_of(runner, "two"))
 
 
 def test_a_config_that_cannot_be_written_again_stays_as_it_was(tmp_path: Path) -> None:

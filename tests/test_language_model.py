@@ -16,8 +16,8 @@ from system.language_model import LanguageModel
 from system.output_layer import Head
 from system.prefix_tree import Packed, PrefixTree
 from system.pretrained import load_pretrained, resolve_device
+from system.trajectory import sampled
 from tests import tiny
-from tests.test_prefix_tree import trajectory
 
 VOCAB = 64
 CONTEXTS = [[3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7, 9, 3, 2, 38, 4], [27, 18, 28]]
@@ -34,7 +34,7 @@ def random_samples(rng: np.random.Generator, count: int = 8) -> list:
     result = []
     for _ in range(count):
         tokens = stem[: rng.integers(0, 7)] + rng.integers(5, VOCAB, rng.integers(0, 9)).tolist()
-        result.append(trajectory(tokens, (rng.random(len(tokens)) < 0.8).tolist()))
+        result.append(sampled(tokens, (rng.random(len(tokens)) < 0.8).tolist()))
     return result
 
 
@@ -148,7 +148,7 @@ def test_log_probs_follow_the_support(model: PreTrainedModel) -> None:
     allowed, stop = [5, 6, 7, 8], 9
     constraints = Constraints.of(stop_token=stop, min_tokens=2, max_tokens=4, vocab_size=VOCAB, allowed=allowed)
     tokens = [5, 7, 7]
-    piece = Packed.of(PrefixTree.of([trajectory(tokens)]), CONTEXTS[1])
+    piece = Packed.of(PrefixTree.of([sampled(tokens)]), CONTEXTS[1])
     language_model = LanguageModel(model)
     depth = np.arange(len(tokens) + 1)
     positions = np.concatenate([piece.start_N[:-1], piece.start_N[2:]])
@@ -165,7 +165,7 @@ def test_log_probs_follow_the_support(model: PreTrainedModel) -> None:
 
 def test_a_target_outside_the_support_is_refused() -> None:
     constraints = Constraints.of(stop_token=9, min_tokens=0, max_tokens=4, vocab_size=VOCAB, allowed=[5, 6])
-    piece = Packed.of(PrefixTree.of([trajectory([5, 7])]), CONTEXTS[1])
+    piece = Packed.of(PrefixTree.of([sampled([5, 7])]), CONTEXTS[1])
     language_model = LanguageModel(tiny.llama(VOCAB))
     with pytest.raises(ValueError, match=r"\[7\].*support"):
         language_model.log_probs(language_model.hidden([piece]), *piece.edge_queries(), constraints)
@@ -215,7 +215,7 @@ def test_attention_whose_logits_are_capped_stays_capped(tmp_path: Path) -> None:
     tiny.gemma2(VOCAB).save_pretrained(tmp_path)
     loaded = load_pretrained(tmp_path, torch.float32, torch.device("cpu"))
     tokens = list(range(10, 40))
-    [(edge_N, _)] = LanguageModel(loaded).score([Packed.of(PrefixTree.of([trajectory(tokens[2:])]), tokens[:2])])
+    [(edge_N, _)] = LanguageModel(loaded).score([Packed.of(PrefixTree.of([sampled(tokens[2:])]), tokens[:2])])
     loaded.set_attn_implementation("eager")
     capped = own_log_probs(loaded, tokens)
     loaded.set_attn_implementation("sdpa")
@@ -241,7 +241,7 @@ def test_an_output_bias_is_that_of_the_supports_columns() -> None:
     head: Any = model.get_output_embeddings()
     head.bias = torch.nn.Parameter(torch.randn(VOCAB, generator=torch.Generator().manual_seed(0)), requires_grad=False)
     constraints = Constraints.of(stop_token=stop, min_tokens=0, max_tokens=4, vocab_size=VOCAB, allowed=allowed)
-    piece = Packed.of(PrefixTree.of([trajectory([5, 7])]), CONTEXTS[1])
+    piece = Packed.of(PrefixTree.of([sampled([5, 7])]), CONTEXTS[1])
     language_model = LanguageModel(model)
     with torch.no_grad():
         found = language_model.log_probs(language_model.hidden([piece]), *piece.edge_queries(), constraints)
@@ -253,6 +253,6 @@ def test_an_output_bias_is_that_of_the_supports_columns() -> None:
 
 def test_a_window_that_all_layers_have_is_kept() -> None:
     model, tokens = tiny.mistral(VOCAB), list(range(10, 40))
-    [(edge_N, _)] = LanguageModel(model).score([Packed.of(PrefixTree.of([trajectory(tokens[2:])]), tokens[:2])])
+    [(edge_N, _)] = LanguageModel(model).score([Packed.of(PrefixTree.of([sampled(tokens[2:])]), tokens[:2])])
     table = own_log_probs(model, tokens)
     assert edge_N[1:] == pytest.approx([table[at, token] for at, token in enumerate(tokens[2:], 1)], abs=1e-4)

@@ -16,9 +16,8 @@ from system.config import Config, ConfigError
 from system.config_file import parse
 from system.constraints import Constraints
 from system.posterior import Bounds
-from system.trajectory import Group, Prompt
+from system.trajectory import Group, Prompt, sampled
 from tests import tiny
-from tests.test_prefix_tree import trajectory
 
 VOCAB, STOP = 64, 9
 ALLOWED = list(range(10, 30))
@@ -35,7 +34,7 @@ def config(**learner: object) -> Config:
 def groups(seed: int = 0, samples: int = 8) -> list[Group]:
     rng, result = np.random.default_rng(seed), []
     for number, prompt in enumerate(PROMPTS):
-        trajectories = [trajectory(rng.choice(ALLOWED[:4], rng.integers(1, 7)).tolist()) for _ in range(samples)]
+        trajectories = [sampled(rng.choice(ALLOWED[:4], rng.integers(1, 7)).tolist()) for _ in range(samples)]
         rewards = tuple(rng.normal(10.0 * number, 1.0, len(t) + 1) for t in trajectories)
         result.append(Group(prompt, tuple(trajectories), rewards, 0, number))
     return result
@@ -76,7 +75,7 @@ def test_log_q_equals_the_masked_policy_one_sequence_at_a_time(folder: Path) -> 
 def test_a_tools_output_is_context_and_no_part_of_log_q(folder: Path) -> None:
     subject = learner(folder)
     tiny.perturb(subject.policy.parameters.values())
-    written = trajectory([10, 11, 45, 46, 12], [True, True, False, False, True])
+    written = sampled([10, 11, 45, 46, 12], [True, True, False, False, True])
     group = Group(PROMPTS[1], (written,), (np.zeros(6),), 0, 0)
     with torch.no_grad():
         tokens = torch.tensor([[*PROMPTS[1].policy_tokens, *written.tokens_T.tolist()]])
@@ -87,7 +86,7 @@ def test_a_tools_output_is_context_and_no_part_of_log_q(folder: Path) -> None:
         expected += float(logits[at + position, token] - logits[at + position, support].logsumexp(-1))
     assert subject.score([group])[0].log_q_K == pytest.approx([expected], abs=1e-4)
     # Nor do they count towards the greatest length, where the stop is certain.
-    longer = trajectory([10, 11, 45, 46, 12, 13], [True, True, False, False, True, True])
+    longer = sampled([10, 11, 45, 46, 12, 13], [True, True, False, False, True, True])
     [score] = subject.score([Group(PROMPTS[1], (longer,), (np.zeros(7),), 0, 0)])
     assert score.log_q_stop_K[0] < -0.01
 

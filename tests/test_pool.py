@@ -19,8 +19,9 @@ from ray.exceptions import RayError
 from actors.sampler import EngineDied
 from deploy import ray_cluster
 from deploy.placement import Resources
-from deploy.pool import SPARE_STEPS, RaySamplers
-from deploy.remote import RayLearner, wait_until_ready
+from deploy.pool import RaySamplers
+from deploy.ray_learner import RayLearner
+from deploy.readiness import wait_until_ready
 from learner.replay import Replay
 from system.config import Config, ConfigError
 from system.config_file import parse
@@ -92,7 +93,7 @@ class TestOneNode:
         ray_cluster.disconnect()
 
     def test_a_sampler_that_hangs_over_a_request_is_replaced_and_the_group_counts_once(self, tmp_path: Path) -> None:
-        cfg = config(tmp_path, {"count": 2, "answer_seconds": 3})
+        cfg = config(tmp_path, {"count": 2, "answer_seconds": 5})
         used: list[int] = []
         samplers = pool(cfg, Faults(hangs=frozenset({4})))
         wait_until_ready(samplers)
@@ -101,7 +102,7 @@ class TestOneNode:
         assert loop.counters.deaths == 1
 
     def test_a_sampler_whose_process_is_stopped_is_killed_and_replaced(self, tmp_path: Path) -> None:
-        cfg = config(tmp_path, {"count": 2, "cpus": 2, "answer_seconds": 3}, steps=20)
+        cfg = config(tmp_path, {"count": 2, "cpus": 2, "answer_seconds": 5}, steps=20)
         used: list[int] = []
         samplers = pool(cfg, Faults())
         wait_until_ready(samplers)
@@ -160,10 +161,10 @@ class TestOneNode:
         samplers.close()
 
     def test_work_that_takes_long_is_no_hang_while_answers_come(self, tmp_path: Path) -> None:
-        cfg = config(tmp_path, {"count": 1, "answer_seconds": 2})
-        samplers = pool(cfg, Faults(seconds=1))
+        cfg = config(tmp_path, {"count": 1, "answer_seconds": 4})
+        samplers = pool(cfg, Faults(seconds=2))
         wait_until_ready(samplers)
-        futures = [samplers.sample(request(number, cfg)) for number in range(30)]  # ten at a time: the last after 3 s
+        futures = [samplers.sample(request(number, cfg)) for number in range(30)]  # ten at a time: the last after 6 s
         assert [future.result(60).group_id for future in futures] == list(range(30))
         samplers.close()
 
@@ -258,22 +259,27 @@ class TestOneNode:
             with pytest.raises(RunError, match=f"^{re.escape(message)}"):
                 train(cfg, pool(cfg, Faults(crashes=frozenset(range(100)), always=True), actor=actor))
 
-    def test_the_pool_does_not_grow_while_the_learner_is_busy_or_no_work_is_left_over(self, tmp_path: Path) -> None:
+    def test_the_pool_grows_by_the_work_of_the_training_alone(self, tmp_path: Path) -> None:
         cfg = config(tmp_path, {"min": 1, "max": 2})
         samplers = pool(cfg, Faults(seconds=0.2))
         wait_until_ready(samplers)
         evaluation = Requests(PROMPTS, 3, cfg.sampler.exploration, 0).evaluation(0, 3, 1)
-        for idle, wanted in (
-            (0.05, [request(number, cfg) for number in range(3)]),
-            (0.9, [request(0, cfg)]),
-            (0.9, [evaluation] * 3),
-        ):
-            for future in [samplers.sample(each) for each in wanted]:
-                future.result(30)
-            samplers.fit(idle)
-            time.sleep(0.1)
-            assert len(samplers.ready()) == 1
+        for future in [samplers.sample(evaluation) for _ in range(3)]:
+            future.result(30)
+        samplers.fit(0.9)
+        time.sleep(0.1)
+        assert len(samplers.ready()) == 1
         samplers.close()
+
+    def test_another_sampler_is_started_where_there_is_room_or_nodes_may_join(self, tmp_path: Path) -> None:
+        for wait_seconds, room in ((0, False), (60, True)):
+            samplers = pool(config(tmp_path, {"min": 1, "max": 2, "cpus": 4}, wait_seconds=wait_seconds), Faults())
+            wait_until_ready(samplers)
+            deadline = time.monotonic() + 10  # Ray tells of what is taken a moment later
+            while samplers._has_room() is not room:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            samplers.close()
 
     def test_a_pool_that_has_ended_keeps_nobody_who_wants_room_waiting(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -303,20 +309,20 @@ class TestOneNode:
         assert (sizes[0], sizes[-1]) == (1, 2)
         assert loop.counters.deaths == 0
 
-    def test_a_sampler_that_has_had_no_work_for_long_goes_and_the_fewest_stay(self, tmp_path: Path) -> None:
+    def test_a_sampler_that_has_had_no_work_for_long_goes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("deploy.pool_size.SPARE_STEPS", 3)
         cfg = config(tmp_path, {"min": 1, "max": 2})
         samplers = pool(cfg, Faults())
         wait_until_ready(samplers)
-        samplers._target = 2
+        samplers._size.target = 2
         while len(samplers._built()) < 2:
             time.sleep(0.1)
         sizes = []
-        for number in range(2 * SPARE_STEPS + 5):
+        for number in range(5):
             assert samplers.sample(request(number, cfg)).result(30).group_id == number
             samplers.fit(learner_idle=0.9)
             sizes.append(len(samplers._members))
-        assert sizes[SPARE_STEPS - 2] == 2
-        assert sizes[-1] == 1
+        assert (sizes[1], sizes[-1], samplers.deaths) == (2, 1, 0)
         samplers.close()
 
 
@@ -397,8 +403,9 @@ class TestNodes:
         samplers.close()
 
     def test_what_no_node_can_hold_is_refused_within_seconds_and_waited_for_if_nodes_may_join(
-        self, cluster: Cluster, tmp_path: Path
+        self, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
+        monkeypatch.setattr("deploy.readiness.TELL_SECONDS", 1.0)
         began = time.monotonic()
         with pytest.raises(ConfigError, match=r"actors.count=1: learner.cpus=1 and 1 x actors.cpus=3 need 4 cpus.* has 2"):
             ray_cluster.connect(config(tmp_path, {"cpus": 3}, address=cluster.address))
@@ -412,6 +419,7 @@ class TestNodes:
         with pytest.raises(ConfigError, match=r"1 x actors.cpus=3 need 4 cpus.* has 2"):
             wait_until_ready(samplers)
         assert 4 <= time.monotonic() - began < 15
+        assert "1 of 1 actors are not placed and built after 1 s; the cluster has 2 CPU, 0 GPU, of which 2 CPU" in caplog.text
         cluster.add_node(num_cpus=3)
         wait_until_ready(samplers)
         samplers.close()
@@ -424,6 +432,8 @@ class TestNodes:
         for count, beside_learner in ((2, 0), (5, 1)):
             cfg = config(tmp_path / str(count), {"count": count}, address=cluster.address)
             ray_cluster.connect(cfg)
+            while not ray_cluster.has_room(Resources(1.0, 0.0), 8):  # what the first case held takes a moment
+                time.sleep(0.1)
             learner = RayLearner(cfg, Faults(), IdleLearner)  # type: ignore[arg-type]
             samplers = pool(cfg, Faults(), learner.nodes)
             wait_until_ready(learner, samplers)

@@ -118,6 +118,21 @@ def test_at_the_posterior_every_bound_is_log_z_and_every_sample_counts(prompt: s
     assert bounds.ess == pytest.approx(1.0)
 
 
+def test_draws_without_a_reward_have_no_weight_and_leave_the_bounds_bounds() -> None:
+    """Of six outcomes two have no reward: the posterior is over the others."""
+    count_O = np.array([3, 1, 4, 2])
+    q_O = count_O / 16  # the other six draws fell on what has no reward
+    for log_reward_O in LOG_REWARD_O.values():
+        z = log_z(log_reward_O)
+        bounds = Bounds.of(np.repeat(log_reward_O - np.log(q_O), count_O), drawn=16)
+        among_O = count_O / count_O.sum()
+        assert bounds.log_z_lower == pytest.approx(z - float((among_O * (np.log(among_O) - log_reward_O + z)).sum()))
+        assert bounds.log_z_lower < z
+        assert bounds.log_z_weighted == pytest.approx(z)
+        assert bounds.ess == pytest.approx(1.0 / float((np.exp(log_reward_O - z) ** 2 / q_O).sum()))
+    assert Bounds.of(np.zeros(2), drawn=4).log_z_lower == pytest.approx(-np.log(2))
+
+
 def test_ess_is_1_only_without_spread() -> None:
     assert Bounds.of(np.full(5, 3.0)).ess == 1.0
     assert Bounds.of(np.full(5, 3.0)).spread == 0.0

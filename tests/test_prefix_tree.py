@@ -6,20 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from system.prefix_tree import Packed, PrefixTree, rows_by_budget
-from system.trajectory import Trajectory
-
-
-def trajectory(tokens: list[int], is_action: list[bool] | None = None) -> Trajectory:
-    actions = np.ones(len(tokens), bool) if is_action is None else np.array(is_action, bool)
-    return Trajectory(np.array(tokens, np.int32), actions, np.zeros(len(tokens) + 1, np.float32), "sampled")
-
+from system.trajectory import sampled
 
 samples = st.lists(st.lists(st.integers(0, 2), max_size=5), max_size=8)
 
 
 @given(samples)
 def test_nodes_are_exactly_the_distinct_prefixes(strings: list[list[int]]) -> None:
-    tree = PrefixTree.of([trajectory(s) for s in strings])
+    tree = PrefixTree.of([sampled(s) for s in strings])
     prefixes = {tuple(s[:t]) for s in strings for t in range(len(s) + 1)} | {()}
     assert len(tree) == len(prefixes)
     for string, nodes_T in zip(strings, tree.nodes_K, strict=True):
@@ -31,7 +25,7 @@ def test_nodes_are_exactly_the_distinct_prefixes(strings: list[list[int]]) -> No
 
 @given(samples)
 def test_end_bounds_exactly_the_descendants(strings: list[list[int]]) -> None:
-    tree = PrefixTree.of([trajectory(s) for s in strings])
+    tree = PrefixTree.of([sampled(s) for s in strings])
     for node in range(len(tree)):
         ancestors, at = set(), node
         while at >= 0:
@@ -44,7 +38,7 @@ def test_end_bounds_exactly_the_descendants(strings: list[list[int]]) -> None:
 def test_a_packed_node_sees_the_context_and_its_own_path_alone(
     strings: list[list[int]], suffix: list[int], context: int
 ) -> None:
-    tree = PrefixTree.of([trajectory(s) for s in strings])
+    tree = PrefixTree.of([sampled(s) for s in strings])
     packed = Packed.of(tree, list(range(20, 20 + context)), suffix)
     at = np.arange(len(packed))
     seen = (at <= at[:, None]) & (at[:, None] < packed.end_L)
@@ -61,20 +55,20 @@ def test_a_packed_node_sees_the_context_and_its_own_path_alone(
 
 
 def test_the_row_holds_each_prefix_once_and_a_branch_for_each() -> None:
-    tree = PrefixTree.of([trajectory([1, 2, 3]), trajectory([1, 2, 4]), trajectory([1, 2, 3])])
+    tree = PrefixTree.of([sampled([1, 2, 3]), sampled([1, 2, 4]), sampled([1, 2, 3])])
     assert len(Packed.of(tree, [7, 8])) == 2 + 4
     assert len(Packed.of(tree, [7, 8], suffix=[5, 6, 5])) == 2 + 4 + 2 * len(tree)
     assert len(Packed.of(tree, [7, 8], suffix=[5])) == 2 + 4
 
 
 def test_a_tool_token_and_the_same_token_as_an_action_are_different_states() -> None:
-    tree = PrefixTree.of([trajectory([1, 2], [True, False]), trajectory([1, 2], [True, True])])
+    tree = PrefixTree.of([sampled([1, 2], [True, False]), sampled([1, 2], [True, True])])
     assert len(tree) == 4
     assert sorted(tree.depth_N[[nodes_T[-1] for nodes_T in tree.nodes_K]].tolist()) == [1, 2]
 
 
 def test_queries_predict_each_node_from_its_parent_and_the_suffix_from_its_node() -> None:
-    tree = PrefixTree.of([trajectory([1, 2]), trajectory([1, 3])])
+    tree = PrefixTree.of([sampled([1, 2]), sampled([1, 3])])
     packed = Packed.of(tree, [9], suffix=[5, 6], branch_N=np.array([False, False, True, True]))
     positions, tokens = packed.edge_queries()
     assert [(packed.input_ids_L[p], t) for p, t in zip(positions, tokens, strict=True)] == [(9, 1), (1, 2), (1, 3)]
@@ -94,4 +88,4 @@ def test_rows_hold_every_piece_once_and_keep_to_the_budget(lengths: list[int], b
 def test_no_samples_make_a_tree_of_the_root_alone() -> None:
     assert len(PrefixTree.of([])) == 1
     with pytest.raises(ValueError, match="is_action"):
-        trajectory([1, 2], [True])
+        sampled([1, 2], [True])

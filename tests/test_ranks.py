@@ -22,10 +22,9 @@ from learner.learner import Learner
 from learner.ranks import Ranks, open_store, reach_store
 from system.config import Config
 from system.config_file import parse
-from system.trajectory import Group, Prompt
+from system.trajectory import Group, Prompt, sampled
 from tests import tiny
 from tests.test_learner import ALLOWED, CONSTRAINTS, ON_POLICY, VOCAB
-from tests.test_prefix_tree import trajectory
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload([__name__])
@@ -54,7 +53,7 @@ def config(seed: int = 0, **scenario: Any) -> Config:
 def groups(sizes: tuple[tuple[int, int], ...], seed: int) -> list[Group]:
     rng, result = np.random.default_rng(seed), []
     for number, (context, samples) in enumerate(sizes):
-        trajectories = [trajectory(rng.choice(ALLOWED[:6], rng.integers(1, 7)).tolist()) for _ in range(samples)]
+        trajectories = [sampled(rng.choice(ALLOWED[:6], rng.integers(1, 7)).tolist()) for _ in range(samples)]
         rewards = tuple(rng.normal(10.0 * number, 1.0, len(t) + 1) for t in trajectories)
         prompt = Prompt(f"prompt-{number}", tuple(range(20, 20 + context)), (20,))
         result.append(Group(prompt, tuple(trajectories), rewards, 0, number))

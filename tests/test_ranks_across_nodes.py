@@ -10,12 +10,11 @@ import pytest
 import ray
 
 from deploy import ray_cluster
-from deploy.remote import RayLearner, wait_until_ready
+from deploy.prepare import prepare
+from deploy.ray_learner import RayLearner
+from deploy.readiness import wait_until_ready
 from learner.learner import Learner
-from system import tasks
 from system.adapters import Adapter
-from system.models import locate
-from system.pretrained import load_tokenizer
 from tests import faults, nodes, tiny
 from tests.test_remote_ranks import config, groups
 
@@ -24,7 +23,8 @@ from tests.test_remote_ranks import config, groups
 def test_ranks_on_nodes_of_their_own_learn_like_one_and_leave_the_others_to_samplers(tmp_path: Path) -> None:
     """The nodes are of one machine, with one address: where ranks are put and how they meet is real, the way between is not."""
     cfg = config(tiny.folder(tmp_path), cpus=2)
-    problem = tasks.build(cfg.task, load_tokenizer(locate(cfg.model)))
+    cfg = cfg.model_copy(update={"actors": cfg.actors.model_copy(update={"cpus": 4})})
+    problem = prepare(cfg).problem
     alone = Learner.build(cfg, problem)
     with nodes.cluster(head_cpus=4) as cluster:
         for _ in range(2):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +16,21 @@ from ray.exceptions import RayActorError
 
 from deploy import ray_cluster
 from deploy.pool import RaySamplers
+from deploy.prepare import prepare
 from deploy.ray_actors import SamplerActor
-from deploy.remote import RayLearner, wait_until_ready
+from deploy.ray_learner import RayLearner
+from deploy.readiness import wait_until_ready
 from learner.replay import Replay
-from system import evaluation, tasks
+from system import evaluation
 from system.config import Config
 from system.config_file import parse
 from system.handles import LearnerDied
-from system.models import locate
 from system.orchestrator import Orchestrator
-from system.pretrained import load_tokenizer
 from system.requests import Requests
 from system.run_error import RunError
 from system.tasks.problem import Problem
 from system.trajectory import Group
-from tests import faults, tiny
+from tests import faults, lora, tiny
 from tests.fakes import FakeTracker
 
 
@@ -63,7 +63,7 @@ def running(folder: Path) -> Iterator[Config]:
 
 @pytest.fixture(scope="module")
 def problem(folder: Path, running: Config) -> Problem:
-    return tasks.build(running.task, load_tokenizer(locate(running.model)))
+    return prepare(running).problem
 
 
 @pytest.fixture(scope="module")
@@ -159,15 +159,23 @@ def test_a_learner_that_is_lost_while_it_is_built_is_named_with_what_needs_less(
 @pytest.mark.chaos
 @pytest.mark.parametrize("actor", [faults.OutOfMemoryOnce, faults.LostAdapterOnce])
 def test_an_engine_without_memory_or_without_its_adapter_dies_and_is_replaced(
-    folder: Path, problem: Problem, handles: tuple[RayLearner, RaySamplers], tmp_path: Path, actor: type[SamplerActor]
+    folder: Path,
+    problem: Problem,
+    handles: tuple[RayLearner, RaySamplers],
+    tmp_path: Path,
+    actor: type[SamplerActor],
+    record_property: Callable[[str, object], None],
 ) -> None:
     learner, _ = handles
     cfg = config(folder, actors={"count": 1}, learner={"steps": 6, "warmup_steps": 0})
     samplers = RaySamplers(cfg, problem, actor=actor)
     requests = Requests(problem.prompts, 8, cfg.sampler.exploration, cfg.seed)
-    loop = Orchestrator(cfg, requests, samplers, learner, Replay(cfg.replay), FakeTracker(), tmp_path)
+    wait_until_ready(samplers)
+    tracker = FakeTracker()
+    loop = Orchestrator(cfg, requests, samplers, learner, Replay(cfg.replay), tracker, tmp_path)
     loop.train()
     samplers.close()
+    record_property("longest wait of the learner, seconds", round(max(tracker.series("seconds/wait")), 1))
     assert loop.counters.deaths == 1
     assert loop.counters.groups == 6
 
@@ -191,8 +199,9 @@ def test_engines_that_run_out_of_memory_over_every_group_stop_the_run_with_the_c
 
 def test_every_sampler_installs_what_the_learner_publishes(handles: tuple[RayLearner, RaySamplers]) -> None:
     learner, samplers = handles
-    samplers.publish(learner.adapter(500))
-    installed = ray.get(samplers.install())
+    adapter = learner.adapter(500)
+    samplers.publish(adapter)
+    installed = lora.installed_by(samplers, adapter)
     assert [stats["version"] for stats in installed] == [500.0, 500.0]
     assert all(stats["canary_error"] < 1e-3 for stats in installed)
 

@@ -16,20 +16,18 @@ from ray.exceptions import RayActorError
 
 from deploy import ray_cluster
 from deploy.placement import Resources
-from deploy.remote import RayLearner, wait_until_ready
+from deploy.prepare import prepare
+from deploy.ray_learner import RayLearner
+from deploy.readiness import wait_until_ready
 from learner.learner import Learner
-from system import tasks
 from system.adapters import Adapter
-from system.config import Config
+from system.config import Config, ConfigError
 from system.config_file import parse
 from system.handles import LearnerDied
-from system.models import locate
-from system.pretrained import load_tokenizer
 from system.tasks.problem import Problem
-from system.trajectory import Group, Prompt
+from system.trajectory import Group, Prompt, sampled
 from tests import faults, tiny
 from tests.servers import listening
-from tests.test_prefix_tree import trajectory
 
 
 def config(folder: Path, **learner: object) -> Config:
@@ -51,7 +49,7 @@ def groups(problem: Problem, seed: int) -> list[Group]:
     rng, result = np.random.default_rng(seed), []
     digits = [int(token) for token in problem.constraints.columns if token != problem.constraints.stop_token]
     for number in range(3):
-        trajectories = [trajectory(rng.choice(digits, rng.integers(1, 3)).tolist()) for _ in range(3 + 2 * number)]
+        trajectories = [sampled(rng.choice(digits, rng.integers(1, 3)).tolist()) for _ in range(3 + 2 * number)]
         rewards = tuple(rng.normal(0.0, 1.0, len(t) + 1) for t in trajectories)
         prompt = Prompt(f"prompt-{number}", problem.prompts[0].policy_tokens[number:], (1,))
         result.append(Group(prompt, tuple(trajectories), rewards, 0, number))
@@ -67,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def problem(folder: Path) -> Iterator[Problem]:
     cfg = config(folder)
     ray_cluster.connect(cfg)
-    yield tasks.build(cfg.task, load_tokenizer(locate(cfg.model)))
+    yield prepare(cfg).problem
     ray_cluster.disconnect()
 
 
@@ -135,5 +133,5 @@ def test_the_death_of_one_rank_is_an_error_at_once_and_ends_all(folder: Path, pr
 def test_ranks_that_cannot_be_built_give_their_own_error(folder: Path, problem: Problem, tmp_path: Path) -> None:
     cfg = config(folder).model_copy(update={"output_dir": str(tmp_path)})
     broken = faults.Faults(failed_builds=2)
-    with pytest.raises(ValueError, match="this actor cannot be built"):
+    with pytest.raises(ConfigError, match="this actor cannot be built"):
         wait_until_ready(RayLearner(cfg, broken, actor=faults.IdleLearner))  # type: ignore[arg-type]

@@ -266,7 +266,12 @@ def test_an_empty_buffer_comes_back_empty() -> None:
 
 def test_a_buffer_that_nothing_is_drawn_from_stays_empty() -> None:
     assert len(buffer([((3, 4), -1.0)], fresh=1.0)) == 0
-    assert len(buffer([((3, 4), -1.0)], fresh=0.9, uniform=0.1)) == 1
+    used = buffer([((3, 4), -1.0)], fresh=0.9, uniform=0.1)
+    assert len(used) == 1
+    # Nor does a run that is resumed without replay carry what it once drew from.
+    unused = buffer(fresh=1.0)
+    unused.restore(*used.save())
+    assert len(unused) == 0
 
 
 def test_what_is_kept_of_a_group_is_its_own() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deploy import report
-from system import evaluation, tasks
+from system import evaluation_files, tasks
 from system.config_file import parse
 from system.evaluation import Evaluation
 from system.loop_state import Counters
@@ -111,10 +111,10 @@ def test_an_evaluation_without_samples_has_no_plot(tmp_path: Path) -> None:
 
 def test_evaluations_are_read_back_as_written(tmp_path: Path) -> None:
     task = parse({"task": {"kind": "random_number"}}).task
-    evaluation.write(tmp_path, 0, task, exact(np.array([-1.0, -2.0])))
-    evaluation.write(tmp_path, 12, task, sampled(4.0, -5.0))
-    evaluation.write(tmp_path, 20, task, sampled(5.0, -5.0))
-    [(first, a), (second, b)] = evaluation.read(tmp_path, task, 19)
+    evaluation_files.write(tmp_path, 0, task, exact(np.array([-1.0, -2.0])))
+    evaluation_files.write(tmp_path, 12, task, sampled(4.0, -5.0))
+    evaluation_files.write(tmp_path, 20, task, sampled(5.0, -5.0))
+    [(first, a), (second, b)] = evaluation_files.read(tmp_path, task, 19)
     assert (first, second) == (0, 12)
     assert a.log_q_O is not None and a.log_q_O.tolist() == [-1.0, -2.0]
     assert b.metrics == sampled(4.0, -5.0).metrics
@@ -124,10 +124,10 @@ def test_evaluations_are_read_back_as_written(tmp_path: Path) -> None:
 def test_evaluations_of_a_task_that_a_run_was_resumed_with_hide_none_of_the_one_before(tmp_path: Path) -> None:
     first, second = (parse({"task": {"kind": "random_number", "high": high}}).task for high in (100, 50))
     for step, task, spread in ((0, first, 9.0), (4, first, 4.0), (4, second, 7.0), (8, second, 5.0)):
-        evaluation.write(tmp_path, step, task, sampled(spread, -5.0))
+        evaluation_files.write(tmp_path, step, task, sampled(spread, -5.0))
 
     def found(task: Task) -> list[tuple[int, float]]:
-        return [(step, result.metrics["posterior/spread"]) for step, result in evaluation.read(tmp_path, task, 99)]
+        return [(step, result.metrics["posterior/spread"]) for step, result in evaluation_files.read(tmp_path, task, 99)]
 
     assert found(first) == [(0, 9.0), (4, 4.0)]
     assert found(second) == [(4, 7.0), (8, 5.0)]
@@ -135,7 +135,7 @@ def test_evaluations_of_a_task_that_a_run_was_resumed_with_hide_none_of_the_one_
 
 def test_an_evaluation_takes_the_place_of_the_one_that_the_same_task_had_at_its_step(tmp_path: Path) -> None:
     task = parse({"task": {"kind": "constrained", "keywords": ["sea"]}}).task
-    evaluation.write(tmp_path, 4, task, sampled(9.0, -5.0))
+    evaluation_files.write(tmp_path, 4, task, sampled(9.0, -5.0))
     (path,) = tmp_path.iterdir()
     content = json.loads(path.read_text())
     # As an earlier version wrote it: before the task had a field, or before evaluations had a task.
@@ -143,9 +143,9 @@ def test_an_evaluation_takes_the_place_of_the_one_that_the_same_task_had_at_its_
     path.rename(tmp_path / "step-00000004-00000000.json").write_text(json.dumps(content))
     del content["task"]
     (tmp_path / "step-00000002.json").write_text(json.dumps(content | {"step": 2}))
-    assert [step for step, _ in evaluation.read(tmp_path, task, 9)] == [2, 4]
-    evaluation.write(tmp_path, 4, task, sampled(7.0, -5.0))
-    assert [result.metrics["posterior/spread"] for _, result in evaluation.read(tmp_path, task, 9)] == [9.0, 7.0]
+    assert [step for step, _ in evaluation_files.read(tmp_path, task, 9)] == [2, 4]
+    evaluation_files.write(tmp_path, 4, task, sampled(7.0, -5.0))
+    assert [result.metrics["posterior/spread"] for _, result in evaluation_files.read(tmp_path, task, 9)] == [9.0, 7.0]
 
 
 def test_a_task_that_was_kept_before_it_had_a_field_is_the_same_with_the_fields_default(tmp_path: Path) -> None:
@@ -173,8 +173,8 @@ def test_a_reward_that_may_take_longer_is_the_same_reward() -> None:
 def test_a_run_that_goes_on_from_an_earlier_step_forgets_what_was_found_later(tmp_path: Path) -> None:
     task, other = (parse({"task": {"kind": kind}}).task for kind in ("continuation", "infilling"))
     for step in (0, 80, 90):
-        evaluation.write(tmp_path, step, task, sampled(float(step), -5.0))
-    evaluation.write(tmp_path, 90, other, sampled(1.0, -5.0))
-    assert [step for step, _ in evaluation.go_back(tmp_path, task, 80)] == [0, 80]
-    assert [step for step, _ in evaluation.read(tmp_path, task, 99)] == [0, 80]
-    assert [step for step, _ in evaluation.read(tmp_path, other, 99)] == [90]
+        evaluation_files.write(tmp_path, step, task, sampled(float(step), -5.0))
+    evaluation_files.write(tmp_path, 90, other, sampled(1.0, -5.0))
+    assert [step for step, _ in evaluation_files.go_back(tmp_path, task, 80)] == [0, 80]
+    assert [step for step, _ in evaluation_files.read(tmp_path, task, 99)] == [0, 80]
+    assert [step for step, _ in evaluation_files.read(tmp_path, other, 99)] == [90]

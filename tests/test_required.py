@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +13,16 @@ import pytest
 
 from actors.decoding import Decoder
 from actors.engine import Engine
+from actors.function_reward import Function
 from actors.settings import EngineSettings
 from learner.learner import Learner
 from system.config_file import parse
 from system.constraints import Constraints
 from system.prefix_tree import PrefixTree
 from system.required import Required, has_word
+from system.scores import Scores
 from system.text import decode
-from system.trajectory import Behaviour, Group, Prompt, Request, sampled
+from system.trajectory import Behaviour, Group, Prompt, Request, Trajectory, sampled
 from tests import lora, tiny
 
 TOKENIZER = tiny.tokenizer()
@@ -96,6 +98,19 @@ def test_a_certain_token_is_no_choice_of_the_policy() -> None:
     }
 
 
+def test_a_function_is_not_called_where_a_word_is_missing(folder: Path) -> None:
+    called: list[str] = []
+
+    def noted(prompt: Prompt, text: str, tokens: list[int]) -> float:
+        called.append(text)
+        return 0.0
+
+    support = constraints(5)
+    reward = Function(noted, lambda tokens: text_of(tuple(tokens)), every_prefix=True, may_stop=support.can_stop)
+    reward.score(PROMPT, [sampled((A, B, SPACE, A)), sampled((SPACE, A, B))])
+    assert called == ["ab", "ab ", "ab a", " ab"]
+
+
 def test_a_certain_token_is_no_action_of_a_baseline(folder: Path) -> None:
     """Else GRPO and PPO would divide by tokens at which there is nothing to learn."""
     support = constraints(5)
@@ -139,9 +154,11 @@ def test_decoding_draws_with_the_learners_log_q(folder: Path) -> None:
 
     class Unit:
         tokens_forwarded = progress = 0
-        score: Callable[..., list[np.ndarray]] = staticmethod(lambda _, group: [np.zeros(len(t) + 1) for t in group])
 
-    decoder = Decoder(learner.policy.language_model.model, constraints(7), Unit())  # type: ignore[arg-type]
+        def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Scores:
+            return Scores([np.zeros(len(trajectory) + 1) for trajectory in trajectories_K])
+
+    decoder = Decoder(learner.policy.language_model.model, constraints(7), Unit())
     draws = decoder.draw("ancestral", PROMPT, 64)
     assert draws.log_q_K == pytest.approx([expected[tokens] for tokens in draws.tokens_K], abs=1e-4)
     for method in ("beam", "smc"):

@@ -235,7 +235,7 @@ def test_a_function_is_not_called_where_a_sample_cannot_stop() -> None:
         calls.append(list(tokens))
         return last_letter(prompt, text, tokens)
 
-    reward = function(noted, every_prefix=True, min_tokens=2)
+    reward = function(noted, every_prefix=True, may_stop=lambda _, actions: actions >= 2)
     tool = replace(sampled([1, 2, 3, 4, 5]), is_action_T=np.array([True, False, False, True, True]))
     plain, written = reward.score(PROMPT, [sampled([6, 7, 8]), tool]).complete()
     assert calls == [[6, 7], [6, 7, 8], [1, 2, 3, 4], [1, 2, 3, 4, 5]]

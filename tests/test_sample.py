@@ -128,6 +128,17 @@ def test_a_table_shows_no_control_characters_of_a_sample() -> None:
     assert text.isascii() and not {"\x1b", "\x07"} & set(text)
 
 
+def test_samples_without_a_reward_count_among_those_that_were_drawn() -> None:
+    trajectories_K = (sampled([3]), sampled([4]))
+    group = Group(fakes.PROMPTS[0], trajectories_K, (np.zeros(2), np.zeros(2)), 0, 0, faults=("log of zero",) * 2)
+    score = SimpleNamespace(log_q_K=np.log([0.25, 0.25]), log_reward_K=np.zeros(2))
+    learner = SimpleNamespace(score=lambda groups: [score])
+    local: Any = SimpleNamespace(learner=learner, config=config_of(kind="continuation"), tokenizer=tiny.tokenizer())
+    record = sample._record(local, group)
+    # Two outcomes of probability 1/4 and R = 1 each: Z is 2, and half of the draws say nothing.
+    assert (record["log_z"], record["ess"]) == (pytest.approx(np.log(2)), pytest.approx(0.5))
+
+
 def test_a_prompt_of_which_no_sample_has_a_reward_is_a_record_without_samples(caplog: pytest.LogCaptureFixture) -> None:
     group = Group(fakes.PROMPTS[0], (), (), 0, 0, faults=("log of zero", "log of zero"))
     local: Any = SimpleNamespace(tokenizer=tiny.tokenizer())

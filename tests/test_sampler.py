@@ -17,22 +17,22 @@ import pytest
 import torch
 
 from actors.behaviour import TokenDraw
-from actors.build import build_sampler
+from actors.build import build_sampler, engine_settings
+from actors.engine import Engine
 from actors.sampler import EngineDied, Sampler
-from actors.settings import EngineSettings
-from system import tasks
+from deploy.prepare import prepare
 from system.adapters import Adapter, AdapterError
 from system.config import ConfigError
 from system.config_file import parse
 from system.constraints import Constraints
-from system.models import locate
-from system.pretrained import load_tokenizer
 from system.scores import Scores
+from system.tasks.problem import Problem
 from system.trajectory import Behaviour, Prompt, Request, Trajectory
 from tests import lora, tiny
 
 CONSTRAINTS = Constraints.of(stop_token=5, min_tokens=1, max_tokens=8, vocab_size=tiny.VOCABULARY, allowed=range(3, 40))
 PROMPT = Prompt("p", (1, 7, 9), (1,))
+PROBLEM = Problem((PROMPT,), CONSTRAINTS, (5,))
 BEHAVIOURS = (Behaviour(), Behaviour(1.5), Behaviour(1.0, 0.2))
 SECONDS = 30
 """Longest wait in a test for a thread that should answer at once."""
@@ -48,13 +48,13 @@ class Lengths:
 
 
 def test_settings_that_vllm_refuses_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> Sampler:
+    def refuse(*_: Any) -> Engine:
         raise ValueError("no kernel for head size 12")
 
-    monkeypatch.setattr(Sampler, "build", refuse)
+    monkeypatch.setattr("actors.build.Engine", refuse)
     tree = {"model": {"path": str(tiny.folder(tmp_path))}, "task": {"kind": "random_number", "high": 9}}
     cfg = parse(tree)
-    problem = tasks.build(cfg.task, load_tokenizer(locate(cfg.model)))
+    problem = prepare(cfg).problem
     with pytest.raises(ConfigError, match="cannot be run by vLLM with the settings of sampler: no kernel for head size 12"):
         build_sampler(cfg, problem)
 
@@ -68,19 +68,10 @@ def request_of(group_id: int) -> Request:
     [("float32", "float32", True, 0.005), ("bfloat16", "float32", False, 0.15), ("float32", "bfloat16", False, 0.15)],
 )
 def test_a_canary_is_judged_by_its_mean_where_both_compute_in_float32(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str, learner: str, by_mean: bool, tolerance: float
+    engine: str, learner: str, by_mean: bool, tolerance: float
 ) -> None:
-    built: list[EngineSettings] = []
-
-    def build(*arguments: Any) -> None:
-        built.append(arguments[3])
-        raise MemoryError
-
-    monkeypatch.setattr("actors.sampler.Engine", build)
     config = parse({"task": {"kind": "random_number"}, "sampler": {"dtype": engine}, "learner": {"dtype": learner}})
-    with pytest.raises(MemoryError):
-        Sampler.build(config, tmp_path, CONSTRAINTS, Lengths(), longest_prompt=10)
-    [settings] = built
+    settings = engine_settings(config, PROBLEM)
     assert (settings.canary_by_mean, settings.canary_tolerance) == (by_mean, tolerance)
 
 
@@ -91,10 +82,10 @@ def test_the_engine_has_the_tool_of_the_task(tmp_path: Path, monkeypatch: pytest
         built.append(arguments[4])
         raise MemoryError
 
-    monkeypatch.setattr("actors.sampler.Engine", build)
+    monkeypatch.setattr("actors.build.Engine", build)
     config = parse({"model": {"path": str(tiny.folder(tmp_path))}, "task": {"kind": "random_number", "high": 9}})
     tool: Any = object()
-    problem = replace(tasks.build(config.task, load_tokenizer(locate(config.model))), tool=tool)
+    problem = replace(prepare(config).problem, tool=tool)
     with pytest.raises(MemoryError):
         build_sampler(config, problem)
     assert built == [tool]
@@ -113,7 +104,8 @@ class Real:
         }
         self.models = [lora.adapted(folder, lora.TARGETS["llama"], seed=number) for number in range(4)]
         self.adapters = [lora.publish(number, model) for number, model in enumerate(self.models)]
-        self.sampler = Sampler.build(parse(tree), folder, CONSTRAINTS, Lengths(), longest_prompt=10)
+        settings = engine_settings(parse(tree), PROBLEM)
+        self.sampler = Sampler(lambda: Engine(folder, lora.NAME, CONSTRAINTS, settings), Lengths())
 
     def drawn_by(self, trajectories_K: Sequence[Trajectory]) -> set[int]:
         """Versions whose log-probs are those of the trajectories."""
@@ -208,6 +200,10 @@ class ScriptedEngine:
         self.running: list[tuple[int, Request]] = []
         self.log: list[str] = []
         self.closed = False
+
+    @property
+    def progress(self) -> int:
+        return self.tokens
 
     def check(self, request: Request) -> None:
         if not request.behaviours_K:

@@ -20,7 +20,9 @@ from mlflow.entities import Run
 from system.config import Config, ConfigError
 from system.config_file import parse
 from system.journal import Journal, State, TrackingError
-from system.tracking import Tracker, replay, resolve_uri, system_metrics
+from system.process_metrics import system_metrics
+from system.tracking import Tracker, replay
+from system.tracking_uri import resolve_uri
 from tests.servers import MLflow
 
 ROOT = Path(__file__).parent.parent

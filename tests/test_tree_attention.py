@@ -15,9 +15,9 @@ from system.config import ConfigError, Lora
 from system.constraints import Constraints
 from system.language_model import LanguageModel
 from system.prefix_tree import Packed, PrefixTree
+from system.trajectory import sampled
 from tests import tiny
 from tests.test_language_model import CONTEXTS, VOCAB, random_samples
-from tests.test_prefix_tree import trajectory
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 CPU = torch.device("cpu")
@@ -90,7 +90,7 @@ def test_the_blocks_hold_what_the_dense_mask_shows(window: int | None, pieces: i
 
 
 def test_a_long_prompt_has_whole_blocks_and_branches_skip_theirs() -> None:
-    samples = [trajectory([5 + k] + [20 + t % 40 for t in range(300)]) for k in range(4)]
+    samples = [sampled([5 + k] + [20 + t % 40 for t in range(300)]) for k in range(4)]
     end, position = laid_out([Packed.of(PrefixTree.of(samples), [7] * 300)])
     mask = tree_attention.blocks(end, position, None, CPU)
     assert chosen(mask.full_kv_num_blocks, mask.full_kv_indices)[-2, :2].all()

@@ -16,7 +16,7 @@ import sys
 import mlflow
 
 from system.config import Tracking
-from system.tracking import resolve_uri
+from system.tracking_uri import resolve_uri
 from tests.benchmarks.figures import Figure, table
 
 QUICK = [

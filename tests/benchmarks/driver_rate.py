@@ -19,7 +19,7 @@ import numpy as np
 
 from deploy import ray_cluster
 from deploy.pool import RaySamplers
-from deploy.remote import wait_until_ready
+from deploy.readiness import wait_until_ready
 from learner.replay import Replay
 from system import config_file
 from system.config import Config

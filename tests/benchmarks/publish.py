@@ -11,34 +11,33 @@ from __future__ import annotations
 import sys
 import time
 
-import ray
-
 from deploy import ray_cluster
 from deploy.pool import RaySamplers
-from deploy.remote import RayLearner, wait_until_ready
-from system import config, config_file, tasks
-from system.models import locate
-from system.pretrained import load_tokenizer
+from deploy.prepare import prepare
+from deploy.ray_learner import RayLearner
+from deploy.readiness import wait_until_ready
+from system import config, config_file
 from system.requests import Requests
+from tests import lora
 from tests.benchmarks.figures import Figure, report
 
 ROUNDS = 12
 
 
 def measure(cfg: config.Config) -> list[Figure]:
-    problem = tasks.build(cfg.task, load_tokenizer(locate(cfg.model)))
+    problem = prepare(cfg).problem
     ray_cluster.connect(cfg)
     learner, samplers = RayLearner(cfg, problem), RaySamplers(cfg, problem)
     wait_until_ready(learner, samplers)
     requests = Requests(problem.prompts, cfg.sampler.samples_per_prompt, cfg.sampler.exploration, cfg.seed)
-    samplers.publish(learner.adapter(0))
-    ray.get(samplers.install())
+    samplers.publish(first := learner.adapter(0))
+    lora.installed_by(samplers, first)
     seconds, installs, errors = [], [], []
     for version in range(1, ROUNDS + 1):
         learner.update([samplers.sample(requests.training(version)).result()]).result()
         started = time.perf_counter()
-        samplers.publish(learner.adapter(version))
-        stats = ray.get(samplers.install())
+        samplers.publish(adapter := learner.adapter(version))
+        stats = lora.installed_by(samplers, adapter)
         seconds.append(time.perf_counter() - started)
         installs += [each["seconds"] for each in stats]
         errors += [each["canary_error"] for each in stats]

@@ -12,10 +12,10 @@ import argparse
 import numpy as np
 
 from deploy import ray_cluster
-from deploy.remote import RayLearner, wait_until_ready
-from system import config_file, tasks
-from system.models import locate
-from system.pretrained import load_tokenizer
+from deploy.prepare import prepare
+from deploy.ray_learner import RayLearner
+from deploy.readiness import wait_until_ready
+from system import config_file
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt
 from tests.benchmarks.figures import Figure, in_turns, ratio, report, seconds
@@ -40,7 +40,7 @@ def measure(repeats: int) -> Figure:
     """Raises AssertionError unless both learn the same."""
     changes = [f"learner.groups_per_update={GROUPS}", "actors.cpus=0", "cluster.local_cpus=3", "learner.lr=1e-4"]
     one, two = (config_file.load("deploy/configs/continuation.yaml", [*changes, f"learner.ranks={n}"]) for n in (1, 2))
-    problem = tasks.build(one.task, load_tokenizer(locate(one.model)))
+    problem = prepare(one).problem
     ray_cluster.connect(two)
     try:
         alone, pair = RayLearner(one, problem), RayLearner(two, problem)

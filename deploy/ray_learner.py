@@ -1,4 +1,4 @@
-"""The learner's actors behind the handle that the orchestrator takes, and what it shares with the pool of samplers.
+"""The learner's actors behind the handle that the orchestrator takes.
 
 A future of Ray becomes one of `concurrent.futures`, and a learner that is lost, or says nothing for too long, LearnerDied.
 """
@@ -7,51 +7,29 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from deploy import ray_cluster
 from deploy.allocator import ONE_ARENA
 from deploy.answers import first_of_all
 from deploy.placement import Resources
 from deploy.ray_actors import BuiltActor, LearnerActor
-from system.config import Config, ConfigError
+from deploy.ray_errors import first_line, is_loss, raised
+from deploy.readiness import wait_until_ready
+from system.config import Config
 from system.handles import LearnerDied
-from system.run_error import RunError
 from system.trajectory import Group
 
 if TYPE_CHECKING:
     from system.tasks.problem import Problem
 
 logger = logging.getLogger(__name__)
-
-LOOK_SECONDS = 1.0
-"""Between two looks at the cluster while actors are not placed."""
-TELL_SECONDS = 60.0
-"""Between two warnings that some still wait: for their turn on a cluster that others use, say."""
-
-
-class Handle(Protocol):
-    """Actors that may still be starting."""
-
-    config: Config
-    replaces: bool
-    """An actor that is lost gets a successor, to which `ready` then refers."""
-
-    def complete(self) -> bool:
-        """All actors are started: none has yet to be replaced."""
-        ...
-
-    def ready(self) -> list[Any]:
-        """A reference for each, which resolves once it is built."""
-        ...
 
 
 class RayLearner:
@@ -185,90 +163,3 @@ def _settle(future: Future[Any], result: Any = None, error: BaseException | None
 def _on(actors: Sequence[Any], method: str, *arguments: Any) -> list[Any]:
     """References to the answers of the actors, in their order."""
     return [getattr(actor, method).remote(*arguments) for actor in actors]
-
-
-def wait_until_ready(*handles: Handle, samplers: int | None = None) -> None:
-    """Waits until every actor is built.
-
-    Raises:
-        ConfigError: the learner and `samplers` (by default the fewest) fit no nodes, or were not placed and built in time;
-            the message has what was asked for and what there is.
-        RunError: actors were lost over it more than actors.max_deaths times, those that are lost together counting once.
-        LearnerDied: the learner, which has no successor, was lost.
-        Exception: what building an actor's part raised.
-    """
-    config, began, lost, waves = handles[0].config, time.monotonic(), set(), 0
-    tell_after = TELL_SECONDS
-    while True:
-        owners = {reference: handle for handle in handles for reference in handle.ready()}
-        done, missing = ray.wait(list(owners), num_returns=len(owners), timeout=LOOK_SECONDS)
-        losses = {reference: loss for reference in done if (loss := _loss(reference)) is not None}
-        for reference, loss in losses.items():
-            if not owners[reference].replaces:
-                raise LearnerDied(
-                    f"the learner was lost before it was built: {first_line(loss)}; where its memory is too small, "
-                    "learner.dtype=bfloat16 takes half, and learner.shard_base=true shares the layers over learner.ranks"
-                ) from loss
-            missing.append(reference)
-        waves += not lost.issuperset(losses)
-        lost.update(losses)
-        if waves > config.actors.max_deaths:
-            cause = list(losses.values())[-1]
-            raise RunError(
-                f"actors were lost before they were built {waves} times (actors.max_deaths={config.actors.max_deaths}); "
-                f"the last cause: {first_line(cause)}"
-            ) from cause
-        if not missing and all(handle.complete() for handle in handles):
-            return
-        waited = time.monotonic() - began
-        ray_cluster.check(config, waited, samplers)
-        there = f"the cluster has {_shown(ray.cluster_resources())}, of which {_shown(ray.available_resources())} is free"
-        if missing and waited > config.actors.start_seconds:
-            raise ConfigError(
-                f"{len(missing)} of {len(owners)} actors were not placed and built within actors.start_seconds="
-                f"{config.actors.start_seconds:g}; {there}"
-            )
-        if missing and waited > tell_after:
-            logger.warning(
-                "%d of %d actors are not placed and built after %.0f s; %s", len(missing), len(owners), waited, there
-            )
-            tell_after += TELL_SECONDS
-        if lost.issuperset(missing):
-            time.sleep(LOOK_SECONDS)  # until their successors are started
-
-
-def _loss(built: Any) -> RayError | None:
-    """How an actor was lost; None if it is built. Raises what building its part raised."""
-    try:
-        ray.get(built)
-    except RayTaskError as error:
-        raise raised(error) from None
-    except RayError as error:
-        return error
-    return None
-
-
-def _shown(resources: Mapping[str, float]) -> str:
-    return ", ".join(f"{resources.get(name, 0.0):g} {name}" for name in ("CPU", "GPU"))
-
-
-def raised(error: BaseException) -> BaseException:
-    """What a call raised in an actor, as its caller would have seen it there; any other error as it is."""
-    if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
-        return error.as_instanceof_cause()
-    return error
-
-
-def is_loss(error: BaseException) -> bool:
-    """The actor is gone, or its node is, or the way to it."""
-    return isinstance(error, RayError) and not isinstance(error, RayTaskError)
-
-
-def first_line(error: BaseException) -> str:
-    """What went wrong, without what Ray puts in front of it: the traceback in an actor, or which actor died."""
-    cause = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
-    lines = str(cause).splitlines()
-    if isinstance(cause, ActorDiedError):
-        # The first line says that an actor died, the indented ones which it was, and only then comes why.
-        lines = [line.partition(" Some common causes")[0] for line in lines[1:] if not line.startswith("\t")] or lines
-    return next(iter(lines), type(cause).__name__)
