@@ -52,7 +52,8 @@ class LanguageModel:
 
     Raises:
         ConfigError: the model gives other log-probs when it is called this way than by its own forward, so its
-            architecture does something here that is not known (checked on short samples of four prompts).
+            architecture does something here that is not known (checked on short samples of four prompts); or it has
+            layers of a kind that is not.
     """
 
     def __init__(
@@ -63,6 +64,13 @@ class LanguageModel:
         self.logits_chunk = logits_chunk
         config = model.config.get_text_config()
         self._layer_types = set(getattr(config, "layer_types", None) or ())
+        # The check on short samples cannot see the chunks of an attention; what is no attention it does see.
+        attentions = {kind for kind in self._layer_types if kind.endswith("attention")}
+        if unknown := attentions - {"full_attention", "sliding_attention"}:
+            raise ConfigError(
+                f"{type(model).__name__} has layers of {', '.join(sorted(unknown))}, for which packed rows have no mask: use a "
+                "model whose layers have full attention or a sliding window"
+            )
         self._window: int | None = getattr(config, "sliding_window", None)
         if self._layer_types == {"full_attention"}:  # a window that no layer has
             self._window = None

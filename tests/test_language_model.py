@@ -185,6 +185,15 @@ def test_a_model_that_computes_otherwise_is_refused(monkeypatch: pytest.MonkeyPa
         LanguageModel(model)
 
 
+def test_a_model_with_an_attention_of_another_kind_is_refused() -> None:
+    model = tiny.llama(VOCAB)
+    model.config.layer_types = ["full_attention", "chunked_attention"]
+    with pytest.raises(
+        ConfigError, match=r"LlamaForCausalLM has layers of chunked_attention, for which packed rows have no mask"
+    ):
+        LanguageModel(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_whose_layers_ask_no_mask_is_refused(dtype: torch.dtype) -> None:
     """A convolution over neighbours is right on one sequence, and mixes samples where a row branches."""

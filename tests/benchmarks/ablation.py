@@ -1,4 +1,4 @@
-"""Losses, exploration, staleness, learning rate, layers and placement by their time to the posterior, several seeds each.
+"""Settings of the loop, from the loss to the engine, by their time to the posterior, several seeds each.
 
     python -m tests.benchmarks.ablation random_number [--seeds 0,1,2] [--steps 40] [--only loss]
     python -m tests.benchmarks.ablation continuation  [--seeds 0,1,2] [--steps 60] [--only loss]
@@ -45,6 +45,9 @@ SETTINGS: dict[str, list[str]] = {
     "layers, a third": ["lora.layers=0.33"],
     "layers, a fifth": ["lora.layers=0.2"],
     "layers, a tenth": ["lora.layers=0.1"],
+    "engine, bfloat16, merged with stochastic rounding": ["sampler.dtype=bfloat16"],
+    "engine, bfloat16, merged to the nearest": ["sampler.dtype=bfloat16", "sampler.rounding=nearest"],
+    "engine, float32, adapter beside the base": ["sampler.install=adapter"],
     "placement, two threads for the learner": ["learner.threads=2"],
     "placement, two threads for the sampler": ["actors.cpus=2"],
     "placement, two threads for each": ["learner.threads=2", "actors.cpus=2"],
