@@ -167,7 +167,8 @@ def test_an_engine_without_memory_or_without_its_adapter_dies_and_is_replaced(
     record_property: Callable[[str, object], None],
 ) -> None:
     learner, _ = handles
-    cfg = config(folder, actors={"count": 1}, learner={"steps": 6, "warmup_steps": 0})
+    # A version for each group, so that a second one is installed.
+    cfg = config(folder, actors={"count": 1}, learner={"steps": 6, "warmup_steps": 0, "publish_every": 1, "max_staleness": 0})
     samplers = RaySamplers(cfg, problem, actor=actor)
     requests = Requests(problem.prompts, 8, cfg.sampler.exploration, cfg.seed)
     wait_until_ready(samplers)
