@@ -41,6 +41,7 @@ def build_reward(
 
 
 def engine_settings(config: Config, problem: Problem) -> EngineSettings:
+    """Those of a run, for the longest prompt and sample of its problem."""
     section = config.sampler
     install = section.install
     if install == "auto":

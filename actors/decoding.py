@@ -28,7 +28,7 @@ from actors.stepping import NextTokens
 from system.constraints import Constraints
 from system.posterior import log_mean_exp
 from system.scores import Scores
-from system.trajectory import Prompt, sampled
+from system.trajectory import Prompt, Trajectory, sampled
 
 logger = logging.getLogger(__name__)
 
@@ -108,9 +108,9 @@ class Decoder:
         after = self.policy.tokens_forwarded + self.reward.tokens_forwarded
         return Draws(tokens_K, after - before, log_q_K, log_z)
 
-    def scores(self, prompt: Prompt, tokens_K: Sequence[Tokens]) -> Scores:
-        """Of whole sequences. As in training those without a reward are left out, and counted."""
-        scores = self.reward.score(prompt, [sampled(list(tokens)) for tokens in tokens_K])
+    def scores(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Scores:
+        """As in training what has no reward is left out, and counted."""
+        scores = self.reward.score(prompt, trajectories_K)
         if faults := scores.faults:
             self.faults += len(faults)
             logger.warning("%d samples of %s have no reward: %s", len(faults), prompt.id, next(iter(faults.values())))
@@ -120,7 +120,7 @@ class Decoder:
         """log R / T of whole sequences, float64 [K], nats; R of one without a reward is NOTHING."""
         if not tokens_K:
             return np.zeros(0)
-        scores = self.scores(prompt, tokens_K)
+        scores = self.scores(prompt, [sampled(list(tokens)) for tokens in tokens_K])
         log_reward_K = [NOTHING if k in scores.faults else scores.log_reward_K[k][-1] for k in range(len(tokens_K))]
         return np.array(log_reward_K) / self.reward_temperature
 

@@ -105,7 +105,8 @@ class Checked:
         scores = self.reward.score(prompt, trajectories_K)
         if len(scores.log_reward_K) != len(trajectories_K):
             fault = f"prompt {prompt.id!r}: {len(scores.log_reward_K)} log-rewards for {len(trajectories_K)} trajectories"
-            return Scores([], dict.fromkeys(range(len(trajectories_K)), fault))
+            nothing_K = [np.full(len(trajectory) + 1, np.nan) for trajectory in trajectories_K]
+            return Scores(nothing_K, dict.fromkeys(range(len(trajectories_K)), fault))
         log_reward_K, faults = [], dict(scores.faults)
         for k, (trajectory, log_reward_T) in enumerate(zip(trajectories_K, scores.log_reward_K, strict=True)):
             if k not in faults and not _learnable(trajectory, log_reward_T):

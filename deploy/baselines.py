@@ -152,12 +152,12 @@ class Baselines:
         draws = decoder.draw(method, prompt, samples)
         metrics = {"model_tokens": float(draws.model_tokens), "seconds": time.perf_counter() - started}
         drawn_K = [sampled(list(tokens)) for tokens in draws.tokens_K]
-        scores = decoder.scores(prompt, draws.tokens_K)
+        scores = decoder.scores(prompt, drawn_K)
         group = scores.group(prompt, drawn_K, 0, 0)
         # Bounds need two; of a search there may be one in all.
         if len(group) < min(2, len(drawn_K)):
             return None
-        draws = draws.of([k for k in range(len(drawn_K)) if k not in scores.faults])
+        draws = draws.of(scores.kept)
         log_reward_K = np.array([log_reward_T[-1] for log_reward_T in group.log_reward_K])
         metrics |= of_task(group, self.judge)
         if self.likelihood is not None:

@@ -62,7 +62,7 @@ def _times(have: float, need: float) -> int:
 def check(config: Config, nodes: Sequence[Node], samplers: int | None = None) -> None:
     """Raises ConfigError if the learner and `samplers` (by default the fewest that the run starts with) do not fit these nodes,
     even if nothing else ran there."""
-    learner, sampler = _learner(config), _sampler(config)
+    learner, sampler = rank_needs(config), sampler_needs(config)
     fewest = config.actors.fewest if samplers is None else samplers
     field = f"actors.{'count' if config.actors.min is None else 'min'}={config.actors.fewest}"
     for kind in Resources._fields:
@@ -103,7 +103,7 @@ def learner_homes(config: Config, nodes: Sequence[Node]) -> list[int]:
     homes: list[int] = []
     for _ in range(config.learner.ranks):
         left = beside_learner(config, nodes, homes)
-        fitting = [index for index, node in enumerate(left) if node.copies(_learner(config))]
+        fitting = [index for index, node in enumerate(left) if node.copies(rank_needs(config))]
         if not fitting:
             break
         homes.append(max(fitting, key=lambda index: samplers_beside(config, nodes, [*homes, index])))
@@ -114,18 +114,18 @@ def beside_learner(config: Config, nodes: Sequence[Node], homes: Sequence[int]) 
     """What is left of these nodes with a rank of the learner on each of `homes`."""
     left = list(nodes)
     for home in homes:
-        left[home] = left[home].without(_learner(config))
+        left[home] = left[home].without(rank_needs(config))
     return left
 
 
 def samplers_beside(config: Config, nodes: Sequence[Node], homes: Sequence[int]) -> int:
     """How many samplers these nodes hold, with a rank of the learner on each of `homes`."""
-    return sum(node.copies(_sampler(config)) for node in beside_learner(config, nodes, homes))
+    return sum(node.copies(sampler_needs(config)) for node in beside_learner(config, nodes, homes))
 
 
-def _learner(config: Config) -> Resources:
+def rank_needs(config: Config) -> Resources:
     return Resources(config.learner.cpus, config.learner.gpus)
 
 
-def _sampler(config: Config) -> Resources:
+def sampler_needs(config: Config) -> Resources:
     return Resources(config.actors.cpus, config.actors.gpus)

@@ -24,7 +24,7 @@ from actors.sampler import EngineDied
 from actors.settings import engine_environment
 from deploy import ray_cluster
 from deploy.allocator import ONE_ARENA
-from deploy.placement import Resources
+from deploy.placement import Resources, sampler_needs
 from deploy.pool_size import PoolSize
 from deploy.ray_actors import BuiltActor, SamplerActor
 from deploy.ray_errors import first_line, is_loss, raised
@@ -357,8 +357,7 @@ class RaySamplers:
 
     def _has_room(self) -> bool:
         """For another sampler; a cluster that adds nodes does so for actors that wait for one."""
-        actors = self.config.actors
-        return bool(self.config.cluster.wait_seconds) or ray_cluster.has_room(Resources(actors.cpus, actors.gpus))
+        return bool(self.config.cluster.wait_seconds) or ray_cluster.has_room(sampler_needs(self.config))
 
 
 def _within(seconds: float, true: Callable[[], bool]) -> bool:

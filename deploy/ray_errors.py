@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
+from system import run_error
+
 
 def raised(error: BaseException) -> BaseException:
     """What a call raised in an actor, as its caller would have seen it there; any other error as it is."""
@@ -20,8 +22,9 @@ def is_loss(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """What went wrong, without what Ray puts in front of it: the traceback in an actor, or which actor died."""
     cause = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
-    lines = str(cause).splitlines()
     if isinstance(cause, ActorDiedError):
         # The first line says that an actor died, the indented ones which it was, and only then comes why.
-        lines = [line.partition(" Some common causes")[0] for line in lines[1:] if not line.startswith("\t")] or lines
-    return next(iter(lines), type(cause).__name__)
+        for line in str(cause).splitlines()[1:]:
+            if not line.startswith("\t"):
+                return line.partition(" Some common causes")[0]
+    return run_error.first_line(cause)

@@ -18,7 +18,7 @@ import ray
 from deploy import ray_cluster
 from deploy.allocator import ONE_ARENA
 from deploy.answers import first_of_all
-from deploy.placement import Resources
+from deploy.placement import Resources, rank_needs
 from deploy.ray_actors import BuiltActor, LearnerActor
 from deploy.ray_errors import first_line, is_loss, raised
 from deploy.readiness import wait_until_ready
@@ -62,11 +62,10 @@ class RayLearner:
         self.nodes = ray_cluster.learner_nodes(self.config)
         """Where the ranks are placed, if there is room; samplers go elsewhere where they can."""
         base: Any = ray.remote(self._class)
-        preferred = [ray_cluster.on(node) for node in self.nodes]
-        # The others take what they find, once there is room.
-        preferred += [{}] * (learner.ranks - len(preferred))
         self.actors: list[Any] = []
-        for rank, where in enumerate(preferred):
+        for rank in range(learner.ranks):
+            # One that fits no node yet takes what it finds, once there is room.
+            where = ray_cluster.on(self.nodes[rank]) if rank < len(self.nodes) else {}
             remote = base.options(num_cpus=learner.cpus, num_gpus=learner.gpus, runtime_env={"env_vars": environment}, **where)
             self.actors.append(remote.remote(rank, learner.ranks))
         self._forwarding = self.actors if learner.shard_base else self.actors[:1]
@@ -77,8 +76,7 @@ class RayLearner:
     def restart(self) -> None:
         """Raises ConfigError if no node can hold a new one, LearnerDied if that is lost as well."""
         self._end()
-        learner = self.config.learner
-        with self.room(Resources(learner.cpus, learner.gpus), learner.ranks):
+        with self.room(rank_needs(self.config), self.config.learner.ranks):
             self._start()
             # The run went on with the samplers that there are; the learner alone has to fit.
             wait_until_ready(self, samplers=0)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import sys
 import tempfile
 from collections import deque
@@ -40,8 +39,6 @@ from system.config import Config, ConfigError  # noqa: E402
 from system.task_config import PROMPT_FILES, WHOLE  # noqa: E402
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from deploy.local import Local
     from system.trajectory import Group
 
@@ -95,7 +92,7 @@ def draw(local: Local, samples: int, seed: int = 0) -> Iterator[dict[str, Any]]:
 
 
 def _record(local: Local, group: Group) -> dict[str, Any]:
-    from system.posterior import self_normalised
+    from system.posterior import effective_share, log_mean_exp, self_normalised
     from system.text import decode
 
     record: dict[str, Any] = {"prompt": group.prompt.id, "context": decode(local.tokenizer, group.prompt.policy_tokens)}
@@ -121,15 +118,8 @@ def _record(local: Local, group: Group) -> dict[str, Any]:
             }
             | group.factors_of(k)
         )
-    return record | _estimates(log_weight_K, group.drawn) | {"samples": rows}
-
-
-def _estimates(log_weight_K: np.ndarray, drawn: int) -> dict[str, float]:
-    """Of log Z, nats, and the effective share of the samples; those without a reward have no weight."""
-    from system.posterior import effective_share, log_mean_exp
-
-    share = len(log_weight_K) / drawn
-    return {"log_z": log_mean_exp(log_weight_K) + math.log(share), "ess": effective_share(log_weight_K) * share}
+    estimates = {"log_z": log_mean_exp(log_weight_K, group.drawn), "ess": effective_share(log_weight_K, group.drawn)}
+    return record | estimates | {"samples": rows}
 
 
 def table(record: dict[str, Any]) -> str:

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 
-def log_mean_exp(values: np.ndarray) -> float:
-    """log of the mean of e^values, without overflow."""
+def log_mean_exp(values: np.ndarray, drawn: int | None = None) -> float:
+    """log of the mean of e^values over `drawn`, those among them that have no value counting as 0, without overflow."""
     top = float(np.max(values))
-    return top + float(np.log(np.mean(np.exp(values - top))))
+    return top + float(np.log(np.sum(np.exp(values - top)) / (drawn or len(values))))
 
 
 def self_normalised(log_weight_K: np.ndarray) -> np.ndarray:
@@ -23,10 +23,11 @@ def self_normalised(log_weight_K: np.ndarray) -> np.ndarray:
     return weights_K / weights_K.sum()
 
 
-def effective_share(log_weight_K: np.ndarray) -> float:
-    """Effective sample size under these log-weights, nats, as a share of K: 1 iff all are the same."""
+def effective_share(log_weight_K: np.ndarray, drawn: int | None = None) -> float:
+    """Effective sample size under these log-weights, nats, as a share of `drawn` samples, by default of K: then 1 iff all are
+    the same."""
     weights_K = np.exp(log_weight_K - np.max(log_weight_K))
-    return float(weights_K.sum() ** 2 / (len(weights_K) * np.square(weights_K).sum()))
+    return float(weights_K.sum() ** 2 / ((drawn or len(weights_K)) * np.square(weights_K).sum()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +89,11 @@ class Bounds:
         """
         if len(u_K) < 2:
             raise ValueError(f"bounds need at least 2 samples, got {len(u_K)}")
-        share = len(u_K) / (drawn or len(u_K))
         return cls(
-            log_z_lower=float(np.mean(u_K) + np.log(share)),
-            log_z_weighted=log_mean_exp(u_K) + float(np.log(share)),
+            log_z_lower=float(np.mean(u_K) + np.log(len(u_K) / (drawn or len(u_K)))),
+            log_z_weighted=log_mean_exp(u_K, drawn),
             spread=float(np.var(u_K, ddof=1)),
-            ess=effective_share(u_K) * share,
+            ess=effective_share(u_K, drawn),
         )
 
 

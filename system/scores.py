@@ -34,13 +34,19 @@ class Scores:
             raise RewardError(first + (f" (and {len(others)} more of this group)" if others else ""))
         return self.log_reward_K
 
+    @property
+    def kept(self) -> list[int]:
+        """Indices of the samples that have a reward."""
+        return [k for k in range(len(self.log_reward_K)) if k not in self.faults]
+
     def group(self, prompt: Prompt, trajectories_K: Sequence[Trajectory], adapter_version: int, group_id: int) -> Group:
         """The samples that have a reward, with it; the group's faults say why others are not there."""
-        kept = [k for k in range(len(trajectories_K)) if k not in self.faults]
+        kept = self.kept
+        samples_K = list(zip(trajectories_K, self.log_reward_K, strict=True))
         return Group(
             prompt,
-            tuple(trajectories_K[k] for k in kept),
-            tuple(self.log_reward_K[k] for k in kept),
+            tuple(samples_K[k][0] for k in kept),
+            tuple(samples_K[k][1] for k in kept),
             adapter_version,
             group_id,
             tuple(self.faults.values()),
