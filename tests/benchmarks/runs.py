@@ -21,7 +21,7 @@ ALL_LAYERS = ["lora.layers=1"]
 class Run:
     summary: dict[str, Any]
     evaluations: list[dict[str, float]]
-    """The metrics of each, in order."""
+    """The metrics of each, and its `step`, in order."""
     trace: dict[str, Any]
     """timeline.json."""
 
@@ -45,5 +45,6 @@ def job(*arguments: str) -> Run:
         command = [sys.executable, str(ROOT / "deploy/job.py"), *arguments]
         output = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
         (run,) = (Path(folder) / "runs").iterdir()
-        evaluations = [json.loads(path.read_text())["metrics"] for path in sorted((run / "evaluations").glob("step-*.json"))]
+        contents = [json.loads(path.read_text()) for path in sorted((run / "evaluations").glob("step-*.json"))]
+        evaluations = [content["metrics"] | {"step": content["step"]} for content in contents]
         return Run(json.loads(output.splitlines()[-1]), evaluations, json.loads((run / "timeline.json").read_text()))
