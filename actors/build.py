@@ -55,6 +55,7 @@ def engine_settings(config: Config, problem: Problem) -> EngineSettings:
         max_num_seqs=section.max_num_seqs,
         kv_cache_mb=section.kv_cache_mb,
         gpu_memory_utilization=config.gpu_memory_utilization,
+        shares_gpu=config.actors.gpus % 1 > 0,
         canary_tolerance=config.canary_tolerance,
         canary_by_mean=config.canary_by_mean,
         max_lora_rank=config.lora.rank,

@@ -48,8 +48,9 @@ class Settings:
     oversample: int = 4
     """Of `best_of_n`, `sir` and `smc`: sequences drawn for each one that is kept."""
     twist: Literal["likelihood", "reward"] = "likelihood"
-    """Of `smc`: the intermediate target of a prefix is q(prefix)^(1/T), or R(stopping there)^(1/T), which is scored anew at
-    every step."""
+    """Of `smc`: what the intermediate target of a prefix is. `likelihood`: of the base model p(prefix)^(1/T) over its whole
+    vocabulary, times the factors of R that are known at every prefix and ask no model; of a trained policy, whose prefixes are
+    meant to be as frequent as the target's, q(prefix). `reward`: R(stopping there)^(1/T), scored anew at every step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +92,12 @@ class Decoder:
         reward_temperature: float = 1.0,
         settings: Settings = Settings(),  # noqa: B008  # frozen
         seed: int = 0,
+        *,
+        trained: bool = False,
+        prefix_reward: Reward | None = None,
     ) -> None:
+        """`trained`: the model is no prior but a policy. `prefix_reward` is what `smc` asks for at every prefix."""
+        self.trained, self.prefix_reward = trained, prefix_reward
         self.policy = NextTokens(model, constraints)
         self.constraints = constraints
         self.reward = reward
@@ -246,7 +252,8 @@ def smc(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
     """Sequential Monte Carlo: n particles from the policy, resampled when they weigh less than n / 2 of them would.
 
     A step multiplies a particle's weight by target(now) / target(before) / q(token), and the target of a sequence that has
-    stopped is R^(1/T), whatever the intermediate ones were: so weights are proper for R^(1/T), and their mean estimates Z.
+    stopped is R^(1/T), whatever the intermediate ones were: so weights are proper for R^(1/T), and their mean estimates Z. Of
+    the base model's tokens those that may not be drawn cost a particle what they would have had, at once.
     """
     count = samples * decoder.settings.oversample
     constraints = decoder.constraints
@@ -254,7 +261,7 @@ def smc(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
     rows.select(np.zeros(count, np.int64))
     tokens_P: list[Tokens] = [()] * count
     live_P = np.ones(count, bool)
-    log_q_P, log_target_P, log_weight_P, log_z = np.zeros(count), np.zeros(count), np.zeros(count), 0.0
+    log_p_P, log_target_P, log_weight_P, log_z = np.zeros(count), np.zeros(count), np.zeros(count), 0.0
     # Of a prefix without a reward nothing can come: in the difference to the next target all that it weighed would be lost.
     dead_P = np.zeros(count, bool)
     row_P, column_P = np.zeros(count, np.int64), np.zeros(count, np.int64)
@@ -262,11 +269,11 @@ def smc(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
         at_B = np.flatnonzero(live_P)
         row_P[at_B] = np.arange(len(at_B))
         column_P[at_B], log_q_B = decoder.columns(rows.log_q_BC)
-        log_q_P[at_B] += log_q_B
+        log_p_P[at_B] += log_q_B if decoder.trained else log_q_B + rows.log_mass_B.double().cpu().numpy()
         live_P[at_B] = column_P[at_B] != constraints.stop_column
         for n in np.flatnonzero(live_P):
             tokens_P[n] = (*tokens_P[n], int(constraints.columns[column_P[n]]))
-        log_target_B = _targets(decoder, prompt, [tokens_P[n] for n in at_B], log_q_P[at_B], ~live_P[at_B])
+        log_target_B = _targets(decoder, prompt, [tokens_P[n] for n in at_B], log_p_P[at_B], ~live_P[at_B])
         log_weight_P[at_B] += log_target_B - log_target_P[at_B] - log_q_B
         log_target_P[at_B] = log_target_B
         dead_P |= log_target_P * decoder.reward_temperature <= NOTHING / 2
@@ -277,7 +284,7 @@ def smc(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
             chosen = decoder.resample(log_weight_P, count)
             log_weight_P = np.zeros(count)
             tokens_P = [tokens_P[n] for n in chosen]
-            live_P, dead_P, log_q_P, log_target_P = live_P[chosen], dead_P[chosen], log_q_P[chosen], log_target_P[chosen]
+            live_P, dead_P, log_p_P, log_target_P = live_P[chosen], dead_P[chosen], log_p_P[chosen], log_target_P[chosen]
             row_P, column_P = row_P[chosen], column_P[chosen]
         rows.advance(row_P[live_P], column_P[live_P])
     log_z += log_mean_exp(log_weight_P)
@@ -285,13 +292,33 @@ def smc(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
 
 
 def _targets(
-    decoder: Decoder, prompt: Prompt, tokens_B: list[Tokens], log_q_B: np.ndarray, stopped_B: np.ndarray
+    decoder: Decoder, prompt: Prompt, tokens_B: list[Tokens], log_p_B: np.ndarray, stopped_B: np.ndarray
 ) -> np.ndarray:
     """log of the target of each particle, float64 [B], nats: log R / T where it stopped, else that of its prefix."""
     scored_B = stopped_B | (decoder.settings.twist == "reward")
-    result_B = log_q_B / decoder.reward_temperature
-    values = decoder.log_target(prompt, [tokens for tokens, scored in zip(tokens_B, scored_B, strict=True) if scored])
-    result_B[scored_B] = values
+    scored, going = ([tokens_B[b] for b in np.flatnonzero(which_B)] for which_B in (scored_B, ~scored_B))
+    log_p_going = log_p_B[~scored_B]
+    result_B = np.zeros(len(tokens_B))
+    result_B[scored_B] = decoder.log_target(prompt, scored)
+    if decoder.trained:
+        result_B[~scored_B] = log_p_going
+    else:
+        result_B[~scored_B] = log_p_going / decoder.reward_temperature + _early(decoder, prompt, going)
+    return result_B
+
+
+def _early(decoder: Decoder, prompt: Prompt, tokens_B: list[Tokens]) -> np.ndarray:
+    """What is known of log R / T at prefixes, float64 [B], nats: as of the longest part that could be a sample; 0 where there
+    is none, or it has no reward, of which the whole may have one."""
+    if decoder.prefix_reward is None:
+        return np.zeros(len(tokens_B))
+    can_stop = decoder.constraints.can_stop
+    longest_B = [next((t for t in range(len(z), -1, -1) if can_stop(z[:t], t)), None) for z in tokens_B]
+    known_B = [b for b, t in enumerate(longest_B) if t is not None]
+    scores = decoder.prefix_reward.score(prompt, [sampled(list(tokens_B[b][: longest_B[b]])) for b in known_B])
+    result_B = np.zeros(len(tokens_B))
+    for k in scores.kept:
+        result_B[known_B[k]] = scores.log_reward_K[k][-1] / decoder.reward_temperature
     return result_B
 
 

@@ -72,9 +72,11 @@ class Engine:
         self._groups: dict[int, _Group] = {}
         self._drawn: dict[str, list[tuple[int, float]]] = {}
         """By the name of a sample that is being drawn: its tokens so far, with their log-probs."""
-        memory: dict[str, Any] = {"kv_cache_memory_bytes": settings.kv_cache_mb << 20, "block_size": BLOCK}
+        memory: dict[str, Any] = {} if gpu else {"block_size": BLOCK}
         if gpu:
-            memory = {"gpu_memory_utilization": settings.gpu_memory_utilization}
+            memory["gpu_memory_utilization"] = settings.gpu_memory_utilization
+        if not gpu or settings.shares_gpu:
+            memory["kv_cache_memory_bytes"] = settings.kv_cache_mb << 20
         memory["kv_transfer_config"] = {
             "kv_connector": "PromptSharing", "kv_connector_module_path": "actors.prompt_sharing", "kv_role": "kv_both",
             "kv_connector_extra_config": {"prompts": settings.shared_prompts},

@@ -81,6 +81,8 @@ class EngineSettings:
     max_num_seqs: int = 64
     kv_cache_mb: int = 512
     gpu_memory_utilization: float = 0.5
+    shares_gpu: bool = False
+    """Others compute on its GPU. What they take while the engine starts it would count as its own, and leave its cache less."""
     canary_tolerance: float = 0.005
     """Nats a token."""
     canary_by_mean: bool = True

@@ -32,8 +32,11 @@ class NextTokens:
         return Rows(self, prompt_tokens)
 
     @torch.no_grad()
-    def next_log_probs(self, tokens_BL: Tensor, cache: DynamicCache, drawn_B: Sequence[tuple[int, ...]]) -> Tensor:
-        """Reads L more tokens of each row into `cache`. Returns log q over the columns of the support, float32 [B, C], nats.
+    def next_log_probs(
+        self, tokens_BL: Tensor, cache: DynamicCache, drawn_B: Sequence[tuple[int, ...]]
+    ) -> tuple[Tensor, Tensor]:
+        """Reads L more tokens of each row into `cache`. Returns log q over the columns of the support, float32 [B, C], nats,
+        and the log of what the model, over its whole vocabulary, gives to all that may come, float32 [B].
 
         `drawn_B` has the tokens of each row's sample, all equally many. At the maximum length nothing is read: the
         stop is certain.
@@ -42,28 +45,32 @@ class NextTokens:
         may_stop_B, certain_B = zip(*map(constraints.after, drawn_B), strict=True)
         if all(token == constraints.stop_token for token in certain_B):
             logits_BC = torch.zeros(len(tokens_BL), len(constraints.columns), device=self.device)
+            whole_B = logits_BC[:, constraints.stop_column].clone()
         else:
             self.tokens_forwarded += tokens_BL.numel()
             output = self.model(input_ids=tokens_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits_BC = output.logits[:, -1, self._columns].float()
+            whole_B = output.logits[:, -1].float().logsumexp(-1)
         logits_BC[~torch.tensor(may_stop_B, device=self.device), constraints.stop_column] = -torch.inf
-        log_q_BC = logits_BC.log_softmax(-1)
         for row, token in enumerate(certain_B):
             if token is not None:
-                log_q_BC[row] = -torch.inf
-                log_q_BC[row, int(constraints.column_of(np.array(token)))] = 0.0
-        return log_q_BC
+                column = int(constraints.column_of(np.array(token)))
+                only = logits_BC[row, column].clone()
+                logits_BC[row] = -torch.inf
+                logits_BC[row, column] = only
+        return logits_BC.log_softmax(-1), logits_BC.logsumexp(-1) - whole_B
 
 
 class Rows:
-    """B unfinished sequences of one prompt, all equally long. `log_q_BC`, float32 nats, is for their next token."""
+    """B unfinished sequences of one prompt, all equally long. `log_q_BC`, float32 nats, is for their next token, and
+    `log_mass_B` what the model itself gives to all tokens that this may be."""
 
     def __init__(self, policy: NextTokens, prompt_tokens: Sequence[int]) -> None:
         self._policy = policy
         self._cache = DynamicCache(config=policy.model.config)
         self._drawn_B: list[tuple[int, ...]] = [()]
         prompt_BL = torch.tensor([list(prompt_tokens)], device=policy.device)
-        self.log_q_BC = policy.next_log_probs(prompt_BL, self._cache, self._drawn_B)
+        self.log_q_BC, self.log_mass_B = policy.next_log_probs(prompt_BL, self._cache, self._drawn_B)
 
     def select(self, parent_B: np.ndarray) -> None:
         """Row b becomes what row parent_B[b] was: rows are dropped, repeated and reordered."""
@@ -71,7 +78,7 @@ class Rows:
             return
         parents = torch.from_numpy(parent_B).to(self._policy.device)
         self._cache.batch_select_indices(parents)
-        self.log_q_BC = self.log_q_BC[parents]
+        self.log_q_BC, self.log_mass_B = self.log_q_BC[parents], self.log_mass_B[parents]
         self._drawn_B = [self._drawn_B[parent] for parent in parent_B]
 
     def fork(self, parent_B: np.ndarray) -> Rows:
@@ -89,4 +96,4 @@ class Rows:
         tokens_B = self._policy.constraints.columns[column_B]
         self._drawn_B = [(*drawn, int(token)) for drawn, token in zip(self._drawn_B, tokens_B, strict=True)]
         tokens_BL = torch.from_numpy(tokens_B)[:, None].to(self._policy.device)
-        self.log_q_BC = self._policy.next_log_probs(tokens_BL, self._cache, self._drawn_B)
+        self.log_q_BC, self.log_mass_B = self._policy.next_log_probs(tokens_BL, self._cache, self._drawn_B)

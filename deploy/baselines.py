@@ -38,7 +38,7 @@ from deploy.command import command, log_to_stderr  # noqa: E402
 from deploy.runs import adapter_at, add_step, find_run, load_adapter, make_folder  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
-from system.reward_config import at_ends  # noqa: E402
+from system.reward_config import at_ends, functions_at_every_prefix  # noqa: E402
 from system.run_error import RunError  # noqa: E402
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ class Baselines:
         from system.text import decode
 
         # All methods score whole sequences: evidence after every prefix would be charged to them for nothing.
-        config = config.model_copy(update={"task": config.task.model_copy(update={"reward": at_ends(config.task.reward)})})
+        early = functions_at_every_prefix(config.task.reward)
+        config = _with_reward(config, at_ends(config.task.reward))
         self.config, self.settings = config, Settings(**settings)
         prepared = prepare(config)
         self.folder, self.tokenizer, self.problem = prepared.folder, prepared.tokenizer, prepared.problem
@@ -96,6 +97,7 @@ class Baselines:
         self.base = load_pretrained(self.folder, getattr(torch, config.sampler.reward_dtype), self.device)
         frozen = LanguageModel(self.base)
         self.reward = build_reward(config, self.problem, self.tokenizer, frozen)
+        self.early = early and build_reward(_with_reward(config, at_ends(early)), self.problem, self.tokenizer, None)
         self.likelihood: Posterior | None = None
         if rewards.needs_language_model(config.task.reward):
             self.likelihood = Posterior(frozen, self.problem.reward_stop, config.sampler.token_budget)
@@ -129,23 +131,25 @@ class Baselines:
 
         name, temperature = _of_base(method), self.config.learner.reward_temperature.end
         model: Any = self.tuned if is_tuned(method) else self.base
-        decoder = Decoder(model, self.problem.constraints, self.reward, temperature, self.settings, self.config.seed)
-        found = [self._prompt(decoder, name, prompt, samples) for prompt in self.problem.evaluated]
-        results = [result for result in found if result is not None]
-        if not results:
+        decoder = Decoder(
+            model, self.problem.constraints, self.reward, temperature, self.settings, self.config.seed,
+            trained=is_tuned(method), prefix_reward=self.early,
+        )  # fmt: skip
+        results = [self._prompt(decoder, name, prompt, samples) for prompt in self.problem.evaluated]
+        if not any(rows for _, rows in results):
             raise RunError(f"{method}: no prompt has two samples with a reward; the log has the reasons")
         metrics = evaluation.means([metrics for metrics, _ in results], MEANS)
         return metrics | {"reward_faults": float(decoder.faults)}, [row for _, rows in results for row in rows]
 
     def _prompt(
         self, decoder: Decoder, method: str, prompt: Prompt, samples: int
-    ) -> tuple[dict[str, float], list[dict[str, Any]]] | None:
-        """None where the prompt has no two samples with a reward."""
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Without a row, and with what the task says alone, where the prompt has no two samples with a reward."""
         from dataclasses import replace
 
         import numpy as np
 
-        from system.evaluation import of_task
+        from system.evaluation import ENOUGH, of_task
         from system.trajectory import sampled
 
         started = time.perf_counter()
@@ -154,12 +158,12 @@ class Baselines:
         drawn_K = [sampled(list(tokens)) for tokens in draws.tokens_K]
         scores = decoder.scores(prompt, drawn_K)
         group = scores.group(prompt, drawn_K, 0, 0)
+        metrics |= of_task(group, self.judge)
         # Bounds need two; of a search there may be one in all.
-        if len(group) < min(2, len(drawn_K)):
-            return None
+        if len(group) < min(ENOUGH, len(drawn_K)):
+            return metrics, []
         draws = draws.of(scores.kept)
         log_reward_K = np.array([log_reward_T[-1] for log_reward_T in group.log_reward_K])
-        metrics |= of_task(group, self.judge)
         if self.likelihood is not None:
             log_p_KT = self.likelihood.log_rewards(replace(prompt, evidence_tokens=None), group.trajectories_K)
             log_p_K = [float(log_p_T[-1]) for log_p_T in log_p_KT]
@@ -184,6 +188,10 @@ def _bounds(draws: Draws, log_weight_K: np.ndarray | None, drawn: int) -> dict[s
     if draws.log_z is not None:
         return {"posterior/log_z_weighted": draws.log_z}
     return {} if log_weight_K is None else mean_metrics([Bounds.of(log_weight_K, drawn)])
+
+
+def _with_reward(config: Config, reward: Any) -> Config:
+    return config.model_copy(update={"task": config.task.model_copy(update={"reward": reward})})
 
 
 def is_tuned(method: str) -> bool:

@@ -206,8 +206,8 @@ class Job:
             tracker.artifact(keep_config(config, run_dir))
         elif begun.start is not None:
             start_from(begun.start, learner, config.lora)
-            # A learner that dies begins again from here, not from the base.
-            loop.checkpoint()
+            # A learner that dies begins again from here. Until then a death ends the run: a new one would have the base.
+            loop.checkpoint(learner.save().result())
         recorder.restore(loop)
         return loop, recorder
 

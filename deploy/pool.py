@@ -231,7 +231,12 @@ class RaySamplers:
         for member in list(self._members.values()):
             silent = now - member.heard
             if not member.is_built and silent > actors.start_seconds:
-                self._failed(member, TimeoutError(f"it was not built within actors.start_seconds={actors.start_seconds:g}"))
+                late = f"it was not built within actors.start_seconds={actors.start_seconds:g}"
+                if self._size.give_up():
+                    # No node has room for it, as a rule: no death, and nothing that the others are to wait for.
+                    self._lose(member, late, SamplerLeft)
+                else:
+                    self._failed(member, TimeoutError(late))
             elif member.calls and silent > actors.answer_seconds:
                 self._lose(member, f"it has work and got no further for actors.answer_seconds={actors.answer_seconds:g}")
             elif member.calls and min(silent, now - member.asked) > actors.answer_seconds / QUESTIONS:

@@ -43,3 +43,10 @@ class PoolSize:
             change, self._spare_steps = -1, 0
         self.target += change
         return change
+
+    def give_up(self) -> bool:
+        """One that was started cannot be had. False if the run is to have as many; else it is no longer wanted, until the
+        learner waits again."""
+        spare = self.target > self.fewest
+        self.target -= spare
+        return spare

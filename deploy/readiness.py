@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
 from deploy import ray_cluster
-from deploy.ray_errors import first_line, raised
+from deploy.answers import GRACE_SECONDS
+from deploy.ray_errors import first_line, is_loss, raised
 from system.config import Config, ConfigError
 from system.handles import LearnerDied
 from system.run_error import RunError
@@ -51,11 +52,12 @@ def wait_until_ready(*handles: Handle, samplers: int | None = None) -> None:
         Exception: what building an actor's part raised.
     """
     config, began, lost, waves = handles[0].config, time.monotonic(), set(), 0
-    tell_after = TELL_SECONDS
+    tell_after, patient = TELL_SECONDS, False
     while True:
         owners = {reference: handle for handle in handles for reference in handle.ready()}
         done, missing = ray.wait(list(owners), num_returns=len(owners), timeout=LOOK_SECONDS)
-        losses = {reference: loss for reference in done if (loss := _loss(reference)) is not None}
+        errors = {reference: error for reference in done if (error := _error(reference)) is not None}
+        losses = {reference: error for reference, error in errors.items() if is_loss(error)}
         for reference, loss in losses.items():
             if not owners[reference].replaces:
                 raise LearnerDied(
@@ -63,6 +65,14 @@ def wait_until_ready(*handles: Handle, samplers: int | None = None) -> None:
                     "learner.dtype=bfloat16 takes half, and learner.shard_base=true shares the layers over learner.ranks"
                 ) from loss
             missing.append(reference)
+        for reference in errors.keys() - losses.keys():
+            owner = owners[reference]
+            peers = [] if owner.replaces or patient else [other for other in missing if owners[other] is owner]
+            if not peers:
+                raise raised(errors[reference])
+            # What one rank raises may be the loss of another, which shows a moment later.
+            ray.wait(peers, num_returns=len(peers), timeout=GRACE_SECONDS)
+            patient = True
         waves += not lost.issuperset(losses)
         lost.update(losses)
         if waves > config.actors.max_deaths:
@@ -89,12 +99,10 @@ def wait_until_ready(*handles: Handle, samplers: int | None = None) -> None:
             time.sleep(LOOK_SECONDS)  # until their successors are started
 
 
-def _loss(built: Any) -> RayError | None:
-    """How an actor was lost; None if it is built. Raises what building its part raised."""
+def _error(built: Any) -> RayError | None:
+    """How an actor was lost, or what building its part raised; None if it is built."""
     try:
         ray.get(built)
-    except RayTaskError as error:
-        raise raised(error) from None
     except RayError as error:
         return error
     return None

@@ -122,6 +122,8 @@ class Server:
         self.asked: int | None = None
         """The signal that asked for the end."""
         self._process = subprocess.Popen(command, env=environment, start_new_session=True)
+        # Not through a proxy, which the environment may have for other addresses.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def ask(self, number: int) -> None:
         """To end. The first request lets vLLM end what it runs; what does not end in time is killed."""
@@ -131,7 +133,7 @@ class Server:
         """False if the server ended, or was asked to, before it answered."""
         while self._process.poll() is None and self.asked is None:
             try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=POLL_SECONDS):
+                with self._opener.open(f"{self.url}/health", timeout=POLL_SECONDS):
                     return True
             # Not there yet: it loads for some seconds, and hears nothing meanwhile.
             except (urllib.error.URLError, OSError):

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 AT_ONCE = 256
 """Groups of one call for scores."""
+ENOUGH = 2
+"""Samples of a prompt with a reward, for bounds. As in training, others are tolerated."""
 
 
 class Scorer(Protocol):
@@ -130,10 +132,10 @@ def judge(
         tokens_K = [trajectory.tokens_T.tolist() for trajectory in group.trajectories_K]
         texts = [decode(tokens) for tokens in tokens_K]
         if problem.judge is not None:
-            result |= problem.judge(group.prompt, texts, tokens_K)
-        if diversity is not None:
+            result |= problem.judge(group.prompt, texts, tokens_K, len(group.faults))
+        if diversity is not None and texts:
             result["diversity"] = diversity(texts)
-        if others := problem.alternatives.get(group.prompt.id):
+        if texts and (others := problem.alternatives.get(group.prompt.id)):
             try:
                 log_rewards = log_reward_EK(group, others, rewards)
             # As in training, where the samples are left out: here it is the prompt's vote.
@@ -141,7 +143,8 @@ def judge(
                 logger.warning("evaluation: %s has no vote, as its samples have no reward: %s", group.prompt.id, error)
             else:
                 # Its own evidence comes last: `preferred` gives a tie to what comes first, and a tie is not right.
-                result |= tally(preferred(log_rewards), truth=len(others))
+                no_vote = [len(log_rewards)] * len(group.faults)
+                result |= tally(np.append(preferred(log_rewards), no_vote).astype(int), truth=len(others))
         return result
 
     return verdict
@@ -173,13 +176,17 @@ def sampled(
     Draws by another `behaviour` than the policy's own bound nothing: then the metrics are task/… and the samples' length.
 
     Each prompt's row has what `of_task` says of its group, and the metrics the means (a prompt without a metric takes no part
-    in its mean).
+    in its mean). A prompt of which fewer than two samples have a reward is in the task's means alone. task/unscored is the
+    share of all samples that have none.
 
     Raises:
         SamplerDied: the samplers that a prompt was given to died again and again.
         RunError: no prompt has two samples with a reward.
     """
-    groups = _draw(requests, samplers, samples, round_, behaviour)
+    drawn = _draw(requests, samplers, samples, round_, behaviour)
+    groups = [group for group in drawn if len(group) >= ENOUGH]
+    if not groups:
+        raise RunError("no prompt of the evaluation has two samples with a reward; the log has the reasons")
     scores = _in_parts(groups, scorer)
     bounds_G, per_prompt, table = [], [], []
     for group, score in zip(groups, scores, strict=True):
@@ -200,20 +207,24 @@ def sampled(
         gaps = [_engine_gap(group, score.log_q_K) for group, score in zip(groups, scores, strict=True)]
         metrics["posterior/engine_gap"] = float(np.mean(gaps))
     metrics["posterior/length"] = float(np.mean([row["length"] for row in per_prompt]))
-    metrics |= means(per_prompt)
+    metrics |= means([*per_prompt, *(of_task(group, judge) for group in drawn if len(group) < ENOUGH)])
+    metrics["task/unscored"] = sum(len(group.faults) for group in drawn) / sum(group.drawn for group in drawn)
     return Evaluation(metrics, per_prompt, table)
 
 
 def of_task(group: Group, judge: Judge) -> dict[str, float]:
     """Metrics task/… of one prompt's samples: largest and mean log R (nats), the mean of what each factor of a product says,
-    the share of different samples, and what `judge` says, which may count as one answer what differs in its tokens."""
-    log_reward_K = np.array([log_reward_T[-1] for log_reward_T in group.log_reward_K])
-    metrics = {
-        "max_log_reward": float(log_reward_K.max()),
-        "mean_log_reward": float(log_reward_K.mean()),
-        "distinct": len({trajectory.key for trajectory in group.trajectories_K}) / len(group),
-    }
-    metrics |= {f"reward/{name}": float(value_K.mean()) for name, value_K in group.factors_K.items()}
+    the share of different samples, all of those that have a reward; and what `judge` says, which counts the others as wrong,
+    and may count as one answer what differs in its tokens."""
+    metrics = {}
+    if len(group):
+        log_reward_K = np.array([log_reward_T[-1] for log_reward_T in group.log_reward_K])
+        metrics = {
+            "max_log_reward": float(log_reward_K.max()),
+            "mean_log_reward": float(log_reward_K.mean()),
+            "distinct": len({trajectory.key for trajectory in group.trajectories_K}) / len(group),
+        }
+        metrics |= {f"reward/{name}": float(value_K.mean()) for name, value_K in group.factors_K.items()}
     return {f"task/{name}": value for name, value in (metrics | judge(group)).items()}
 
 
@@ -234,14 +245,10 @@ def means(per_prompt: Sequence[Mapping[str, Any]], prefix: str | tuple[str, ...]
 def _draw(requests: Requests, samplers: Samplers, samples: int, round_: int, behaviour: Behaviour) -> list[Group]:
     wanted = [requests.evaluation(index, samples, round_, behaviour) for index in range(len(requests.prompts))]
     answers = [asked(partial(samplers.sample, request)) for request in wanted]
-    groups = [group for answer in answers if _bounded(group := answer())]
-    if not groups:
-        raise RunError("no prompt of the evaluation has two samples with a reward; the log has the reasons")
+    groups = [answer() for answer in answers]
+    for group in groups:
+        if group.faults:
+            logger.warning(
+                "evaluation: %d samples of %s have no reward: %s", len(group.faults), group.prompt.id, group.faults[0]
+            )
     return groups
-
-
-def _bounded(group: Group) -> bool:
-    """Enough samples for bounds. As in training, samples without a reward are tolerated; a prompt needs two with one."""
-    if group.faults:
-        logger.warning("evaluation: %d samples of %s have no reward: %s", len(group.faults), group.prompt.id, group.faults[0])
-    return len(group) >= 2

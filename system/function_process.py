@@ -122,7 +122,9 @@ class FunctionProcesses:
 
 def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
     connection.close()
-    process.kill()
+    # With what the function started and did not end: a compiler that hangs, say. Until it is waited for, the number is its own.
+    if process.returncode is None:
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 

@@ -297,10 +297,11 @@ class Orchestrator:
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 
-    def checkpoint(self) -> Path:
-        """Everything that the rest of the run depends on. Groups issued and not used are noted by number alone."""
+    def checkpoint(self, saved: np.ndarray | None = None) -> Path:
+        """Everything that the rest of the run depends on. Groups issued and not used are noted by number alone. The learner is
+        asked for its part unless that is given."""
         with self.timeline.span("checkpoint", "loop", step=self.counters.step):
-            return self._write(self.with_learner(lambda: self.learner.save().result()))
+            return self._write(self.with_learner(lambda: self.learner.save().result()) if saved is None else saved)
 
     def _write(self, saved: np.ndarray) -> Path:
         task = self.config.task.model_dump(mode="json")

@@ -124,6 +124,12 @@ def names(reward: ProductReward) -> list[str]:
     return [name if called.count(name) == 1 else f"{at}.{name}" for at, name in enumerate(called)]
 
 
+def functions_at_every_prefix(reward: Reward) -> FunctionReward | ProductReward | None:
+    """The part of a reward that is known at every prefix and asks no model; None where there is none."""
+    functions = [f for _, f in factors(reward) if isinstance(f, FunctionReward) and f.every_prefix]
+    return ProductReward(of=tuple(functions)) if len(functions) > 1 else functions[0] if functions else None
+
+
 R = TypeVar("R", bound=LMPosterior | FunctionReward | ContrastReward | ProductReward)
 
 

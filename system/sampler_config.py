@@ -63,9 +63,11 @@ class Sampler(Section):
     max_num_seqs: int = Field(default=64, ge=1)
     """Sequences that the engine decodes at once."""
     kv_cache_mb: int = Field(default=512, ge=16)
-    """Size of the engine's KV cache on CPU, MiB."""
+    """Size of the engine's KV cache, MiB, on a CPU and on a GPU that it shares (actors.gpus=0.5, say): of a GPU of its own it
+    takes what gpu_memory_utilization leaves."""
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
-    """Share of a whole GPU that the engine takes; by default half of actors.gpus. The frozen model that scores is beside it."""
+    """Share of a whole GPU that the engine takes, and that must be free when it starts; by default half of actors.gpus. The
+    frozen model that scores is beside it."""
     max_reward_faults: int = Field(default=100, ge=0)
     """Samples for which the reward raises, hangs or gives no finite number are left out of their groups and counted.
     The run stops when there are more than this many in all."""

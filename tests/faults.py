@@ -109,6 +109,23 @@ class LostLearner(IdleLearner):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class LostRank(IdleLearner):
+    """Of two ranks the second is killed over its model, which the first complains of before Ray says so."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank = rank
+
+    def build(self, config: Config, faults: Faults, meeting: tuple[str, int] | None) -> None:
+        if self._rank:
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.construct(_broken)
+
+
+def _broken() -> None:
+    raise RuntimeError("Connection closed by peer")
+
+
 class HangingLearner(IdleLearner):
     """No answer to an update for an hour."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -71,6 +72,13 @@ def slow(prompt: Any, text: str, tokens: list[int]) -> float:
     """Takes its time, so that there is a run to interrupt."""
     time.sleep(0.01)
     return -0.5 * abs(len(text) - 3)
+
+
+def leaves_a_child(prompt: Any, text: str, tokens: list[int]) -> None:
+    """Waits for a program that hangs, whose process id is written to the file that the text names."""
+    child = subprocess.Popen(["sleep", "600"])
+    Path(text).write_text(str(child.pid))
+    child.wait()
 
 
 def always(prompt: Any, text: str, tokens: list[int]) -> float:

@@ -29,6 +29,6 @@ def asked(**meta: Any) -> Prompt:
     return Prompt("p", (1,), (1,), meta=meta)
 
 
-def judged(judge: Any, prompt: Prompt, texts: list[str]) -> dict[str, float]:
+def judged(judge: Any, prompt: Prompt, texts: list[str], unscored: int = 0) -> dict[str, float]:
     """By a judge that reads texts alone."""
-    return judge(prompt, texts, [[]] * len(texts))
+    return judge(prompt, texts, [[]] * len(texts), unscored)

@@ -159,8 +159,8 @@ def test_votes_decide_and_what_cannot_be_read_is_wrong() -> None:
     prompt = Prompt("p", (1,), (1,), meta={"answer": 6, "expression": "9 - 3"})
     right, wrong, none = " 9 - 3 = 6", " 9 - 2 = 7", " 9 - 3 = 6, 6"
 
-    def verdict(*texts: str) -> dict[str, float]:
-        return judge(prompt, texts, [()] * len(texts))
+    def verdict(*texts: str, unscored: int = 0) -> dict[str, float]:
+        return judge(prompt, texts, [()] * len(texts), unscored)
 
     two_thirds = pytest.approx(2 / 3)
     assert verdict(right, right, wrong) == {"accuracy": 1.0, "sample_accuracy": two_thirds, "worked_out": two_thirds}
@@ -169,6 +169,7 @@ def test_votes_decide_and_what_cannot_be_read_is_wrong() -> None:
     assert verdict(none, "6", "") == {"accuracy": 0.0, "sample_accuracy": 0.0, "worked_out": 0.0}
     assert verdict(right, none, none)["accuracy"] == 0.0
     assert verdict(right, right, none)["accuracy"] == 1.0
+    assert verdict(right, unscored=1) == {"accuracy": 0.0, "sample_accuracy": 0.5, "worked_out": 0.5}
     assert verdict(" 2 + 2 + 2 = 6") == {"accuracy": 1.0, "sample_accuracy": 1.0, "worked_out": 0.0}
 
 

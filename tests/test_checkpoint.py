@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from system import checkpoint
-from system.checkpoint import MANIFEST, CheckpointError, read_latest, write
+from system.checkpoint import MANIFEST, CheckpointError, read_latest, steps, whole_steps, write
 
 
 def files(step: int) -> dict[str, bytes]:
@@ -50,6 +50,16 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     write(tmp_path, 100, files(100))
     assert names(tmp_path) == ["step-00000050", "step-00000100"]
     assert read_latest(tmp_path) == files(100)
+
+
+def test_copies_that_a_user_made_are_no_checkpoints_and_stay(tmp_path: Path) -> None:
+    write(tmp_path, 50, files(50))
+    for name in ("step-00000050.bak", "step-best"):
+        shutil.copytree(tmp_path / "step-00000050", tmp_path / name)
+    for step in (100, 150):
+        write(tmp_path, step, files(step), keep=2)
+    assert names(tmp_path) == ["step-00000050.bak", "step-00000100", "step-00000150", "step-best"]
+    assert steps(tmp_path) == whole_steps(tmp_path) == [100, 150]
 
 
 def test_the_same_step_can_be_written_again(tmp_path: Path) -> None:

@@ -93,7 +93,13 @@ def test_a_predicate_that_hangs_is_given_up_after_its_time() -> None:
 def test_a_predicate_reads_the_tokens_of_what_is_judged_and_what_it_fails_for_is_not_valid() -> None:
     (prompt,) = problem("constrained", limit=1, predicate="tests.faulty:short").prompts
     texts, tokens_K = ["ab", "abc", "", "ab"], [[7, 8], [7, 8, 9], [], [7, 8]]
-    assert validity(prompt, texts, tokens_K) == {"validity": 0.5, "distinct": 0.75}
+    assert validity(prompt, texts, tokens_K, 0) == {"validity": 0.5, "distinct": 0.75}
+
+
+def test_a_sample_that_the_predicate_failed_for_is_drawn_and_not_valid() -> None:
+    (prompt,) = problem("constrained", limit=1, predicate="tests.faulty:short").prompts
+    assert validity(prompt, ["ab", "ab"], [[7, 8], [7, 8]], 2) == {"validity": 0.5, "distinct": 0.5}
+    assert validity(prompt, [], [], 4) == {"validity": 0.0}
 
 
 def test_constrained_texts_are_judged_by_whether_they_satisfy() -> None:

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from actors import decoding
 from actors.decoding import METHODS, Decoder, Settings, Tokens
+from actors.function_reward import Function
 from actors.posterior_reward import Posterior
+from actors.rewards import Part, Product
 from system.constraints import Constraints
 from system.language_model import LanguageModel
 from system.posterior import log_mean_exp
@@ -38,11 +41,23 @@ class Exact:
         return log_mean_exp(self.log_target_O) + np.log(len(self.outcomes))
 
 
-def decoder(kind: str = "llama", min_tokens: int = 1, max_tokens: int = 3, seed: int = 0, **settings: Any) -> Decoder:
+def decoder(
+    kind: str = "llama",
+    min_tokens: int = 1,
+    max_tokens: int = 3,
+    seed: int = 0,
+    trained: bool = False,
+    bonus: float = 0.0,
+    **settings: Any,
+) -> Decoder:
+    """`bonus`: nats for each token, a factor of the reward that is known at every prefix."""
     model = tiny.KINDS[kind]()
     constraints = Constraints.of(stop_token=STOP, min_tokens=min_tokens, max_tokens=max_tokens, vocab_size=64, allowed=LETTERS)
-    reward = Posterior(LanguageModel(model), (STOP,))
-    return Decoder(model, constraints, reward, TEMPERATURE, Settings(**settings), seed)
+    posterior = Posterior(LanguageModel(model), (STOP,))
+    length = Function(lambda prompt, text, tokens: bonus * len(tokens), decode=str)
+    reward = Product([Part("posterior", posterior), Part("length", length)]) if bonus else posterior
+    early = length if bonus else None
+    return Decoder(model, constraints, reward, TEMPERATURE, Settings(**settings), seed, trained=trained, prefix_reward=early)
 
 
 def log_q(decoder: Decoder, prompt: Prompt, tokens: Tokens) -> float:
@@ -146,8 +161,14 @@ def test_the_two_prompts_have_different_partition_functions() -> None:
 @pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: prompt.id)
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [("sir", {}), ("smc", {"twist": "likelihood"}), ("smc", {"twist": "reward"})],
-    ids=["sir", "smc-likelihood", "smc-reward"],
+    [
+        ("sir", {}),
+        ("smc", {"twist": "likelihood"}),
+        ("smc", {"twist": "reward"}),
+        ("smc", {"trained": True}),
+        ("smc", {"bonus": 0.3}),
+    ],
+    ids=["sir", "smc-likelihood", "smc-reward", "smc-trained", "smc-bonus"],
 )
 def test_weighted_methods_draw_from_the_target_and_estimate_its_log_z(
     prompt: Prompt, method: str, settings: dict[str, Any]
@@ -204,6 +225,51 @@ def test_rows_go_on_from_a_fork_as_from_their_own_beginning(kind: str) -> None:
             forked.advance(np.arange(rows), column_B)
         torch.testing.assert_close(forked.log_q_BC, expected.log_q_BC)
         torch.testing.assert_close(beginning.log_q_BC, first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("min_tokens", [0, 2])
+def test_what_the_support_leaves_of_a_token_and_its_mass_make_the_models_own_probability(min_tokens: int) -> None:
+    made = decoder(min_tokens=min_tokens)
+    rows, tokens = made.policy.start(PROMPTS[0].policy_tokens), list(PROMPTS[0].policy_tokens)
+    for letter in LETTERS[:2]:
+        with torch.no_grad():
+            own_V = made.policy.model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+        own_C = own_V[torch.from_numpy(made.constraints.columns)]
+        drawable = torch.isfinite(rows.log_q_BC[0])
+        torch.testing.assert_close((rows.log_q_BC[0] + rows.log_mass_B[0])[drawable], own_C[drawable])
+        rows.advance(np.zeros(1, np.int64), made.constraints.column_of(np.array([letter])))
+        tokens.append(letter)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("bonus", [0.0, 1.5])
+def test_a_particle_pays_at_once_for_what_is_not_drawn_unless_a_trained_policy_drew_it(
+    monkeypatch: pytest.MonkeyPatch, trained: bool, bonus: float
+) -> None:
+    found: list[tuple[Tokens, float]] = []
+
+    def spied(decoder: Decoder, prompt: Prompt, tokens_B: list[Tokens], log_p_B: np.ndarray, stopped_B: np.ndarray) -> Any:
+        target_B = targets(decoder, prompt, tokens_B, log_p_B, stopped_B)
+        found.extend((tokens_B[b], float(target_B[b])) for b in np.flatnonzero(~stopped_B))
+        return target_B
+
+    targets = decoding._targets
+    monkeypatch.setattr(decoding, "_targets", spied)
+    made = decoder(min_tokens=2, trained=trained, bonus=bonus, oversample=2)
+    made.draw("smc", PROMPTS[0], 4)
+    assert {len(tokens) for tokens, _ in found} == {1, 2, 3}
+    for tokens, target in found:
+        whole = [*PROMPTS[0].policy_tokens, *tokens]
+        with torch.no_grad():
+            logits_TV = made.policy.model(torch.tensor([whole])).logits[0, -len(tokens) - 1 : -1]
+        if trained:
+            allowed = [[*LETTERS, STOP] if depth >= 2 else [*LETTERS] for depth in range(len(tokens))]
+            due = sum(logits_TV[t, z] - logits_TV[t, allowed[t]].logsumexp(0) for t, z in enumerate(tokens))
+        else:
+            log_p = sum(logits_TV[t, z] - logits_TV[t].logsumexp(0) for t, z in enumerate(tokens))
+            # One that is too short to be a sample is not shown to the function.
+            due = (log_p + bonus * len(tokens) * (len(tokens) >= 2)) / TEMPERATURE
+        assert target == pytest.approx(float(due), abs=1e-4)
 
 
 def test_draws_are_repeated_by_the_seed() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from system import evaluation
-from system.evaluation import Evaluation
+from system.evaluation import Evaluation, Judge
 from system.posterior import log_mean_exp
 from system.requests import Requests
 from system.sampler_config import Exploration
@@ -36,10 +36,10 @@ class Scores:
         )
 
 
-def evaluated(samplers: FakeSamplers, temperature: float = 1.0) -> Evaluation:
+def evaluated(samplers: FakeSamplers, temperature: float = 1.0, judge: Judge = lambda group: {}) -> Evaluation:
     requests = Requests(PROMPTS, 2, Exploration(), 0)
     samplers.publish(0)
-    return evaluation.sampled(requests, samplers, Scores(), samples=4, temperature=temperature, round_=0)
+    return evaluation.sampled(requests, samplers, Scores(), samples=4, temperature=temperature, round_=0, judge=judge)
 
 
 def test_bounds_are_at_the_temperature_of_the_reward() -> None:
@@ -51,8 +51,16 @@ def test_bounds_are_at_the_temperature_of_the_reward() -> None:
         assert (row["log_z_lower"], row["log_z_weighted"]) == pytest.approx((u_K.mean(), log_mean_exp(u_K)))
 
 
-def test_a_prompt_with_a_single_sample_left_is_left_out() -> None:
-    assert [row["prompt"] for row in evaluated(Lossy({-1: 3})).per_prompt] == ["prompt-1", "prompt-2"]
+def test_a_prompt_with_a_single_sample_left_has_no_bounds_and_what_is_lost_counts_for_the_task() -> None:
+    result = evaluated(Lossy({-1: 3}), judge=lambda group: {"right": len(group) / group.drawn})
+    assert [row["prompt"] for row in result.per_prompt] == ["prompt-1", "prompt-2"]
+    assert result.metrics["task/right"] == pytest.approx((0.25 + 1 + 1) / 3)
+    assert result.metrics["task/unscored"] == 0.25
+
+
+def test_a_prompt_without_any_sample_left_counts_for_the_task() -> None:
+    result = evaluated(Lossy({-1: 4}), judge=lambda group: {"right": len(group) / group.drawn})
+    assert result.metrics["task/right"] == pytest.approx(2 / 3)
 
 
 def test_what_factors_of_the_reward_say_is_told_of_samples_prompts_and_all() -> None:

@@ -109,6 +109,13 @@ def test_a_call_that_hangs_ends_with_a_caller_that_is_killed() -> None:
     wait_until(lambda: gone(pid))
 
 
+def test_a_call_that_takes_too_long_ends_with_what_it_started(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    with pytest.raises(FunctionFault, match="no answer after 2 s"):
+        FunctionProcess("tests.faulty:leaves_a_child", "task.reward.path", 2)(PROMPT, str(file), [])
+    wait_until(lambda: gone(int(file.read_text())))
+
+
 def test_a_thread_that_ends_takes_its_process_along_and_the_next_call_starts_another(score: FunctionProcess) -> None:
     thread = threading.Thread(target=score.start)
     thread.start()

@@ -258,6 +258,14 @@ def test_a_resumed_run_restarts_its_learner_from_the_checkpoint_it_came_from(tmp
     assert learner.weights == whole.weights
 
 
+def test_weights_that_the_caller_has_are_kept_without_asking_a_learner_that_may_be_another_by_now(tmp_path: Path) -> None:
+    learner = FakeLearner()
+    loop = orchestrator(tmp_path, config(), FakeSamplers(), learner)
+    weights = np.frombuffer(np.full(1, 7.0).tobytes(), np.uint8)
+    loop.checkpoint(weights)
+    assert LoopState.of(checkpoint.read_latest(tmp_path / "checkpoints")).learner.tobytes() == weights.tobytes()
+
+
 def test_a_learner_whose_checkpoint_is_damaged_is_not_restarted_from_an_older_one(tmp_path: Path) -> None:
     loop = orchestrator(tmp_path, config(checkpoint_every=3), FakeSamplers(), FakeLearner(deadly(7)))
 

@@ -46,6 +46,15 @@ def test_one_goes_after_many_steps_without_work_for_all_and_the_fewest_stay() ->
     assert size.target == 1
 
 
+def test_one_that_cannot_be_had_is_not_wanted_until_the_learner_waits_again() -> None:
+    size = PoolSize(1, 3)
+    step(size, 0.9, 5)
+    assert size.give_up()
+    assert size.target == 1
+    assert not size.give_up(), "the fewest that the run is to have"
+    assert step(size, 0.9, 5) == 1
+
+
 def test_work_in_between_keeps_it_and_one_that_works_does_not_go() -> None:
     size = PoolSize(1, 2)
     step(size, 0.9, 2)

@@ -130,6 +130,14 @@ def test_the_death_of_one_rank_is_an_error_at_once_and_ends_all(folder: Path, pr
         ranks.adapter(1)
 
 
+def test_a_rank_that_is_lost_before_it_is_built_is_a_loss_whatever_its_peers_say_of_it(
+    folder: Path, problem: Problem, tmp_path: Path
+) -> None:
+    cfg = config(folder).model_copy(update={"output_dir": str(tmp_path)})
+    with pytest.raises(LearnerDied, match="the learner was lost before it was built"):
+        wait_until_ready(RayLearner(cfg, faults.Faults(), actor=faults.LostRank))  # type: ignore[arg-type]
+
+
 def test_ranks_that_cannot_be_built_give_their_own_error(folder: Path, problem: Problem, tmp_path: Path) -> None:
     cfg = config(folder).model_copy(update={"output_dir": str(tmp_path)})
     broken = faults.Faults(failed_builds=2)

@@ -102,6 +102,18 @@ def test_the_end_of_the_server_is_the_end_of_the_command_with_its_status() -> No
         assert server.wait() == 3
 
 
+def test_a_proxy_of_the_environment_is_not_asked_for_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    port = free_port()
+    answers = (
+        "from http.server import *; H = type('H', (BaseHTTPRequestHandler,), {'do_GET': lambda s: (s.send_response(200), "
+        f"s.end_headers())}}); HTTPServer(('127.0.0.1', {port}), H).serve_forever()"
+    )
+    with closing(serve.Server([sys.executable, "-c", answers], {}, f"http://127.0.0.1:{port}")) as server:
+        assert server.wait_until_healthy()
+
+
 def test_a_server_that_does_not_end_is_killed_with_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "STOP_SECONDS", 1.0)
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(99)"

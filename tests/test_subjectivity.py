@@ -372,6 +372,9 @@ def test_a_verdict_of_texts_and_a_vote_come_together(tmp_path: Path, folder: Pat
     assert set(both) == {"letters", "accuracy", "sample_accuracy", "votes_agree"}
     assert both["letters"] == 3
     assert evaluation.judge(replace(problem, alternatives={}), text_of, samplers)(group) == {}
+    with_faults = evaluation.judge(problem, text_of, samplers)(replace(group, faults=("log of zero",)))
+    assert with_faults["sample_accuracy"] == pytest.approx(both["sample_accuracy"] * 3 / 4)
+    assert evaluation.judge(problem, text_of, samplers)(Group(group.prompt, (), (), 0, 0, ("log of zero",) * 4)) == {}
 
 
 def test_a_vote_whose_reward_cannot_be_had_is_left_out_and_named(
@@ -408,7 +411,7 @@ def test_reasons_that_are_sampled_without_training_vote_too(tmp_path: Path, fold
     assert metrics["task/sample_accuracy"] == pytest.approx(np.mean(right))
 
 
-def first_letters(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]]) -> dict[str, float]:
+def first_letters(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]], unscored: int) -> dict[str, float]:
     return {"letters": float(len({text[0] for text in texts}))}
 
 

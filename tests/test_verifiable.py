@@ -97,6 +97,15 @@ def test_answers_are_judged_alone_and_by_their_majority(
     assert result == pytest.approx(expected, nan_ok=True)
 
 
+def test_what_a_verifier_failed_for_is_wrong_and_votes_for_nothing() -> None:
+    found = judged(correctness, asked(answer="7"), [" 7", " 7"], 2)
+    assert found == {"accuracy": 0.5, "vote": 0.0, "distinct_answers": 0.5}
+    assert judged(correctness, asked(answer="7"), [" 7", " 7"], 1)["vote"] == 1.0
+    assert judged(correctness, asked(answer="7"), [], 4) == pytest.approx(
+        {"accuracy": 0.0, "vote": 0.0, "distinct_answers": np.nan}, nan_ok=True
+    )
+
+
 def test_an_answer_that_is_no_number_gets_no_verdict() -> None:
     assert judged(correctness, asked(answer="Paris"), ["Paris"]) == {}
 

@@ -265,12 +265,12 @@ def log_correct(prompt: Prompt, text: str, tokens: list[int]) -> float:
     return 0.0 if works_out(text, prompt.meta["expression"]) else -20.0
 
 
-def judge(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]]) -> dict[str, float]:
+def judge(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]], unscored: int) -> dict[str, float]:
     """Whether the answer that most texts give is right (a tie is not, nor are most without a number), the share of right texts,
     and of those that work it out."""
     answer = prompt.meta["answer"]
-    results = [result(text) for text in texts]
+    results = [result(text) for text in texts] + [None] * unscored
     won = wins(results, answer)
-    worked = [works_out(text, prompt.meta["expression"]) for text in texts]
+    worked = [works_out(text, prompt.meta["expression"]) for text in texts] + [False] * unscored
     right = [value == answer for value in results]
     return {"accuracy": float(won), "sample_accuracy": float(np.mean(right)), "worked_out": float(np.mean(worked))}

@@ -94,16 +94,17 @@ def _check_characters(keywords: Sequence[str], drawable: set[str]) -> None:
             raise ConfigError(f"task.keywords: {keyword!r} has {missing}, which is in no token that may be drawn; leave it out")
 
 
-def validity(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Share of texts that satisfy the constraint, and of distinct ones."""
+def validity(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]], unscored: int) -> dict[str, float]:
+    """Share of what was drawn that satisfies the constraint, and of distinct texts."""
     found_K = [_found(prompt, text, list(tokens)) for text, tokens in zip(texts, tokens_K, strict=True)]
-    return continuation.variety(prompt, texts, tokens_K) | {"validity": sum(found_K) / len(found_K)}
+    valid = sum(found_K) / (len(found_K) + unscored)
+    return continuation.variety(prompt, texts, tokens_K, unscored) | {"validity": valid}
 
 
 def _found(prompt: Prompt, text: str, tokens: list[int]) -> bool:
     try:
         return satisfied(prompt, text, tokens)
-    # The reward has refused such a sample already: here it only counts as one that does not satisfy.
+    # Another time it did not fail, or the sample would not be here.
     except (TimeoutError, FunctionFault):
         return False
 

@@ -60,9 +60,9 @@ def build(section: NextSentence, tokenizer: PreTrainedTokenizerBase) -> Problem:
     )
 
 
-def variety(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]]) -> dict[str, float]:
+def variety(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]], unscored: int) -> dict[str, float]:
     """Share of distinct texts."""
-    return {"distinct": len(set(texts)) / len(texts)}
+    return {"distinct": len(set(texts)) / len(texts)} if texts else {}
 
 
 def read_prompts(section: NextSentence) -> list[tuple[int, dict[str, Any]]]:

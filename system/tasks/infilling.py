@@ -71,7 +71,7 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
     )
 
 
-def overlap(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]]) -> dict[str, float]:
+def overlap(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]], unscored: int) -> dict[str, float]:
     """BLEU-4 and GLEU-4 with the story's own sentence, in 0..1, means over samples; nothing where it is not known.
 
     Neither side has its stop, which all samples would get right. Smoothing is NLTK's method 1, as in the paper's code.
@@ -82,7 +82,7 @@ def overlap(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[in
     from nltk.translate.gleu_score import sentence_gleu
 
     references = [wordpunct_tokenize(prompt.meta["middle"].removesuffix(prompt.meta["stop"]))]
-    if not references[0]:
+    if not (references[0] and texts):
         return {}
     smoothing = SmoothingFunction().method1
     words_K = [wordpunct_tokenize(text) for text in texts]

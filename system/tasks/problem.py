@@ -45,8 +45,9 @@ class Problem:
     choices: tuple[Trajectory, ...] = ()
     """Where the policy answers: all that it may say, the same for all prompts; a prompt's demonstration is what is right.
     Evaluations ask for the likeliest choice; prompts of the same meta["record"] vote."""
-    judge: Callable[[Prompt, Sequence[str], Sequence[Sequence[int]]], dict[str, float]] | None = None
+    judge: Callable[[Prompt, Sequence[str], Sequence[Sequence[int]], int], dict[str, float]] | None = None
     """Scores K on-policy samples of one prompt, their texts and tokens, by what the task is about: accuracy, overlap, validity.
+    The last argument is how many more were drawn whose reward could not be had: no answer, and so wrong ones. K may be 0 then.
     A function of a module, since it travels between processes. Evaluations log the means over prompts as task/…."""
 
     @property

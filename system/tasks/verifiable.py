@@ -93,9 +93,9 @@ def _question(record: Any, number: int, section: Verifiable) -> dict[str, Any]:
     raise ConfigError(f'{where}: needs {{"question": text, "answer": text or number}}')
 
 
-def correctness(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Accuracy of the samples, whether their majority is right (a tie is not, nor are most without a number), and the
-    share of distinct texts among the right ones, NaN without any. Nothing for an answer that is no number."""
+def correctness(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]], unscored: int) -> dict[str, float]:
+    """Accuracy of the samples, whether their majority is right (a tie is not, nor are most without a number or a verdict),
+    and the share of distinct texts among the right ones, NaN without any. Nothing for an answer that is no number."""
     try:
         answer = _answer(prompt)
     except ValueError:
@@ -103,8 +103,8 @@ def correctness(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequenc
     given_K = [_number(text) for text in texts]
     right = [text for text, given in zip(texts, given_K, strict=True) if given == answer]
     return {
-        "accuracy": len(right) / len(texts),
-        "vote": float(wins(given_K, answer)),
+        "accuracy": len(right) / (len(texts) + unscored),
+        "vote": float(wins([*given_K, *[None] * unscored], answer)),
         "distinct_answers": len(set(right)) / len(right) if right else math.nan,
     }
 
