@@ -89,7 +89,7 @@ def test_every_command_of_an_experiment_has_a_config_that_is_accepted(task: str,
 
 def test_what_has_its_result_is_not_run_again(tmp_path: Path):
     write_data(tmp_path)
-    for task, commands in {"verifiable": 4, "constrained": 3, "infilling": 12}.items():
+    for task, commands in {"verifiable": 6, "constrained": 3, "infilling": 12}.items():
         COMMANDS.clear()
         (tmp_path / task).mkdir()
         first = EXPERIMENTS[task](Rehearsal(tmp_path, tmp_path / task, 0, ()))
@@ -169,6 +169,17 @@ def test_what_goes_to_every_training_reaches_the_baselines_too(tmp_path: Path):
     assert runs["gflownet"].learner.steps == 30 != runs["grpo"].learner.steps
 
 
+def test_policy_gradients_have_settings_of_their_own(tmp_path: Path):
+    lab = Rehearsal(tmp_path, tmp_path, 0, (), policy_gradient=("learner.max_staleness=0", "learner.publish_every=1"))
+    EXPERIMENTS["verifiable"](lab)
+    staleness = {
+        run: config_file.load(next(tmp_path.glob(f"{run}-0/*/config.yaml")), []).learner.max_staleness
+        for run in ("gflownet", "grpo", "rloo")
+    }
+    assert staleness.pop("gflownet") > 0
+    assert staleness == {"grpo": 0, "rloo": 0}
+
+
 def test_supervised_training_has_settings_of_its_own(tmp_path: Path):
     write_data(tmp_path / "data")
     for task, names in {"subjectivity": ("supervised", "predict"), "arithmetic": ("supervised",)}.items():
@@ -200,9 +211,14 @@ def test_a_folder_with_results_of_another_version_of_an_experiment_is_refused(
         paper.main([*asked, "3"])
 
 
-def test_settings_of_a_supervised_training_that_an_experiment_does_not_have_are_refused(
+def test_settings_of_a_training_that_an_experiment_does_not_have_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    with pytest.raises(SystemExit):
+        paper.main(["continuation", "--data", str(tmp_path), "--imitation", "learner.lr=1e-4"])
+    with pytest.raises(SystemExit):
+        paper.main(["continuation", "--data", str(tmp_path), "--policy-gradient", "learner.lr=1e-4"])
+    assert "--policy-gradient: continuation has none; random_number, verifiable, arithmetic have" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         paper.main(["continuation", "--data", str(tmp_path), "--imitation", "learner.lr=1e-4"])
     assert "--imitation: continuation has no supervised training; infilling, subjectivity, arithmetic have" in (

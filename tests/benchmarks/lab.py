@@ -32,6 +32,7 @@ class Lab:
     validation: bool = False
     """`data` has no test data: what an experiment makes itself is to be held out of the training half, too."""
     imitation: tuple[str, ...] = ()
+    policy_gradient: tuple[str, ...] = ()
 
     def train(self, name: str, config: str, *overrides: str) -> Path:
         """The folder of a finished run."""

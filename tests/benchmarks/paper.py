@@ -1,11 +1,12 @@
 """The experiments of the paper with their baselines: training, supervised fine-tuning and held-out evaluation, over seeds.
 
     python -m tests.benchmarks.paper TASK [--data FOLDER] [--seeds 0,1,2] [--output FOLDER] [--validation] [--all key=value …]
-                                     [--imitation key=value …] [key=value …]
+                                     [--imitation key=value …] [--policy-gradient key=value …] [key=value …]
 
 TASK is one of EXPERIMENTS. FOLDER has the paper's data: `arithmetic/`, `prompts/openwebtext_1000.txt`, `stories/`, `subj/`.
-`key=value` goes to the GFlowNet's training, `--imitation key=value` to each supervised one, `--all key=value` to all. With
-`--validation` a part of the training data stands for the test data, which then no step reads: settings are chosen with it.
+`key=value` goes to the GFlowNet's training, `--imitation key=value` to each supervised one, `--policy-gradient key=value` to
+those of PPO, GRPO and RLOO, `--all key=value` to all. With `--validation` a part of the training data stands for the test
+data, which then no step reads: settings are chosen with it.
 
 Every step is a command of `deploy/`, run in OUTPUT (paper-TASK, validation-TASK) and printed; a step that has its result there
 already is not run again, so that an interrupted experiment goes on and further seeds add to it. Ends with a table of means over
@@ -32,7 +33,6 @@ from tests.benchmarks import validation
 from tests.benchmarks.lab import Lab, Metrics, Rows
 from tests.benchmarks.runs import NO_REPLAY, ON_POLICY, ROOT
 
-POLICY_GRADIENT = (*ON_POLICY, *NO_REPLAY)
 IMITATION = ("loss.kind=mle", *NO_REPLAY, "learner.lr=5e-4", "learner.threads=2")
 """The sampler rests meanwhile."""
 PAPERS_INFILLING = "Beginning: {before}\nEnding: {after}\nMiddle:"
@@ -43,7 +43,7 @@ def random_number(lab: Lab) -> Rows:
     """PPO and RLOO maximise the reward that the GFlowNet samples in proportion to; all distances are exact."""
     runs = {"gflownet": lab.train("gflownet", "random_number", *lab.overrides)}
     for loss in ("ppo", "rloo"):
-        runs[loss] = lab.train(loss, "random_number", *POLICY_GRADIENT, f"loss={{kind: {loss}, kl: 0.05}}")
+        runs[loss] = _policy_gradient(lab, loss, "random_number", f"loss={{kind: {loss}, kl: 0.05}}")
     return _evaluated(lab, runs, samples=2)
 
 
@@ -131,8 +131,10 @@ def _sentences(stories: Path, result: Path) -> Path:
 
 
 def verifiable(lab: Lab) -> Rows:
-    """Sums up to 14 + 14, each once: 90 for training, 30 for evaluation. GRPO's reward is the verdict, and a KL penalty. Both
-    have 600 updates: after 240 the GFlowNet's lower bound is 3 nats below its weighted estimate."""
+    """Sums up to 14 + 14, each once: 90 for training, 30 for evaluation. The reward of GRPO and RLOO is the verdict, and a KL
+    penalty; RLOO's is that of the GFlowNet's posterior, which maximises it. GRPO divides by the spread of a group's verdicts,
+    at most 0.5, so that the same penalty weighs less there. All have 600 updates: after 240 the GFlowNet's lower bound is 3 nats
+    below its weighted estimate."""
     pairs = [(a, b) for a in range(15) for b in range(a, 15)]
     random.Random(0).shuffle(pairs)
     if lab.validation:
@@ -145,7 +147,8 @@ def verifiable(lab: Lab) -> Rows:
     long = (questions, "learner.steps=600")
     runs = {
         "gflownet": lab.train("gflownet", "verifiable", *long, *lab.overrides),
-        "grpo": lab.train("grpo", "verifiable", *long, *POLICY_GRADIENT, verdict, "loss={kind: grpo, kl: 0.05}"),
+        "grpo": _policy_gradient(lab, "grpo", "verifiable", *long, verdict, "loss={kind: grpo, kl: 0.05}"),
+        "rloo": _policy_gradient(lab, "rloo", "verifiable", *long, verdict, "loss={kind: rloo, kl: 0.1}"),
     }
     rows = _evaluated(lab, runs, f"task.questions={lab.output / 'test.jsonl'}", samples=8)
     # The rewards differ, and so do the posteriors.
@@ -196,11 +199,11 @@ def arithmetic(lab: Lab) -> Rows:
     imitation = ("learner.groups_per_update=4", "learner.steps=40", *lab.imitation)
     supervised = lab.train("supervised", "arithmetic_mle", *train, *imitation)
     start = (f"lora.start={supervised}", "learner.lr=3e-4")
-    ppo = (*POLICY_GRADIENT, "replay.demonstrations=false", "loss={kind: ppo, kl: 0.05}")
+    ppo = ("replay.demonstrations=false", "loss={kind: ppo, kl: 0.05}")
     runs = {
         "supervised": supervised,
         "gflownet": lab.train("gflownet", "arithmetic", *train, *start, *lab.overrides),
-        "ppo": lab.train("ppo", "arithmetic", *train, *start, *ppo),
+        "ppo": _policy_gradient(lab, "ppo", "arithmetic", *train, *start, *ppo),
     }
     rows: Rows = {}
     for operands in (3, 4, 5, 6):
@@ -215,6 +218,11 @@ def arithmetic(lab: Lab) -> Rows:
             found = _only(metrics, "task/")
             rows.setdefault(name, {}).update({f"{key}/{operands}": value for key, value in found.items()})
     return rows
+
+
+def _policy_gradient(lab: Lab, name: str, config: str, *overrides: str) -> Path:
+    """A run on samples of its own alone."""
+    return lab.train(name, config, *ON_POLICY, *NO_REPLAY, *overrides, *lab.policy_gradient)
 
 
 def _evaluated(lab: Lab, runs: Mapping[str, Path], *overrides: str, samples: int, kind: str = "") -> Rows:
@@ -248,6 +256,8 @@ EXPERIMENTS: dict[str, Callable[[Lab], Rows]] = {
 
 IMITATING = ("infilling", "subjectivity", "arithmetic")
 """How the names of those with supervised training begin."""
+GRADIENTS = ("random_number", "verifiable", "arithmetic")
+"""Those with a policy gradient."""
 
 
 def version(task: str) -> str:
@@ -269,6 +279,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("task", choices=tuple(EXPERIMENTS))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the GFlowNet's training")
     parser.add_argument("--imitation", action="append", default=[], metavar="key=value", help="of each supervised training")
+    parser.add_argument("--policy-gradient", action="append", default=[], metavar="key=value", help="of PPO, GRPO and RLOO")
     parser.add_argument("--all", action="append", default=[], metavar="key=value", help="of every training")
     parser.add_argument("--data", type=Path, help="needed by all but random_number")
     parser.add_argument("--output", type=Path)
@@ -277,6 +288,8 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.imitation and not arguments.task.startswith(IMITATING):
         parser.error(f"--imitation: {arguments.task} has no supervised training; {', '.join(IMITATING)} have")
+    if arguments.policy_gradient and arguments.task not in GRADIENTS:
+        parser.error(f"--policy-gradient: {arguments.task} has none; {', '.join(GRADIENTS)} have")
     if arguments.data is None and arguments.task != "random_number":
         parser.error(f"--data: {arguments.task} needs the folder of the paper's data")
     output = (arguments.output or Path(f"{'validation' if arguments.validation else 'paper'}-{arguments.task}")).resolve()
@@ -287,6 +300,7 @@ def main(argv: list[str]) -> None:
         "version": version(arguments.task),
         "overrides": arguments.overrides,
         "imitation": arguments.imitation,
+        "policy_gradient": arguments.policy_gradient,
         "all": arguments.all,
         "validation": arguments.validation,
     }
@@ -297,8 +311,10 @@ def main(argv: list[str]) -> None:
     given = arguments.data or output
     data = validation.write(given, output / "data") if arguments.validation else given
     for seed in map(int, arguments.seeds.split(",")):
-        changed, of_all, of_imitation = map(tuple, (arguments.overrides, arguments.all, arguments.imitation))
-        lab = Lab(data.resolve(), output, seed, changed, of_all, arguments.validation, of_imitation)
+        lab = Lab(
+            data.resolve(), output, seed, tuple(arguments.overrides), tuple(arguments.all), arguments.validation,
+            tuple(arguments.imitation), tuple(arguments.policy_gradient),
+        )  # fmt: skip
         results[str(seed)] = EXPERIMENTS[arguments.task](lab)
         kept.write_text(json.dumps(content, indent=2), encoding="utf-8")
     print(table(results))
