@@ -53,6 +53,7 @@ def engine_settings(config: Config, problem: Problem) -> EngineSettings:
         rounding=section.rounding,
         dtype=section.dtype,
         max_num_seqs=section.max_num_seqs,
+        enforce_eager=section.enforce_eager,
         kv_cache_mb=section.kv_cache_mb,
         gpu_memory_utilization=config.gpu_memory_utilization,
         shares_gpu=config.actors.gpus % 1 > 0,

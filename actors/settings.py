@@ -79,6 +79,7 @@ class EngineSettings:
     """Of weights that are merged into bfloat16."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_num_seqs: int = 64
+    enforce_eager: bool = True
     kv_cache_mb: int = 512
     gpu_memory_utilization: float = 0.5
     shares_gpu: bool = False

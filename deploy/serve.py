@@ -77,7 +77,8 @@ def command_line(config: Config, run_dir: Path, adapter: Path, host: str, port: 
     flags = [f"--{name}={value}" for name, value in options.items()]
     # `vllm serve` looks for a package named vllm, which the CPU build is not.
     python = [sys.executable, "-W", "ignore::DeprecationWarning", "-m"]
-    return [*python, "vllm.entrypoints.openai.api_server", "--enable-lora", "--enforce-eager", *flags]
+    eager = ["--enforce-eager"] if section.enforce_eager else []
+    return [*python, "vllm.entrypoints.openai.api_server", "--enable-lora", *eager, *flags]
 
 
 def environment(config: Config, *, gpu: bool) -> dict[str, str]:

@@ -225,6 +225,8 @@ class LanguageModel:
         self.model.set_attn_implementation(tree_attention.NAME)
         self.attention = "block"
         try:
+            if torch._dynamo.config.disable and self.device.type == "cuda":
+                raise RuntimeError("TORCH_COMPILE_DISABLE is set, and without the compiler it would build all pairs")
             self._check()
             trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             if trained:

@@ -27,6 +27,8 @@ BLOCK = 128
 """Positions of a block, in queries and in keys: what FlexAttention's kernels are tuned for."""
 STRETCH = 64
 """Queries of a stretch on a CPU: fewer see fewer keys that are not theirs, more make larger products."""
+VARIANTS = 64
+"""Of the compiled attention in one process, at most."""
 NAME = "prefix_tree"
 """The attention implementation, in transformers, that takes a BlockMask or a TreeMask. With any other it is SDPA."""
 
@@ -132,7 +134,10 @@ def blocks(end_L: np.ndarray, position_L: np.ndarray, window: int | None, device
     return mask
 
 
-_compiled = torch.compile(flex_attention, dynamic=True)
+# The whole of it or an error: what the compiler gives up runs as plain operations, which build the scores of all pairs. Each
+# pattern of windows, dtypes and gradients is a variant of its own.
+torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+_compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def _attend(

@@ -3,7 +3,8 @@
     python -m tests.benchmarks [NAME | "NAME argument …" … | all]
 
 Each benchmark runs in a process of its own, on a machine that should be doing nothing else. Without names all run but
-those that take many minutes, which are in `LONG`; `all` takes hours. A name with arguments runs with these alone.
+those that take many minutes, which are in `LONG`, and those of `GPU`; `all` takes hours. A name with arguments runs with these
+alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 
 import mlflow
+import torch
 
 from system.config import Tracking
 from system.tracking_uri import resolve_uri
@@ -21,6 +23,7 @@ from tests.benchmarks.figures import Figure, table
 
 QUICK = [
     "sampler_rate --threads 1",
+    "sampler_rate --threads 2 --dtype bfloat16",
     "update_rate",
     "update_parts",
     "update_memory",
@@ -37,11 +40,14 @@ LONG = [
     "publish_share",
     "install_modes",
     "original_recipe random_number",
+    "original_recipe random_number --settings paper --limit 2400",
     "original_recipe continuation",
     "plan_check",
     "ablation random_number",
     "ablation continuation",
 ]
+GPU = ["gpu_update"]
+"""Where there is one."""
 
 
 def run(command: str) -> list[Figure]:
@@ -77,12 +83,12 @@ def log(figures: list[Figure]) -> None:
 def chosen(names: list[str]) -> list[str]:
     """The commands that are asked for, in their order; exits where there is no such benchmark."""
     known: dict[str, list[str]] = {}
-    for command in QUICK + LONG:
+    for command in QUICK + LONG + GPU:
         known.setdefault(command.split()[0], []).append(command)
     if not names:
         return QUICK
     if names == ["all"]:
-        return QUICK + LONG
+        return QUICK + LONG + (GPU if torch.cuda.is_available() else [])
     if unknown := [name for name in names if name.split()[0] not in known]:
         sys.exit(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(known)}")
     return [command for name in names for command in ([name] if " " in name else known[name])]

@@ -61,7 +61,7 @@ def trl_rates(steps: int, seed: int) -> tuple[float, float]:
         samples = [ids if ids[-1] == stop else [*ids, stop] for ids in completion_ids]
         longest = max(map(len, samples))
         rows = torch.tensor([prompt + ids + [stop] * (longest - len(ids)) for ids in samples])
-        log_q = base(rows).logits[:, len(prompt) - 1 : -1].log_softmax(-1)
+        log_q = base(rows, logits_to_keep=longest + 1).logits[:, :-1].log_softmax(-1)
         token_log_q = log_q.gather(2, rows[:, len(prompt) :, None])[..., 0]
         inside = torch.arange(longest) < torch.tensor([len(ids) for ids in samples])[:, None]
         return (token_log_q * inside).sum(1).tolist()

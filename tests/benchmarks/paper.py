@@ -133,8 +133,8 @@ def _sentences(stories: Path, result: Path) -> Path:
 def verifiable(lab: Lab) -> Rows:
     """Sums up to 14 + 14, each once: 90 for training, 30 for evaluation. The reward of GRPO and RLOO is the verdict, and a KL
     penalty; RLOO's is that of the GFlowNet's posterior, which maximises it. GRPO divides by the spread of a group's verdicts,
-    at most 0.5, so that the same penalty weighs less there. All have 600 updates: after 240 the GFlowNet's lower bound is 3 nats
-    below its weighted estimate."""
+    at most 0.5, so that the same penalty weighs less there. All have 600 updates: after 240 the GFlowNet's lower bound is 3
+    nats below its weighted estimate."""
     pairs = [(a, b) for a in range(15) for b in range(a, 15)]
     random.Random(0).shuffle(pairs)
     if lab.validation:
