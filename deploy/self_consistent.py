@@ -4,8 +4,9 @@
 
 Z is drawn left to right until it is a sentence of the task's support (its tokens, its lengths, its stop), then Y is
 `--ending` tokens more. So (Z, Y) is a draw of p(Z stop | X) p(Y | X Z stop), and given Y, Z is one of p(Z | X, Y). Their
-tokens are kept beside the text, so that nothing is lost in between. `task.stories=stories.jsonl` then reads the result. Until
-the last story is told, those that are stand in stories.jsonl.part.
+tokens are kept beside the text, so that nothing is lost in between, and the support and log p with them: Z is a draw of the
+posterior of this model on this support alone. `task.stories=stories.jsonl` then reads the result. Until the last story is told,
+those that are stand in stories.jsonl.part.
 """
 
 from __future__ import annotations
@@ -68,21 +69,23 @@ def draw(config: Config, per_story: int, ending: int, seed: int) -> Iterator[dic
         beginning = teller.start(prompt.reward_tokens)
         tries, batch = 0, min(FIRST * per_story, BATCH)
         while len(found) < per_story and tries < MOST_TRIES * per_story:
-            for middle, after in _tell(beginning, batch, support, ending):
+            for middle, after, log_p in _tell(beginning, batch, support, ending):
                 text = decode(tokenizer, after).strip()
                 # What is asked of Y alone leaves Z, given Y, a posterior draw.
                 if text and not set(after) & special and len(found) < per_story:
                     sentence = decode(tokenizer, [*middle, support.stop_token]).strip()
-                    tokens = {"middle": middle, "after": after}
-                    found.append({"before": prompt.meta["before"], "middle": sentence, "after": text, "tokens": tokens})
+                    story = {"before": prompt.meta["before"], "middle": sentence, "after": text}
+                    story["tokens"] = {"middle": middle, "after": after}
+                    found.append(story | {"told": {"support": support.described(), "log_p": log_p}})
             tries, batch = tries + batch, BATCH
         yield from ({"id": f"{prompt.id}/{index}", **story} for index, story in enumerate(found))
         told += len(found)
         logger.info("%d of %d beginnings, %d stories", number, len(problem.prompts), told)
 
 
-def _tell(beginning: Rows, tries: int, support: Constraints, ending: int) -> list[tuple[list[int], list[int]]]:
-    """(middle, after) of those of `tries` ancestral samples whose middle is inside the support, in the order of the tries.
+def _tell(beginning: Rows, tries: int, support: Constraints, ending: int) -> list[tuple[list[int], list[int], float]]:
+    """(middle, after, log p of both and the stop, nats) of those of `tries` ancestral samples whose middle is inside the
+    support, in the order of the tries.
 
     A sample that leaves the support is dropped there: the rest of it would change nothing.
     """
@@ -93,8 +96,11 @@ def _tell(beginning: Rows, tries: int, support: Constraints, ending: int) -> lis
     rows = beginning.fork(np.zeros(tries, np.int64))
     live = list(range(tries))
     told: list[tuple[list[int], list[int] | None]] = [([], None) for _ in live]
+    log_p = np.zeros(tries)
     while live:
-        drawn = torch.multinomial(rows.log_q_BC.exp(), 1)[:, 0].cpu().numpy()
+        drawn_B1 = torch.multinomial(rows.log_q_BC.exp(), 1)
+        log_p[live] += rows.log_q_BC.gather(1, drawn_B1)[:, 0].double().cpu().numpy()
+        drawn = drawn_B1[:, 0].cpu().numpy()
         going = []
         for row, (number, token) in enumerate(zip(live, drawn.tolist(), strict=True)):
             middle, after = told[number]
@@ -113,7 +119,8 @@ def _tell(beginning: Rows, tries: int, support: Constraints, ending: int) -> lis
                 going.append(row)
         live = [live[row] for row in going]
         rows.advance(np.array(going, np.int64), drawn[going])
-    return [(middle, after) for middle, after in told if after is not None and len(after) == ending]
+    complete = zip(told, log_p.tolist(), strict=True)
+    return [(middle, after, value) for (middle, after), value in complete if after is not None and len(after) == ending]
 
 
 @command

@@ -8,8 +8,10 @@ Where words are required (`system.required`) the stop waits for them too, and at
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -84,6 +86,16 @@ class Constraints:
         drawn = [int(token) for token in tokens]
         certain_T = [self.after(drawn[:t])[1] for t in range(len(drawn))]
         return self.after(drawn)[0] and all(certain in (None, token) for certain, token in zip(certain_T, drawn, strict=True))
+
+    def described(self) -> dict[str, Any]:
+        """What `is_within` asks of a support, JSON-serialisable."""
+        tokens = hashlib.sha256(np.append(self.columns, self.stop_token).astype(np.int64).tobytes()).hexdigest()[:16]
+        return {"tokens": tokens, "min_tokens": self.min_tokens, "max_tokens": self.max_tokens}
+
+    def is_within(self, described: Mapping[str, Any]) -> bool:
+        """The support that described itself so has the same tokens and stop, and at least these lengths."""
+        own = self.described() | {name: described.get(name) for name in ("min_tokens", "max_tokens")}
+        return own == described and described["min_tokens"] <= self.min_tokens <= self.max_tokens <= described["max_tokens"]
 
     def allows(self, tokens: Sequence[int] | np.ndarray) -> bool:
         """Each of these tokens may be drawn before the stop."""

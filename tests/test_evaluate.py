@@ -30,7 +30,7 @@ from system.models import locate
 from system.posterior import log_mean_exp
 from system.pretrained import load_pretrained, load_tokenizer
 from system.tasks.problem import context_tokens
-from system.trajectory import Behaviour, Group, sampled
+from system.trajectory import Behaviour, Group, Prompt, sampled
 from tests import finished, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +72,7 @@ def learner_of(cfg: Config, problem: Any) -> Learner:
     return learner
 
 
-def test_bounds_from_self_consistent_stories_enclose_the_exact_log_z(folder: Path) -> None:
+def test_bounds_from_self_consistent_stories_enclose_the_exact_log_z(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     cfg = config_file.parse(settings(folder))
     stories = list(self_consistent.draw(cfg, per_story=150, ending=2, seed=0))
     assert len(stories) == 150
@@ -103,6 +103,13 @@ def test_bounds_from_self_consistent_stories_enclose_the_exact_log_z(folder: Pat
     assert np.mean(lower) < np.mean(exact) < metrics["posterior/log_z_upper"]
     # E over the stories of u(true Z) - E_q[u] is the symmetrised KL, here known by enumeration.
     assert metrics["posterior/symmetrised_kl"] == pytest.approx(np.mean(gaps), rel=0.35)
+    local.sampler = Posterior(LanguageModel(tiny.llama(seed=1)), problem.reward_stop)
+    assert evaluate._upper_bound(problem, local, Evaluation({}, rows)) == {}
+    assert "another model told these stories" in caplog.text
+    shorter = config_file.parse(settings(folder, stories=str(folder / "told.jsonl"), max_tokens=4))
+    longer_rows = [row for row in rows if row["prompt"] in {prompt.id for prompt in prepare(shorter).problem.prompts}]
+    assert evaluate._upper_bound(prepare(shorter).problem, local, Evaluation({}, longer_rows)) == {}
+    assert "150 stories, which were told within other lengths or tokens" in caplog.text
 
 
 def test_few_stories_are_told_by_few_samples_and_a_beginning_that_has_none_is_given_up(
@@ -153,7 +160,12 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
     tokenizer = load_tokenizer(locate(cfg.model))
     middle = [t for t in problem.constraints.columns.tolist() if t != problem.constraints.stop_token][:2]
     after = tokenizer.encode(" ab", add_special_tokens=False)
+    frozen = LanguageModel(load_pretrained(locate(cfg.model), torch.float32, torch.device("cpu")))
+    context = context_tokens(tokenizer, "ca")
+    asked = Prompt("ca", context, context, tuple(after))
+    [log_p_T] = Posterior(frozen, problem.reward_stop).log_rewards(asked, [sampled(middle)])
     story = {"before": "ca", "after": "ab", "tokens": {"middle": middle, "after": after}}
+    story["told"] = {"support": problem.constraints.described(), "log_p": float(log_p_T[-1])}
     (folder / "other.jsonl").write_text(json.dumps(story) + "\n")
 
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -124,7 +124,16 @@ def test_a_story_without_its_own_sentence_has_no_overlap() -> None:
 
 def test_only_what_a_model_told_is_an_exact_sample(tmp_path: Path) -> None:
     after, middle = (TOKENIZER.encode(text, add_special_tokens=False) for text in (" xy", "ab"))
-    told = {"id": "told", "before": "one.", "after": "xy", "middle": "ab.", "tokens": {"middle": middle, "after": after}}
-    task = infilling(f"{TWO}\n{json.dumps(told)}", tmp_path)
-    assert len(task.demonstrations) == 2
-    assert task.exact == {"told"}
+    story = {"id": "told", "before": "one.", "after": "xy", "middle": "ab.", "tokens": {"middle": middle, "after": after}}
+    support = infilling(TWO, tmp_path).constraints.described()
+
+    def exact(**changes: Any) -> frozenset[str]:
+        told = {"told": {"support": support | changes, "log_p": -3.0}}
+        task = infilling(f"{TWO}\n{json.dumps(story | told)}", tmp_path)
+        assert len(task.demonstrations) == 2
+        return task.exact
+
+    assert exact() == {"told"}
+    assert exact(max_tokens=support["max_tokens"] + 1) == {"told"}, "what is asked for here is a part of what was told"
+    assert exact(max_tokens=support["max_tokens"] - 1) == exact(tokens="others") == frozenset()
+    assert infilling(f"{TWO}\n{json.dumps(story)}", tmp_path).exact == frozenset(), "nobody says who told it"

@@ -34,6 +34,8 @@ class Story:
     after: str
     tokens: dict[str, list[int]] = field(default_factory=dict)
     """`middle` (without its stop) and `after` as tokens, where a model drew them: texts do not always become them again."""
+    told: dict[str, Any] = field(default_factory=dict)
+    """Where a model told it: its `support`, as `Constraints.described`, and `log_p` of Z, the stop and Y, nats."""
 
 
 def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
@@ -51,12 +53,13 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
                 "they are of another tokenizer: draw the stories anew with this model"
             )
         meta = {"before": story.before, "middle": story.middle, "after": story.after, "stop": section.stop}
+        meta |= {"log_p": story.told["log_p"]} if story.told else {}
         middle = tokens.get("middle")
         if middle is None and story.middle:
             middle = tokenizer.encode(" " + story.middle.removesuffix(section.stop), add_special_tokens=False)
         if middle is not None:
             middles[story.id] = [middle]
-            if story.tokens:
+            if story.told and constraints.is_within(story.told["support"]):
                 told.add(story.id)
         prompts.append(Prompt(story.id, policy, context_tokens(tokenizer, story.before), tuple(tokens["after"]), meta))
     demonstrations, undrawable = demonstrated(middles, constraints)
@@ -117,11 +120,14 @@ def _story(record: Any, number: int, section: Infilling) -> Story:
             before, middle, after = sentences[: section.gap], sentences[section.gap], sentences[section.gap + 1 :]
             return Story(name, " ".join(map(str.strip, before)), middle.strip(), " ".join(map(str.strip, after)))
         case {"before": str(before), "after": str(after)} if before.strip() and after.strip():
-            tokens = {}
+            tokens, told = {}, {}
             match record:
                 case {"tokens": {"middle": [*middle], "after": [*ending]}} if all(
                     isinstance(token, int) for token in [*middle, *ending]
                 ):
                     tokens = {"middle": middle, "after": ending}
-            return Story(name, before.strip(), str(record.get("middle") or "").strip(), after.strip(), tokens)
+            match record:
+                case {"told": {"support": dict(), "log_p": float()}} if tokens:
+                    told = record["told"]
+            return Story(name, before.strip(), str(record.get("middle") or "").strip(), after.strip(), tokens, told)
     raise ConfigError(f'{where}: needs {{"sentences": [texts]}} or {{"before": text, "after": text}}, none of them empty')
