@@ -127,10 +127,11 @@ def rloo(actions: Actions, kl: float) -> Tensor:
 def ppo(actions: Actions, clip: float, kl: float) -> Tensor:
     """Clipped ratios, the mean over all actions of the group; the KL is part of the reward, which is standardised.
 
-    The group stands in for a critic: its mean is the baseline of every action. One epoch over each batch.
+    The group stands in for a critic: its mean is the baseline of every action. One epoch over each batch. A spread below 1 nat
+    is left as it is: of equal rewards only the KL would be left, and scaled up to the same size whatever its weight.
     Source: Schulman et al. 2017, arXiv:1707.06347, Eq. 7, with the reward of Ouyang et al. 2022, arXiv:2203.02155.
     """
-    gain_KT = _clipped_gain(actions, _standardised(_reward_with_kl(actions, kl)), clip)
+    gain_KT = _clipped_gain(actions, _standardised(_reward_with_kl(actions, kl), least=1.0), clip)
     return -(gain_KT * actions.action_KT).sum() / actions.action_KT.sum().clamp(min=1)
 
 
@@ -141,8 +142,9 @@ def _reward_with_kl(actions: Actions, kl: float) -> Tensor:
     return actions.reward_K - kl * (actions.log_q_KT.detach() - actions.log_base_KT).sum(1)
 
 
-def _standardised(reward_K: Tensor) -> Tensor:
-    return (reward_K - reward_K.mean()) / (reward_K.std() + 1e-4)
+def _standardised(reward_K: Tensor, least: float = 0.0) -> Tensor:
+    """Less the mean, over the standard deviation, which counts as `least` where it is smaller."""
+    return (reward_K - reward_K.mean()) / (reward_K.std().clamp(min=least) + 1e-4)
 
 
 def _clipped_gain(actions: Actions, advantage_K: Tensor, clip: float) -> Tensor:

@@ -74,6 +74,14 @@ def test_ppo_weighs_every_action_alike_and_puts_the_kl_into_the_reward() -> None
     np.testing.assert_allclose(subject.log_q_KT.grad, -subject.action_KT.double().numpy() * advantage[:, None] / 6, rtol=1e-6)
 
 
+def test_the_kl_penalty_of_ppo_has_its_weight_where_all_rewards_are_equal() -> None:
+    subject = actions([2.0, 2.0], [[-1.0], [-1.2]])
+    base = replace(subject, log_base_KT=torch.tensor([[-1.5], [-1.2]], dtype=torch.float64))
+    weak, strong = (torch.autograd.grad(ppo(base, 0.2, kl), subject.log_q_KT)[0] for kl in (0.05, 0.5))
+    assert weak[0].item() > 0, "log q is above the base's"
+    torch.testing.assert_close(strong, 10 * weak)
+
+
 def test_grpo_stops_pushing_where_the_ratio_has_left_the_clip() -> None:
     drawn = [[-1.0, -1.0], [-1.0, -1.0]]
     # Rows: a good trajectory and a bad one. Columns: ratio far above and far below 1.
