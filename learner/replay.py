@@ -6,9 +6,7 @@ day, so what is stored stays true while the temperature anneals. A rare mode tha
 
 from __future__ import annotations
 
-import heapq
 import math
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +27,11 @@ class Replay:
         self.config = config
         self._prompts: dict[str, dict[bytes, Entry]] = {}
 
+    @property
+    def _draws(self) -> bool:
+        """Some share is drawn from the buffer."""
+        return bool(self.config.prioritised or self.config.uniform)
+
     def __len__(self) -> int:
         """Trajectories in the buffer."""
         return sum(len(entries) for entries in self._prompts.values())
@@ -36,17 +39,19 @@ class Replay:
     def add(self, group: Group) -> None:
         """Keeps each distinct trajectory once, with its newest reward. At capacity the lowest log R at the end goes. Where
         no share is drawn from the buffer it stays empty, and checkpoints small."""
-        if not (self.config.prioritised or self.config.uniform):
+        if not self._draws:
             return
         entries = self._prompts.setdefault(group.prompt.id, {})
         for trajectory, log_reward_T in zip(group.trajectories_K, group.log_reward_K, strict=True):
             if math.isfinite(at_end := float(log_reward_T[-1])):
-                entries.pop(trajectory.key, None)
-                entries[trajectory.key] = Entry(_owned(trajectory), log_reward_T.copy(), at_end)
-        # Of equal rewards the oldest goes: nsmallest keeps the order of what ties.
-        excess = max(0, len(entries) - self.config.capacity)
-        for key in heapq.nsmallest(excess, entries, key=lambda key: entries[key].at_end):
-            del entries[key]
+                key = trajectory.key
+                entries.pop(key, None)
+                entries[key] = Entry(_owned(trajectory), log_reward_T.copy(), at_end)
+        if (excess := len(entries) - self.config.capacity) > 0:
+            keys, at_ends = list(entries), [entry.at_end for entry in entries.values()]
+            # Of equal rewards the oldest goes: a stable sort keeps the order of what ties.
+            for index in np.argsort(at_ends, kind="stable")[:excess]:
+                del entries[keys[index]]
 
     def mix(self, fresh: Group, rng: np.random.Generator) -> Group:
         """`fresh` with replayed trajectories of its prompt, in the configured shares; those it has itself are not drawn.
@@ -107,7 +112,7 @@ class Replay:
 
     def restore(self, arrays: dict[str, np.ndarray], records: list[dict[str, Any]]) -> None:
         self._prompts = {}
-        if not (self.config.prioritised or self.config.uniform):
+        if not self._draws:
             return
         at = after = 0
         for record in records:
@@ -132,5 +137,5 @@ class Replay:
 def _owned(trajectory: Trajectory) -> Trajectory:
     """With arrays of its own: those that come from another process, or a checkpoint, are views of all that came, which would
     stay too."""
-    arrays = {name: getattr(trajectory, name).copy() for name in ("tokens_T", "is_action_T", "logp_T")}
-    return replace(trajectory, **arrays)
+    tokens_T, is_action_T, logp_T = (each.copy() for each in (trajectory.tokens_T, trajectory.is_action_T, trajectory.logp_T))
+    return Trajectory(tokens_T, is_action_T, logp_T, trajectory.stop, trajectory.behaviour)
