@@ -48,9 +48,9 @@ class Settings:
     oversample: int = 4
     """Of `best_of_n`, `sir` and `smc`: sequences drawn for each one that is kept."""
     twist: Literal["likelihood", "reward"] = "likelihood"
-    """Of `smc`: what the intermediate target of a prefix is. `likelihood`: of the base model p(prefix)^(1/T) over its whole
-    vocabulary, times the factors of R that are known at every prefix and ask no model; of a trained policy, whose prefixes are
-    meant to be as frequent as the target's, q(prefix). `reward`: R(stopping there)^(1/T), scored anew at every step."""
+    """Of `smc`: what the intermediate target of a prefix is. `likelihood`: p(prefix)^(1/T) of the base model, over its whole
+    vocabulary, times the factors of R that are known at every prefix and ask no model. `reward`: R(stopping there)^(1/T),
+    scored anew at every step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,12 +92,10 @@ class Decoder:
         reward_temperature: float = 1.0,
         settings: Settings = Settings(),  # noqa: B008  # frozen
         seed: int = 0,
-        *,
-        trained: bool = False,
         prefix_reward: Reward | None = None,
     ) -> None:
-        """`trained`: the model is no prior but a policy. `prefix_reward` is what `smc` asks for at every prefix."""
-        self.trained, self.prefix_reward = trained, prefix_reward
+        """`prefix_reward` is what `smc` asks for at every prefix."""
+        self.prefix_reward = prefix_reward
         self.policy = NextTokens(model, constraints)
         self.constraints = constraints
         self.reward = reward
@@ -269,7 +267,7 @@ def smc(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
         at_B = np.flatnonzero(live_P)
         row_P[at_B] = np.arange(len(at_B))
         column_P[at_B], log_q_B = decoder.columns(rows.log_q_BC)
-        log_p_P[at_B] += log_q_B if decoder.trained else log_q_B + rows.log_mass_B.double().cpu().numpy()
+        log_p_P[at_B] += log_q_B + rows.log_mass_B.double().cpu().numpy()
         live_P[at_B] = column_P[at_B] != constraints.stop_column
         for n in np.flatnonzero(live_P):
             tokens_P[n] = (*tokens_P[n], int(constraints.columns[column_P[n]]))
@@ -297,28 +295,21 @@ def _targets(
     """log of the target of each particle, float64 [B], nats: log R / T where it stopped, else that of its prefix."""
     scored_B = stopped_B | (decoder.settings.twist == "reward")
     scored, going = ([tokens_B[b] for b in np.flatnonzero(which_B)] for which_B in (scored_B, ~scored_B))
-    log_p_going = log_p_B[~scored_B]
-    result_B = np.zeros(len(tokens_B))
+    result_B = log_p_B / decoder.reward_temperature
+    result_B[~scored_B] += _early(decoder, prompt, going)
     result_B[scored_B] = decoder.log_target(prompt, scored)
-    if decoder.trained:
-        result_B[~scored_B] = log_p_going
-    else:
-        result_B[~scored_B] = log_p_going / decoder.reward_temperature + _early(decoder, prompt, going)
     return result_B
 
 
 def _early(decoder: Decoder, prompt: Prompt, tokens_B: list[Tokens]) -> np.ndarray:
-    """What is known of log R / T at prefixes, float64 [B], nats: as of the longest part that could be a sample; 0 where there
-    is none, or it has no reward, of which the whole may have one."""
-    if decoder.prefix_reward is None:
-        return np.zeros(len(tokens_B))
-    can_stop = decoder.constraints.can_stop
-    longest_B = [next((t for t in range(len(z), -1, -1) if can_stop(z[:t], t)), None) for z in tokens_B]
-    known_B = [b for b, t in enumerate(longest_B) if t is not None]
-    scores = decoder.prefix_reward.score(prompt, [sampled(list(tokens_B[b][: longest_B[b]])) for b in known_B])
+    """What is known of log R / T at prefixes, float64 [B], nats; 0 for one that could not be a sample, or that has no reward,
+    of which the whole may have one."""
     result_B = np.zeros(len(tokens_B))
-    for k in scores.kept:
-        result_B[known_B[k]] = scores.log_reward_K[k][-1] / decoder.reward_temperature
+    known_B = [b for b, tokens in enumerate(tokens_B) if decoder.constraints.can_stop(tokens, len(tokens))]
+    if decoder.prefix_reward is not None and known_B:
+        scores = decoder.prefix_reward.score(prompt, [sampled(list(tokens_B[b])) for b in known_B])
+        for k in scores.kept:
+            result_B[known_B[k]] = scores.log_reward_K[k][-1] / decoder.reward_temperature
     return result_B
 
 

@@ -86,7 +86,7 @@ class Engine:
             memory |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 2}
         self._llm = vllm.LLM(
             str(folder), skip_tokenizer_init=True, dtype=settings.dtype, max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_num_seqs, seed=settings.seed, enforce_eager=settings.enforce_eager,
+            max_num_seqs=settings.max_num_seqs, seed=settings.seed, enforce_eager=settings.enforce_eager or not gpu,
             generation_config="vllm", load_format="safetensors", logits_processors=[_processor(constraints, tool, self._drawn)],
             # A prompt is computed in one step: after half of it there is nothing to draw.
             enable_chunked_prefill=False, max_num_batched_tokens=max(4096, settings.max_model_len),

@@ -10,7 +10,7 @@ folder a method (its samples, its MLflow run), for `deploy/compare.py`. All metr
     task/diversity, task/distinct    1 - mean cosine of sentence embeddings; share of distinct samples
     task/reward/NAME                 what a factor of a product says, means over the K samples
     task/…                           what the task's own judge says, and the samples' vote where the evidence has alternatives
-    reward_faults                    how often the reward could not score what it was asked for: that is left out
+    reward_faults                    how often the reward could not score what it was asked for: no sample, and no right one
     posterior/…                      bounds on log Z at the config's last reward temperature, where the method has weights
     model_tokens, seconds            what K samples of a prompt cost: tokens read by policy and reward, and time
 """
@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,13 +98,20 @@ class Baselines:
         self.base = load_pretrained(self.folder, getattr(torch, config.sampler.reward_dtype), self.device)
         frozen = LanguageModel(self.base)
         self.reward = build_reward(config, self.problem, self.tokenizer, frozen)
-        self.early = early and build_reward(_with_reward(config, at_ends(early)), self.problem, self.tokenizer, None)
+        self._early = early and _with_reward(config, at_ends(early))
         self.likelihood: Posterior | None = None
         if rewards.needs_language_model(config.task.reward):
             self.likelihood = Posterior(frozen, self.problem.reward_stop, config.sampler.token_budget)
         self.tuned = self._adapted(run_dir, step) if run_dir else None
         self.text_of = lambda tokens: decode(self.tokenizer, tokens)
         self.judge = evaluation.judge(self.problem, self.text_of, self, diversity_measure())
+
+    @cached_property
+    def prefix_reward(self) -> Any:
+        """The factors of the reward that are functions known at every prefix; None where there are none."""
+        from actors.build import build_reward
+
+        return self._early and build_reward(self._early, self.problem, self.tokenizer, None)
 
     def _adapted(self, run_dir: Path, step: int | None) -> Any:
         import torch
@@ -131,10 +139,8 @@ class Baselines:
 
         name, temperature = _of_base(method), self.config.learner.reward_temperature.end
         model: Any = self.tuned if is_tuned(method) else self.base
-        decoder = Decoder(
-            model, self.problem.constraints, self.reward, temperature, self.settings, self.config.seed,
-            trained=is_tuned(method), prefix_reward=self.early,
-        )  # fmt: skip
+        early = self.prefix_reward if name == "smc" and self.settings.twist == "likelihood" else None
+        decoder = Decoder(model, self.problem.constraints, self.reward, temperature, self.settings, self.config.seed, early)
         results = [self._prompt(decoder, name, prompt, samples) for prompt in self.problem.evaluated]
         if not any(rows for _, rows in results):
             raise RunError(f"{method}: no prompt has two samples with a reward; the log has the reasons")
@@ -215,6 +221,11 @@ def check(methods: list[str], settings: dict[str, Any], *, tuned: bool) -> None:
             )
         if is_tuned(method) and not tuned:
             raise ConfigError(f"--methods: {method!r} draws from the adapter of a run: name it by --run, or leave it out")
+        if method == f"{TUNED}_smc" and settings.get("twist") != "reward":
+            raise ConfigError(
+                f"--methods: {method!r} needs --twist reward: the prefixes of a trained policy do not say how much its samples "
+                f"will weigh; or take {TUNED}_sir"
+            )
         if methods.count(method) > 1:
             raise ConfigError(f"--methods: {method!r} is there {methods.count(method)} times; name each method once")
     for name, (holds, bounds) in BOUNDS.items():

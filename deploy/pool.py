@@ -93,7 +93,7 @@ class RaySamplers:
     no more than fills its engine: the rest waits for one that is free, or that joins.
 
     It starts with actors.min, and `fit` moves it between that and actors.max. A request waits while no sampler is there to
-    take it, and a sampler that no node has room for waits for one.
+    take it, and a sampler that no node has room for waits for one: of more than the fewest not for ever.
     """
 
     replaces = True

@@ -65,7 +65,7 @@ def wait_until_ready(*handles: Handle, samplers: int | None = None) -> None:
                     "learner.dtype=bfloat16 takes half, and learner.shard_base=true shares the layers over learner.ranks"
                 ) from loss
             missing.append(reference)
-        for reference in errors.keys() - losses.keys():
+        for reference in (reference for reference in errors if reference not in losses):
             owner = owners[reference]
             peers = [] if owner.replaces or patient else [other for other in missing if owners[other] is owner]
             if not peers:

@@ -77,7 +77,7 @@ def command_line(config: Config, run_dir: Path, adapter: Path, host: str, port: 
     flags = [f"--{name}={value}" for name, value in options.items()]
     # `vllm serve` looks for a package named vllm, which the CPU build is not.
     python = [sys.executable, "-W", "ignore::DeprecationWarning", "-m"]
-    eager = ["--enforce-eager"] if section.enforce_eager else []
+    eager = ["--enforce-eager"] if section.enforce_eager or not gpu else []
     return [*python, "vllm.entrypoints.openai.api_server", "--enable-lora", *eager, *flags]
 
 

@@ -94,8 +94,9 @@ class Constraints:
 
     def is_within(self, described: Mapping[str, Any]) -> bool:
         """The support that described itself so has the same tokens and stop, and at least these lengths."""
-        own = self.described() | {name: described.get(name) for name in ("min_tokens", "max_tokens")}
-        return own == described and described["min_tokens"] <= self.min_tokens <= self.max_tokens <= described["max_tokens"]
+        own = self.described()
+        lengths = described["min_tokens"] <= self.min_tokens <= self.max_tokens <= described["max_tokens"]
+        return lengths and own["tokens"] == described["tokens"]
 
     def allows(self, tokens: Sequence[int] | np.ndarray) -> bool:
         """Each of these tokens may be drawn before the stop."""

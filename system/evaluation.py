@@ -135,16 +135,15 @@ def judge(
             result |= problem.judge(group.prompt, texts, tokens_K, len(group.faults))
         if diversity is not None and texts:
             result["diversity"] = diversity(texts)
-        if texts and (others := problem.alternatives.get(group.prompt.id)):
+        if others := problem.alternatives.get(group.prompt.id):
             try:
-                log_rewards = log_reward_EK(group, others, rewards)
+                votes_K = preferred(log_reward_EK(group, others, rewards)) if texts else np.zeros(0, np.int64)
             # As in training, where the samples are left out: here it is the prompt's vote.
             except RewardError as error:
                 logger.warning("evaluation: %s has no vote, as its samples have no reward: %s", group.prompt.id, error)
             else:
                 # Its own evidence comes last: `preferred` gives a tie to what comes first, and a tie is not right.
-                no_vote = [len(log_rewards)] * len(group.faults)
-                result |= tally(np.append(preferred(log_rewards), no_vote).astype(int), truth=len(others))
+                result |= tally(votes_K, truth=len(others), unscored=len(group.faults))
         return result
 
     return verdict

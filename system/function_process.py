@@ -122,8 +122,8 @@ class FunctionProcesses:
 
 def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
     connection.close()
-    # With what the function started and did not end: a compiler that hangs, say. Until it is waited for, the number is its own.
-    if process.returncode is None:
+    # With what the function started and did not end: a compiler that hangs, say.
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

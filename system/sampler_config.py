@@ -69,7 +69,7 @@ class Sampler(Section):
     """Share of a whole GPU that the engine takes, and that must be free when it starts; by default half of actors.gpus. The
     frozen model that scores is beside it."""
     enforce_eager: bool = True
-    """False: vLLM compiles the model and records CUDA graphs, for which it starts more slowly and, on a GPU, draws faster."""
+    """False, on a GPU: vLLM compiles the model and records CUDA graphs, for which it starts more slowly and draws faster."""
     max_reward_faults: int = Field(default=100, ge=0)
     """Samples for which the reward raises, hangs or gives no finite number are left out of their groups and counted.
     The run stops when there are more than this many in all."""

@@ -28,7 +28,7 @@ BLOCK = 128
 STRETCH = 64
 """Queries of a stretch on a CPU: fewer see fewer keys that are not theirs, more make larger products."""
 VARIANTS = 64
-"""Of the compiled attention in one process, at most."""
+"""Of the compiled attention in one process, at most: for each pattern of windows, dtypes and gradients one."""
 NAME = "prefix_tree"
 """The attention implementation, in transformers, that takes a BlockMask or a TreeMask. With any other it is SDPA."""
 
@@ -134,10 +134,8 @@ def blocks(end_L: np.ndarray, position_L: np.ndarray, window: int | None, device
     return mask
 
 
-# The whole of it or an error: what the compiler gives up runs as plain operations, which build the scores of all pairs. Each
-# pattern of windows, dtypes and gradients is a variant of its own.
-torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
-_compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True)
+# The whole of it or an error: what the compiler gives up runs as plain operations, which build the scores of all pairs.
+_compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True, recompile_limit=VARIANTS)
 
 
 def _attend(

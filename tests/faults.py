@@ -110,15 +110,19 @@ class LostLearner(IdleLearner):
 
 
 class LostRank(IdleLearner):
-    """Of two ranks the second is killed over its model, which the first complains of before Ray says so."""
+    """Of two ranks the second is killed over its model, which the first complains of just before."""
 
     def __init__(self, rank: int, size: int) -> None:
         self._rank = rank
 
     def build(self, config: Config, faults: Faults, meeting: tuple[str, int] | None) -> None:
+        mark = Path(config.output_dir) / "dying"
         if self._rank:
-            time.sleep(1)
+            mark.touch()
+            time.sleep(0.5)
             os.kill(os.getpid(), signal.SIGKILL)
+        while not mark.exists():
+            time.sleep(0.01)
         self.construct(_broken)
 
 

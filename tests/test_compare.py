@@ -300,6 +300,19 @@ def test_samples_without_a_reward_are_left_out_and_counted(tiny_config: Config, 
     assert np.isfinite(metrics["task/mean_log_reward"])
 
 
+def test_smc_alone_asks_at_prefixes_for_functions_that_are_known_there(tiny_config: Config) -> None:
+    length = {"kind": "function", "path": "system.tasks.continuation:length", "every_prefix": True, "seconds": None}
+    reward = {"kind": "product", "of": [{"kind": "lm_posterior"}, length]}
+    task = config_file.parse({"task": tiny_config.task.model_dump() | {"reward": reward}}).task
+    subject = baselines.Baselines(tiny_config.model_copy(update={"task": task}), {"oversample": 2}, None)
+    subject.measure("sir", 4)
+    assert "prefix_reward" not in vars(subject)
+    _, rows = subject.measure("smc", 4)
+    asked = vars(subject)["prefix_reward"]
+    assert asked.progress > 0 == asked.tokens_forwarded
+    assert all(len(row["tokens"]) <= 4 for row in rows)
+
+
 def test_a_method_of_which_no_sample_has_a_reward_says_so(tiny_config: Config) -> None:
     raising = {"kind": "function", "path": "tests.faulty:never", "seconds": None}
     task = config_file.parse({"task": tiny_config.task.model_dump() | {"reward": raising}, "loss": {"kind": "vargrad"}}).task
@@ -312,6 +325,9 @@ def test_a_method_that_is_not_there_is_named(tiny_config: Config) -> None:
     for method, message in (("greedy", "no 'greedy'; there are ancestral, "), ("gflownet_sir", "name it by --run")):
         with pytest.raises(ConfigError, match=message):
             baselines.run(tiny_config, [method], 4, {}, None)
+    with pytest.raises(ConfigError, match=r"'gflownet_smc' needs --twist reward: .* or take gflownet_sir"):
+        baselines.check(["gflownet_smc"], {}, tuned=True)
+    baselines.check(["gflownet_smc"], {"twist": "reward"}, tuned=True)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,6 @@ def decoder(
     min_tokens: int = 1,
     max_tokens: int = 3,
     seed: int = 0,
-    trained: bool = False,
     bonus: float = 0.0,
     **settings: Any,
 ) -> Decoder:
@@ -56,8 +55,7 @@ def decoder(
     posterior = Posterior(LanguageModel(model), (STOP,))
     length = Function(lambda prompt, text, tokens: bonus * len(tokens), decode=str)
     reward = Product([Part("posterior", posterior), Part("length", length)]) if bonus else posterior
-    early = length if bonus else None
-    return Decoder(model, constraints, reward, TEMPERATURE, Settings(**settings), seed, trained=trained, prefix_reward=early)
+    return Decoder(model, constraints, reward, TEMPERATURE, Settings(**settings), seed, length if bonus else None)
 
 
 def log_q(decoder: Decoder, prompt: Prompt, tokens: Tokens) -> float:
@@ -165,10 +163,9 @@ def test_the_two_prompts_have_different_partition_functions() -> None:
         ("sir", {}),
         ("smc", {"twist": "likelihood"}),
         ("smc", {"twist": "reward"}),
-        ("smc", {"trained": True}),
         ("smc", {"bonus": 0.3}),
     ],
-    ids=["sir", "smc-likelihood", "smc-reward", "smc-trained", "smc-bonus"],
+    ids=["sir", "smc-likelihood", "smc-reward", "smc-bonus"],
 )
 def test_weighted_methods_draw_from_the_target_and_estimate_its_log_z(
     prompt: Prompt, method: str, settings: dict[str, Any]
@@ -241,11 +238,8 @@ def test_what_the_support_leaves_of_a_token_and_its_mass_make_the_models_own_pro
         tokens.append(letter)
 
 
-@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("bonus", [0.0, 1.5])
-def test_a_particle_pays_at_once_for_what_is_not_drawn_unless_a_trained_policy_drew_it(
-    monkeypatch: pytest.MonkeyPatch, trained: bool, bonus: float
-) -> None:
+def test_a_particle_pays_at_once_for_what_is_not_drawn(monkeypatch: pytest.MonkeyPatch, bonus: float) -> None:
     found: list[tuple[Tokens, float]] = []
 
     def spied(decoder: Decoder, prompt: Prompt, tokens_B: list[Tokens], log_p_B: np.ndarray, stopped_B: np.ndarray) -> Any:
@@ -255,21 +249,16 @@ def test_a_particle_pays_at_once_for_what_is_not_drawn_unless_a_trained_policy_d
 
     targets = decoding._targets
     monkeypatch.setattr(decoding, "_targets", spied)
-    made = decoder(min_tokens=2, trained=trained, bonus=bonus, oversample=2)
+    made = decoder(min_tokens=2, bonus=bonus, oversample=2)
     made.draw("smc", PROMPTS[0], 4)
     assert {len(tokens) for tokens, _ in found} == {1, 2, 3}
     for tokens, target in found:
         whole = [*PROMPTS[0].policy_tokens, *tokens]
         with torch.no_grad():
-            logits_TV = made.policy.model(torch.tensor([whole])).logits[0, -len(tokens) - 1 : -1]
-        if trained:
-            allowed = [[*LETTERS, STOP] if depth >= 2 else [*LETTERS] for depth in range(len(tokens))]
-            due = sum(logits_TV[t, z] - logits_TV[t, allowed[t]].logsumexp(0) for t, z in enumerate(tokens))
-        else:
-            log_p = sum(logits_TV[t, z] - logits_TV[t].logsumexp(0) for t, z in enumerate(tokens))
-            # One that is too short to be a sample is not shown to the function.
-            due = (log_p + bonus * len(tokens) * (len(tokens) >= 2)) / TEMPERATURE
-        assert target == pytest.approx(float(due), abs=1e-4)
+            log_p_TV = made.policy.model(torch.tensor([whole])).logits[0, -len(tokens) - 1 : -1].log_softmax(-1)
+        log_p = float(sum(log_p_TV[t, z] for t, z in enumerate(tokens)))
+        # One that is too short to be a sample is not shown to the function.
+        assert target == pytest.approx((log_p + bonus * len(tokens) * (len(tokens) >= 2)) / TEMPERATURE, abs=1e-4)
 
 
 def test_draws_are_repeated_by_the_seed() -> None:

@@ -215,8 +215,6 @@ def test_settings_of_a_training_that_an_experiment_does_not_have_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        paper.main(["continuation", "--data", str(tmp_path), "--imitation", "learner.lr=1e-4"])
-    with pytest.raises(SystemExit):
         paper.main(["continuation", "--data", str(tmp_path), "--policy-gradient", "learner.lr=1e-4"])
     assert "--policy-gradient: continuation has none; random_number, verifiable, arithmetic have" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -281,6 +281,19 @@ class TestOneNode:
                 time.sleep(0.1)
             samplers.close()
 
+    def test_a_sampler_that_no_node_has_room_for_is_given_up_without_a_death(self, tmp_path: Path) -> None:
+        samplers = pool(config(tmp_path, {"min": 1, "max": 2, "cpus": 4}, wait_seconds=60), Faults())
+        wait_until_ready(samplers)
+        samplers.config = config(tmp_path, {"min": 1, "max": 2, "cpus": 4, "start_seconds": 1}, wait_seconds=1)
+        samplers._inbox.put(lambda: setattr(samplers._size, "target", 2))
+        for waiting in (2, 1):
+            deadline = time.monotonic() + 10
+            while len(samplers.ready()) != waiting:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        assert (samplers._size.target, samplers.deaths) == (1, 0)
+        samplers.close()
+
     def test_a_pool_that_has_ended_keeps_nobody_who_wants_room_waiting(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -25,7 +25,7 @@ from system.config_file import parse
 from system.functions import import_function
 from system.language_model import LanguageModel
 from system.prefix_tree import PrefixTree
-from system.reward_config import at_ends, factors
+from system.reward_config import FunctionReward, LMPosterior, ProductReward, at_ends, factors, functions_at_every_prefix
 from system.scores import RewardError, Scores
 from system.trajectory import Prompt, Trajectory, sampled
 from tests import faulty, tiny
@@ -551,3 +551,15 @@ def test_what_a_built_reward_gives_is_checked(own_module: str) -> None:
     [fault] = built.score(PROMPT, trajectories([[1]])).faults.values()
     assert "prompt 'x', text 'b'" in fault
     assert isinstance(built, Checked)
+
+
+def test_what_is_known_at_every_prefix_without_a_model_is_a_reward_of_its_own() -> None:
+    end, early, other = (FunctionReward(path=f"m:{name}", every_prefix=name != "end") for name in ("end", "early", "other"))
+    of = {
+        (LMPosterior(), end): None,
+        (LMPosterior(), early): early,
+        (LMPosterior(), early, end, other): ProductReward(of=(early, other)),
+    }
+    assert [functions_at_every_prefix(ProductReward(of=factors)) for factors in of] == list(of.values())
+    assert functions_at_every_prefix(LMPosterior()) is None
+    assert functions_at_every_prefix(early) is early

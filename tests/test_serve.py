@@ -104,7 +104,8 @@ def test_the_end_of_the_server_is_the_end_of_the_command_with_its_status() -> No
 
 def test_a_proxy_of_the_environment_is_not_asked_for_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.delenv("no_proxy", raising=False)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     port = free_port()
     answers = (
         "from http.server import *; H = type('H', (BaseHTTPRequestHandler,), {'do_GET': lambda s: (s.send_response(200), "

@@ -374,7 +374,8 @@ def test_a_verdict_of_texts_and_a_vote_come_together(tmp_path: Path, folder: Pat
     assert evaluation.judge(replace(problem, alternatives={}), text_of, samplers)(group) == {}
     with_faults = evaluation.judge(problem, text_of, samplers)(replace(group, faults=("log of zero",)))
     assert with_faults["sample_accuracy"] == pytest.approx(both["sample_accuracy"] * 3 / 4)
-    assert evaluation.judge(problem, text_of, samplers)(Group(group.prompt, (), (), 0, 0, ("log of zero",) * 4)) == {}
+    none = evaluation.judge(problem, text_of, samplers)(Group(group.prompt, (), (), 0, 0, ("log of zero",) * 4))
+    assert none == {"accuracy": 0.0, "sample_accuracy": 0.0, "votes_agree": 0.0}
 
 
 def test_a_vote_whose_reward_cannot_be_had_is_left_out_and_named(

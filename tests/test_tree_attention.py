@@ -207,6 +207,14 @@ def test_rows_on_a_cpu_are_attended_by_stretches_with_a_context_too(monkeypatch:
     assert set(lengths) == {len(piece), 4 + len(piece)}
 
 
+def test_block_attention_is_refused_on_a_gpu_whose_compiler_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch._dynamo.config.patch(disable=True):
+        LanguageModel(tiny.llama(VOCAB), attention="block")
+        monkeypatch.setattr(LanguageModel, "device", torch.device("cuda"))
+        with pytest.raises(ConfigError, match=r"attention=block.*TORCH_COMPILE_DISABLE is set"):
+            LanguageModel(tiny.llama(VOCAB), attention="block")
+
+
 def test_what_block_attention_cannot_do_falls_back_or_is_refused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,6 +6,7 @@ what Z is scored under.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from system.tasks.files import choose, read_records
 from system.tasks.problem import Problem, context_tokens, demonstrated, single_token, support
 from system.text import decode
 from system.trajectory import Prompt
+
+logger = logging.getLogger(__name__)
 
 PACKAGED_STORIES = Path(__file__).with_name("stories.jsonl")
 
@@ -44,7 +47,8 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
     stop = single_token(tokenizer, section.stop, "task.stop")
     constraints = support(section, tokenizer, stop, legal_tokens(tokenizer, section.illegal))
     prompts, middles, told = [], {}, set()
-    for story in read_stories(section):
+    stories = read_stories(section)
+    for story in stories:
         policy = context_tokens(tokenizer, section.prompt.format(before=story.before, after=story.after))
         tokens = story.tokens or {"after": tokenizer.encode(" " + story.after, add_special_tokens=False)}
         if decode(tokenizer, tokens["after"]).strip() != story.after:
@@ -63,6 +67,11 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
                 told.add(story.id)
         prompts.append(Prompt(story.id, policy, context_tokens(tokenizer, story.before), tuple(tokens["after"]), meta))
     demonstrations, undrawable = demonstrated(middles, constraints)
+    if unsigned := sum(bool(story.tokens and not story.told) for story in stories):
+        logger.warning(
+            "task.stories=%r: %d stories have tokens and not by whom they were told; for a bound from above tell them anew",
+            section.stories, unsigned,
+        )  # fmt: skip
     return Problem(
         prompts=tuple(prompts),
         constraints=constraints,
@@ -127,7 +136,9 @@ def _story(record: Any, number: int, section: Infilling) -> Story:
                 ):
                     tokens = {"middle": middle, "after": ending}
             match record:
-                case {"told": {"support": dict(), "log_p": float()}} if tokens:
+                case {"told": {"support": {"tokens": str(), "min_tokens": int(), "max_tokens": int()}, "log_p": float()}} if (
+                    tokens
+                ):
                     told = record["told"]
             return Story(name, before.strip(), str(record.get("middle") or "").strip(), after.strip(), tokens, told)
     raise ConfigError(f'{where}: needs {{"sentences": [texts]}} or {{"before": text, "after": text}}, none of them empty')
