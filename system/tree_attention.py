@@ -135,7 +135,8 @@ def blocks(end_L: np.ndarray, position_L: np.ndarray, window: int | None, device
 
 
 # The whole of it or an error: what the compiler gives up runs as plain operations, which build the scores of all pairs.
-_compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True, recompile_limit=VARIANTS)
+_compiler: Any = torch.compile  # whose overloads do not have the limit
+_compiled = _compiler(flex_attention, dynamic=True, fullgraph=True, recompile_limit=VARIANTS)
 
 
 def _attend(
