@@ -30,6 +30,7 @@ SETTINGS: dict[str, list[str]] = {
     "loss db": ["loss.kind=db"],
     "exploration none": ON_POLICY,
     "exploration by temperature alone": ["sampler.exploration.epsilon=0"],
+    "exploration by temperature and epsilon": ["sampler.exploration.epsilon=0.3"],
     "exploration none, no replay": ON_POLICY + NO_REPLAY,
     "no replay": NO_REPLAY,
     "staleness 0": ["learner.publish_every=1", "learner.max_staleness=0"],
