@@ -1,6 +1,6 @@
 """The driver's own time per group, with replay and MLflow tracking, for updates of one and of eight groups: the loop alone,
-over samplers and a learner that answer at once; and over Ray actors that answer without a model, on the wall and of all its
-threads.
+over samplers and a learner that answer at once, also with MLflow told afterwards; and over Ray actors that answer without a
+model, on the wall and of all its threads.
 
     python -m tests.benchmarks.driver_rate [--repeats 5]
 """
@@ -55,11 +55,11 @@ class Instant:
         return future
 
 
-def config(folder: str, together: int) -> Config:
+def config(folder: str, together: int, *overrides: str) -> Config:
     settings = [f"sampler.samples_per_prompt={SAMPLES}", f"learner.groups_per_update={together}",
                 f"learner.steps={GROUPS // together}", "learner.checkpoint_every=1000000", "actors.count=2", "actors.cpus=0.5",
                 "learner.cpus=0.5", f"tracking.uri=sqlite:///{folder}/mlflow.db", f"output_dir={folder}"]  # fmt: skip
-    return config_file.load("deploy/configs/random_number.yaml", settings)
+    return config_file.load("deploy/configs/random_number.yaml", [*settings, *overrides])
 
 
 def requests_of(cfg: Config) -> Requests:
@@ -82,9 +82,9 @@ def milliseconds(cfg: Config, samplers: Any) -> tuple[float, float]:
     return float(wall), float(cpu)
 
 
-def alone(together: int) -> float:
+def alone(together: int, *overrides: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        cfg = config(folder, together)
+        cfg = config(folder, together, *overrides)
         return milliseconds(cfg, Instant(requests_of(cfg)))[0]
 
 
@@ -105,6 +105,8 @@ def main() -> None:
     for together in TOGETHER:
         what = f"driver, per group of {SAMPLES}, {together} an update"
         report(Figure(f"{what}, the loop alone", "ms", [alone(together) for _ in repeats], at_most=1.0))
+        afterwards = [alone(together, "tracking.flush_seconds=3600") for _ in repeats]
+        report(Figure(f"{what}, the loop alone, MLflow told afterwards", "ms", afterwards))
         wall, cpu = zip(*(over_ray(together) for _ in repeats), strict=True)
         report(
             Figure(f"{what}, over Ray", "ms", wall, at_most=1.0),
