@@ -73,6 +73,7 @@ def wait_until_ready(*handles: Handle, samplers: int | None = None) -> None:
             # What one rank raises may be the loss of another, which shows a moment later.
             ray.wait(peers, num_returns=len(peers), timeout=GRACE_SECONDS)
             patient = True
+            break
         waves += not lost.issuperset(losses)
         lost.update(losses)
         if waves > config.actors.max_deaths:

@@ -110,14 +110,14 @@ class LostLearner(IdleLearner):
 
 
 class LostRank(IdleLearner):
-    """Of two ranks the second is killed over its model, which the first complains of just before."""
+    """The last rank is killed over its model, which all others complain of just before."""
 
     def __init__(self, rank: int, size: int) -> None:
-        self._rank = rank
+        self._is_last = rank == size - 1
 
     def build(self, config: Config, faults: Faults, meeting: tuple[str, int] | None) -> None:
         mark = Path(config.output_dir) / "dying"
-        if self._rank:
+        if self._is_last:
             mark.touch()
             time.sleep(0.5)
             os.kill(os.getpid(), signal.SIGKILL)

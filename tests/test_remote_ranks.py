@@ -130,10 +130,11 @@ def test_the_death_of_one_rank_is_an_error_at_once_and_ends_all(folder: Path, pr
         ranks.adapter(1)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_a_rank_that_is_lost_before_it_is_built_is_a_loss_whatever_its_peers_say_of_it(
-    folder: Path, problem: Problem, tmp_path: Path
+    folder: Path, problem: Problem, tmp_path: Path, ranks: int
 ) -> None:
-    cfg = config(folder).model_copy(update={"output_dir": str(tmp_path)})
+    cfg = config(folder, ranks=ranks, groups_per_update=ranks).model_copy(update={"output_dir": str(tmp_path)})
     with pytest.raises(LearnerDied, match="the learner was lost before it was built"):
         wait_until_ready(RayLearner(cfg, faults.Faults(), actor=faults.LostRank))  # type: ignore[arg-type]
 
