@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TopPLogitsWarper
 
 from actors.rewards import Reward
-from actors.stepping import NextTokens
+from actors.stepping import NextTokens, draw_columns
 from system.constraints import Constraints
 from system.posterior import log_mean_exp
 from system.scores import Scores
@@ -129,10 +129,8 @@ class Decoder:
         return np.array(log_reward_K) / self.reward_temperature
 
     def columns(self, log_q_BC: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """A column for each row, int64 [B], and its log-prob, float64 [B]."""
-        column_B1 = torch.multinomial(log_q_BC.exp(), 1, generator=self.generator)
-        log_q_B = log_q_BC.gather(1, column_B1)[:, 0]
-        return column_B1[:, 0].cpu().numpy(), log_q_B.double().cpu().numpy()
+        """As `draw_columns`, by this decoder's seed."""
+        return draw_columns(log_q_BC, self.generator)
 
     def resample(self, log_weight_P: np.ndarray, samples: int) -> np.ndarray:
         """Indices int64 [samples], systematic: each as often as its share of the weights, rounded up or down."""

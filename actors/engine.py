@@ -72,9 +72,7 @@ class Engine:
         self._groups: dict[int, _Group] = {}
         self._drawn: dict[str, list[tuple[int, float]]] = {}
         """By the name of a sample that is being drawn: its tokens so far, with their log-probs."""
-        memory: dict[str, Any] = {} if gpu else {"block_size": BLOCK}
-        if gpu:
-            memory["gpu_memory_utilization"] = settings.gpu_memory_utilization
+        memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization} if gpu else {"block_size": BLOCK}
         if not gpu or settings.shares_gpu:
             memory["kv_cache_memory_bytes"] = settings.kv_cache_mb << 20
         memory["kv_transfer_config"] = {

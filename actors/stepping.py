@@ -61,6 +61,13 @@ class NextTokens:
         return logits_BC.log_softmax(-1), logits_BC.logsumexp(-1) - whole_B
 
 
+def draw_columns(log_q_BC: Tensor, generator: torch.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """A column for each row, int64 [B], and its log-prob, float64 [B]."""
+    column_B1 = torch.multinomial(log_q_BC.exp(), 1, generator=generator)
+    log_q_B = log_q_BC.gather(1, column_B1)[:, 0]
+    return column_B1[:, 0].cpu().numpy(), log_q_B.double().cpu().numpy()
+
+
 class Rows:
     """B unfinished sequences of one prompt, all equally long. `log_q_BC`, float32 nats, is for their next token, and
     `log_mass_B` what the model itself gives to all tokens that this may be."""

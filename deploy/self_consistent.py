@@ -90,7 +90,8 @@ def _tell(beginning: Rows, tries: int, support: Constraints, ending: int) -> lis
     A sample that leaves the support is dropped there: the rest of it would change nothing.
     """
     import numpy as np
-    import torch
+
+    from actors.stepping import draw_columns
 
     legal = set(support.columns.tolist())
     rows = beginning.fork(np.zeros(tries, np.int64))
@@ -98,9 +99,9 @@ def _tell(beginning: Rows, tries: int, support: Constraints, ending: int) -> lis
     told: list[tuple[list[int], list[int] | None]] = [([], None) for _ in live]
     log_p = np.zeros(tries)
     while live:
-        drawn_B1 = torch.multinomial(rows.log_q_BC.exp(), 1)
-        log_p[live] += rows.log_q_BC.gather(1, drawn_B1)[:, 0].double().cpu().numpy()
-        drawn = drawn_B1[:, 0].cpu().numpy()
+        # Of the whole vocabulary a column is its token.
+        drawn, log_p_B = draw_columns(rows.log_q_BC)
+        log_p[live] += log_p_B
         going = []
         for row, (number, token) in enumerate(zip(live, drawn.tolist(), strict=True)):
             middle, after = told[number]

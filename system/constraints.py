@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -89,14 +90,17 @@ class Constraints:
 
     def described(self) -> dict[str, Any]:
         """What `is_within` asks of a support, JSON-serialisable."""
-        tokens = hashlib.sha256(np.append(self.columns, self.stop_token).astype(np.int64).tobytes()).hexdigest()[:16]
-        return {"tokens": tokens, "min_tokens": self.min_tokens, "max_tokens": self.max_tokens}
+        return {"tokens": self._tokens, "min_tokens": self.min_tokens, "max_tokens": self.max_tokens}
+
+    @cached_property
+    def _tokens(self) -> str:
+        """A digest of the tokens and the stop, which every story that a model told is asked for."""
+        return hashlib.sha256(np.append(self.columns, self.stop_token).astype(np.int64).tobytes()).hexdigest()[:16]
 
     def is_within(self, described: Mapping[str, Any]) -> bool:
         """The support that described itself so has the same tokens and stop, and at least these lengths."""
-        own = self.described()
         lengths = described["min_tokens"] <= self.min_tokens <= self.max_tokens <= described["max_tokens"]
-        return lengths and own["tokens"] == described["tokens"]
+        return lengths and described["tokens"] == self._tokens
 
     def allows(self, tokens: Sequence[int] | np.ndarray) -> bool:
         """Each of these tokens may be drawn before the stop."""
