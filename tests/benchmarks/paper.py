@@ -47,9 +47,10 @@ def random_number(lab: Lab) -> Rows:
     return _evaluated(lab, runs, samples=2)
 
 
-def continuation(lab: Lab, config: str = "continuation") -> Rows:
-    """All but the last 50 prompts, 950 of them, are for training, and 24 of the last 50 for evaluation."""
-    known, others = _prompts(lab)
+def continuation(lab: Lab, config: str = "continuation", test: slice = slice(24, 50)) -> Rows:
+    """All but the last 50 prompts, 950 of them, are for training. The temperature of `continuation` was set after a look at
+    some of the first 24 of these: the other 26 are for evaluation."""
+    known, others = _prompts(lab, test)
     run = lab.train("gflownet", config, *known, *lab.overrides)
     methods = "ancestral,tempered,nucleus,beam,diverse_beam,best_of_n,sir,smc"
     return lab.baselines(run, *others, methods=methods, samples=8)
@@ -67,12 +68,13 @@ def constrained(lab: Lab, asked: tuple[str, ...] = ()) -> Rows:
     return rows | {"gflownet, 32 samples": more}
 
 
-def _prompts(lab: Lab) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(for training, for evaluation), as settings of a task."""
+def _prompts(lab: Lab, test: slice = slice(24)) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(for training, for evaluation), as settings of a task. `test`: of the prompts that are held out."""
+    first, end, _ = test.indices(validation.HELD_OUT["prompts"])
     path = lab.data / "prompts/openwebtext_1000.txt"
     count = len(path.read_text(encoding="utf-8").splitlines()) - validation.HELD_OUT["prompts"]
     prompts = f"task.prompts={path}"
-    return (prompts, f"task.limit={count}"), (prompts, f"task.offset={count}", "task.limit=24")
+    return (prompts, f"task.limit={count}"), (prompts, f"task.offset={count + first}", f"task.limit={end - first}")
 
 
 def infilling(lab: Lab) -> Rows:
@@ -242,7 +244,7 @@ def _only(metrics: Metrics, prefix: str | tuple[str, ...]) -> Metrics:
 EXPERIMENTS: dict[str, Callable[[Lab], Rows]] = {
     "random_number": random_number,
     "continuation": continuation,
-    "continuation_length": partial(continuation, config="continuation_length"),
+    "continuation_length": partial(continuation, config="continuation_length", test=slice(24)),
     "constrained": constrained,
     "constrained_pattern": partial(constrained, asked=(r"task.pattern=\d",)),
     "constrained_predicate": partial(constrained, asked=("task.predicate=tests.benchmarks.predicates:eight_words",)),
