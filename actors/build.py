@@ -50,6 +50,7 @@ def engine_settings(config: Config, problem: Problem) -> EngineSettings:
     return EngineSettings(
         max_model_len=math.ceil(context / BLOCK) * BLOCK,
         install=install,
+        drain=section.drain,
         rounding=section.rounding,
         dtype=section.dtype,
         max_num_seqs=section.max_num_seqs,

@@ -32,11 +32,17 @@ if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
 
 
+LORAS = 2
+"""Versions that draw beside the base at a time: the newest, and the one before it until its groups are complete."""
+
+
 @dataclass
 class _Group:
     """A group in the engine: filled as its samples finish, in any order."""
 
     behaviours_K: tuple[Behaviour, ...]
+    lora: Any
+    """The adapter beside the base that draws it; None where versions are merged."""
     trajectories: dict[int, Trajectory] = field(default_factory=dict)
 
 
@@ -67,21 +73,33 @@ class Engine:
         self.tokens = 0
         self.prompt_tokens = 0
         self._base = BaseWeights(folder)
-        self._lora: Any = None
-        self._serial = itertools.count(1)
+        self._loras: list[Any] = []
+        """In vLLM beside the base, the one of `installed` last."""
+        self._salt = ""
+        """Of the keys and values that `installed` computes: vLLM shares them between requests of one salt alone."""
+        self._tickets, self._installs = itertools.count(1), itertools.count(1)
         self._groups: dict[int, _Group] = {}
+        self._early: list[RequestOutput] = []
+        """Samples that were complete while a canary was computed."""
         self._drawn: dict[str, list[tuple[int, float]]] = {}
         """By the name of a sample that is being drawn: its tokens so far, with their log-probs."""
         memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization} if gpu else {"block_size": BLOCK}
         if not gpu or settings.shares_gpu:
             memory["kv_cache_memory_bytes"] = settings.kv_cache_mb << 20
-        memory["kv_transfer_config"] = {
-            "kv_connector": "PromptSharing", "kv_connector_module_path": "actors.prompt_sharing", "kv_role": "kv_both",
-            "kv_connector_extra_config": {"prompts": settings.shared_prompts},
-        }  # fmt: skip
+        if not gpu:
+            # On a GPU blocks are short enough, and a connector would refuse its expandable segments of memory.
+            memory["kv_transfer_config"] = {
+                "kv_connector": "PromptSharing", "kv_connector_module_path": "actors.prompt_sharing", "kv_role": "kv_both",
+                "kv_connector_extra_config": {"prompts": settings.shared_prompts},
+            }  # fmt: skip
         if settings.install == "adapter":
             rank = max_lora_rank(settings.max_lora_rank)
-            memory |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 2}
+            memory |= {
+                "enable_lora": True, "max_lora_rank": rank, "max_loras": LORAS, "max_cpu_loras": LORAS + 1,
+                # Without the output layer, which no adapter has, and which vLLM would compute for every row all the same: on
+                # CPU it cannot where a canary is among them.
+                "lora_target_modules": self._base.linear_in_layers(),
+            }  # fmt: skip
         self._llm = vllm.LLM(
             str(folder), skip_tokenizer_init=True, dtype=settings.dtype, max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs, seed=settings.seed, enforce_eager=settings.enforce_eager or not gpu,
@@ -89,7 +107,8 @@ class Engine:
             # A prompt is computed in one step: after half of it there is nothing to draw.
             enable_chunked_prefill=False, max_num_batched_tokens=max(4096, settings.max_model_len),
             # The processor reads the tokens drawn so far, and an asynchronous scheduler would be a step ahead of them.
-            enable_prefix_caching=True, async_scheduling=False, **memory,
+            enable_prefix_caching=True, async_scheduling=False,
+            scheduling_policy="priority", **memory,
         )  # fmt: skip
         self._engine = self._llm.llm_engine
         self._merging = Merging(self._llm.apply_model(lambda model: model)[0], self._base, settings.rounding)
@@ -100,6 +119,14 @@ class Engine:
     def busy(self) -> bool:
         """Groups are being drawn."""
         return bool(self._groups)
+
+    @property
+    def takes_version(self) -> bool:
+        """A version may be installed now: with `drain` when nothing is drawn, else when it would be no more than the second
+        of those that draw beside the base. Versions that are merged draw one after the other."""
+        if self.settings.drain:
+            return not self.busy
+        return len({id(group.lora) for group in self._groups.values()}) < LORAS
 
     @property
     def progress(self) -> int:
@@ -139,8 +166,9 @@ class Engine:
         self.check(request)
         if self.installed is None:
             raise RuntimeError("no adapter is installed: the engine would sample from unknown weights")
-        ticket = next(self._serial)
-        self._groups[ticket] = _Group(request.behaviours_K)
+        ticket = next(self._tickets)
+        lora = self._loras[-1] if self._loras else None
+        self._groups[ticket] = _Group(request.behaviours_K, lora)
         for k, behaviour in enumerate(request.behaviours_K):
             name = f"{ticket}/{k}"
             params = vllm.SamplingParams(
@@ -149,15 +177,14 @@ class Engine:
                 extra_args={"name": name, "behaviour": behaviour, "seed": (request.seed, k)},
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )  # fmt: skip
-            self._submit(name, request.prompt.policy_tokens, params, self._lora)
+            self._submit(name, request.prompt.policy_tokens, params, lora)
         return ticket
 
     def step(self) -> list[tuple[int, tuple[Trajectory, ...]]]:
         """One token for every running sample. Returns the groups that are complete, by number."""
         complete = []
-        for output in cast("list[RequestOutput]", self._engine.step()):
-            if not output.finished:
-                continue
+        outputs, self._early = self._early or self._finished(), []
+        for output in outputs:
             assert output.prompt_token_ids is not None
             self.prompt_tokens += len(output.prompt_token_ids) - (output.num_cached_tokens or 0)
             ticket, k = map(int, output.request_id.split("/"))
@@ -167,10 +194,16 @@ class Engine:
             if len(group.trajectories) == len(group.behaviours_K):
                 del self._groups[ticket]
                 complete.append((ticket, tuple(group.trajectories[k] for k in range(len(group.behaviours_K)))))
+        self._unload()
         return complete
 
+    def _finished(self) -> list[RequestOutput]:
+        return [output for output in cast("list[RequestOutput]", self._engine.step()) if output.finished]
+
     def _submit(self, name: str, tokens: Sequence[int], params: Any, lora: Any) -> None:
-        self._engine.add_request(name, {"prompt_token_ids": list(tokens)}, params, lora_request=lora)
+        prompt: Any = {"prompt_token_ids": list(tokens), "cache_salt": self._salt}
+        # The canary before all: an install waits for it.
+        self._engine.add_request(name, prompt, params, lora_request=lora, priority=0 if name == "canary" else 1)
 
     def _trajectory(self, output: CompletionOutput, drawn: list[tuple[int, float]], behaviour: Behaviour) -> Trajectory:
         tokens, logp = list(output.token_ids), np.array([value for _, value in drawn], np.float32)
@@ -195,7 +228,10 @@ class Engine:
     # -------------------------------------------------------------------------------------------------- installing
 
     def install(self, adapter: Adapter) -> dict[str, float]:
-        """Makes `adapter` what the next sample is drawn with, and proves it by the canary.
+        """Makes `adapter` what the next group is drawn with, and proves it by the canary.
+
+        Groups that are being drawn go on: by their own version where it is beside the base, else by the new weights from the
+        next token on, over the keys and values of those before. Each token's log-prob is what it was drawn with either way.
 
         Returns seconds, and in nats a token `canary_error` (mean distance from the learner's log-probs) and
         `canary_signal` (mean distance of those from the base's: what the canary could have shown), NaN without a canary;
@@ -204,11 +240,12 @@ class Engine:
         Raises:
             AdapterError: the adapter is damaged, of another model or not plain LoRA: what was installed stays. Or its
                 canary is wrong: an adapter beside the base leaves the version before it in place; merged weights
-                leave `installed` at None, and nothing is sampled until another version is installed.
-            RuntimeError: groups are still being drawn.
+                leave `installed` at None and drop what is being drawn, and nothing is sampled until another version is
+                installed.
+            RuntimeError: not unless `takes_version`.
         """
-        if self.busy:
-            raise RuntimeError("groups are being drawn: an install would change the weights below them")
+        if not self.takes_version:
+            raise RuntimeError("groups are being drawn, and the engine has no room for another version beside theirs")
         started = time.perf_counter()
         adapter.verify(self.base_model)
         if adapter.canary and len(adapter.canary.tokens_T) >= self.settings.max_model_len:
@@ -221,8 +258,12 @@ class Engine:
             self._merging.check(updates)
             self.installed = None
             effective = self._merging.write(updates)
-            self._forget_prefixes()
-            error = self._canary(adapter, None)
+            self._salt = f"version-{adapter.version}-{next(self._installs)}"
+            try:
+                error = self._canary(adapter, None)
+            except AdapterError:
+                self._drop_groups()
+                raise
         else:
             error = self._install_beside(adapter)
         self.installed = adapter
@@ -240,21 +281,37 @@ class Engine:
         """Loads a LoRA adapter under an id, name and folder that were never used: vLLM caches by each of them."""
         from vllm.lora.request import LoRARequest
 
-        number = next(self._serial)
-        # Read here, and never again: the engine keeps this version and the one before. A killed process leaves no files.
+        number = next(self._installs)
+        # Read here, and never again: the engine has room for every version in use. A killed process leaves no files.
         with tempfile.TemporaryDirectory(prefix="headwater-adapter-") as folder:
             path = adapter.materialise(Path(folder) / "adapter")
             lora = LoRARequest(f"version-{adapter.version}-{number}", number, str(path))
             self._engine.add_lora(lora)
-        stale = lora
+        before, self._salt = self._salt, lora.lora_name
         try:
             error = self._canary(adapter, lora)
-            stale, self._lora = self._lora, lora
-        finally:
-            if stale is not None:
-                self._engine.remove_lora(stale.lora_int_id)
-        self._forget_prefixes()
+        except AdapterError:
+            self._engine.remove_lora(number)
+            self._salt = before
+            raise
+        self._loras.append(lora)
+        self._unload()
         return error
+
+    def _unload(self) -> None:
+        """Versions that neither draw nor will."""
+        in_use = [group.lora for group in self._groups.values()] + self._loras[-1:]
+        for lora in [lora for lora in self._loras if lora not in in_use]:
+            self._engine.remove_lora(lora.lora_int_id)
+            self._loras.remove(lora)
+
+    def _drop_groups(self) -> None:
+        """They have tokens of weights that are not what they should be."""
+        names = [f"{ticket}/{k}" for ticket, group in self._groups.items() for k in range(len(group.behaviours_K))]
+        self._engine.abort_request(names)
+        self._groups.clear()
+        self._drawn.clear()
+        self._early.clear()
 
     def _canary(self, adapter: Adapter, lora: Any) -> float:
         """Mean distance, nats a token, between the engine's log-probs of the canary and the learner's.
@@ -270,10 +327,14 @@ class Engine:
         tokens = adapter.canary.tokens_T
         params = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, temperature=0.0)
         self._submit("canary", tokens, params, lora)
-        done: list[RequestOutput] = []
-        while not done:
-            done = [output for output in cast("list[RequestOutput]", self._engine.step()) if output.finished]
-        rows: Any = done[0].prompt_logprobs
+        scored: RequestOutput | None = None
+        while scored is None:
+            for output in self._finished():
+                if output.request_id == "canary":
+                    scored = output
+                else:
+                    self._early.append(output)
+        rows: Any = scored.prompt_logprobs
         logp_T = [row[token].logprob for row, token in zip(rows[1:], tokens[1:], strict=True)]
         distance_T = np.abs(np.subtract(logp_T, adapter.canary.logp_T))
         by_mean = self.settings.canary_by_mean
@@ -287,10 +348,6 @@ class Engine:
                 f"weights{'' if by_mean else coarse}"
             )
         return float(np.mean(distance_T))
-
-    def _forget_prefixes(self) -> None:
-        if not self._llm.reset_prefix_cache(reset_connector=True):
-            raise RuntimeError("vLLM kept its prefix cache: samples would read keys and values of the weights before")
 
     def close(self) -> None:
         """Ends vLLM and frees its memory. No method may be called afterwards."""
@@ -339,10 +396,13 @@ def _processor(constraints: Constraints, tool: Tool | None, drawn: dict[str, lis
         def apply(self, logits: torch.Tensor) -> torch.Tensor:
             if not self.rows:
                 return logits
-            running_B = [self.rows[row] for row in range(len(logits))]
-            token_B, logp_B = self.draw(logits, [running.row() for running in running_B])
+            numbers, running_B = zip(*sorted(self.rows.items()), strict=True)
+            # A canary's row may be among them.
+            alone = len(numbers) == len(logits)
+            token_B, logp_B = self.draw(logits if alone else logits[list(numbers)], [running.row() for running in running_B])
             for running, token, logp in zip(running_B, token_B.tolist(), logp_B.tolist(), strict=True):
                 running.record(token, logp)
-            return logits.scatter_(1, token_B[:, None], torch.inf)
+            logits[list(numbers), token_B] = torch.inf
+            return logits
 
     return BehaviourProcessor

@@ -15,16 +15,14 @@ from typing import Any, cast
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 
-Key = tuple[int, tuple[int, ...]]
-"""LoRA id, prompt."""
+Key = tuple[str, tuple[int, ...]]
+"""The salt that says by which weights, and the prompt."""
 
 
 @dataclass
 class _Step(KVConnectorMetadata):
     """What the worker does around one forward pass: blocks by number."""
 
-    forget: bool = False
-    """Every copy, first of all."""
     loads: list[tuple[Key, int]] = field(default_factory=list)
     saves: list[tuple[Key, int]] = field(default_factory=list)
     drops: list[Key] = field(default_factory=list)
@@ -75,12 +73,6 @@ class PromptSharing(KVConnectorBase_V1):
             step.drops.append(self._held.popitem(last=False)[0])
         return step
 
-    def reset_cache(self) -> bool:
-        """Forgets all prompts: the weights change. The worker's copies go with the next step."""
-        self._held.clear()
-        self._step.forget = True
-        return True
-
     # ------------------------------------------------------------------------------------------- beside the model
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
@@ -88,8 +80,6 @@ class PromptSharing(KVConnectorBase_V1):
             self._caches.append(cache.movedim(cache.shape.index(self._blocks), 0))
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        if self._work.forget:
-            self._copies.clear()
         loads: dict[Key, list[int]] = {}
         for key, number in self._work.loads:
             loads.setdefault(key, []).append(number)
@@ -115,5 +105,4 @@ class PromptSharing(KVConnectorBase_V1):
 
 
 def _key(request: Any) -> Key:
-    lora = request.lora_request.lora_int_id if request.lora_request else 0
-    return lora, tuple(request.prompt_token_ids)
+    return request.cache_salt, tuple(request.prompt_token_ids)

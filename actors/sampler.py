@@ -44,10 +44,8 @@ class _Job:
 
 
 class Sampler:
-    """Thread-safe. Versions are drained: what runs finishes, the new version is installed, what waits starts.
-
-    So each group has one version, and `adapter_version` names it.
-    """
+    """Thread-safe. A new version is installed as soon as a group asks for it and the engine takes it (`Engine.takes_version`),
+    between two tokens of what is being drawn."""
 
     def __init__(self, make: Callable[[], Engine], reward: Reward, on_death: Callable[[], None] = lambda: None) -> None:
         """Owns the engine that `make` returns, and raises what it raises. `on_death` is called once, after all callers were
@@ -84,8 +82,8 @@ class Sampler:
     def sample(self, request: Request, adapter: Adapter) -> Group:
         """Draws a group under `adapter`, or under a newer version if that is installed already, and scores it.
 
-        Blocks until the group is done. `Group.adapter_version` names the version that drew it; samples that the reward could
-        not score are left out, and `Group.faults` says why.
+        Blocks until the group is done. `Group.adapter_version` names the version that it was begun with; samples that the
+        reward could not score are left out, and `Group.faults` says why.
 
         Raises:
             ValueError: the request does not fit the engine.
@@ -196,8 +194,7 @@ class Sampler:
         while self._queue:
             job = self._queue[0]
             if not self._serves(job.adapter):
-                if self._running:
-                    # Drain: what runs was drawn from the weights that are installed.
+                if not self._engine.takes_version:
                     return True
                 if not self._install(job):
                     continue
@@ -225,8 +222,13 @@ class Sampler:
                 self._installed = self._engine.install(job.adapter)
         # A border: a refused adapter is the caller's to hear of; the engine says by `installed` what is left.
         except AdapterError as error:
-            self._queue.popleft()
-            job.done.set_exception(error)
+            refused = [self._queue.popleft()]
+            if not self._engine.busy:
+                # It dropped what it was drawing, if it was, with its weights.
+                refused += self._running.values()
+                self._running = {}
+            for lost in refused:
+                lost.done.set_exception(error)
             return False
         finally:
             self._seconds["install"] += time.perf_counter() - started

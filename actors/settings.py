@@ -75,6 +75,8 @@ class EngineSettings:
     max_model_len: int
     """Longest prompt plus longest sample, tokens."""
     install: Literal["merged", "adapter"] = "merged"
+    drain: bool = False
+    """A version is installed when nothing is being drawn."""
     rounding: Literal["nearest", "stochastic"] = "stochastic"
     """Of weights that are merged into bfloat16."""
     dtype: Literal["float32", "bfloat16"] = "float32"

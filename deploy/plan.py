@@ -4,9 +4,9 @@
     python -m deploy.plan CONFIG --update 1.0 --group 0.5 --install 0.3 [--reward 0.1] [--adapter 0.1]
 
 Durations come from the timeline of a run (seconds of work, its waiting for a core left out where an actor computes with one
-thread) or from the command line. The simulation has the loop's own gate, versions that are drained, a driver that takes in
-one group after another, and cores that are shared evenly by all who compute; without --cores everyone has cores of their own,
-as on a cluster.
+thread) or from the command line. The simulation has the loop's own gate, versions that enter an engine between two tokens (with
+sampler.drain when it has nothing to draw), a driver that takes in one group after another, and cores that are shared evenly by
+all who compute; without --cores everyone has cores of their own, as on a cluster.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Simulation:
     """The loop of system.orchestrator, with the gate of system.group_flow, in simulated time."""
 
     def __init__(self, config: Config, durations: Durations, samplers: int, cores: float) -> None:
-        self.learner, self.cores = config.learner, cores
+        self.learner, self.drain, self.cores = config.learner, config.sampler.drain, cores
         # 0 stands for no work at hand.
         self.durations = Durations(*(max(seconds, 1e-6) for seconds in astuple(durations)))
         self.samplers = [_Sampler() for _ in range(samplers)]
@@ -184,7 +184,7 @@ class Simulation:
         while sampler.queue and not sampler.installing:
             group, wanted = sampler.queue[0]
             if wanted > sampler.version:
-                if not sampler.running:
+                if not (self.drain and sampler.running):
                     sampler.installing, sampler.target = self.durations.install, wanted
                 return
             sampler.queue.popleft()

@@ -197,6 +197,11 @@ class BaseWeights:
         """In the folder's own precision; a view of the file."""
         return self._tensors[name]
 
+    def linear_in_layers(self) -> list[str]:
+        """What the linear modules of the layers are called, without the names of the modules that they are in."""
+        inside = [name.split(".") for name, shape in self.shapes.items() if len(shape) == 2]
+        return sorted({parts[-2] for parts in inside if any(part.isdecimal() for part in parts)})
+
     def by_weight(self, updates: Mapping[str, LoraUpdate]) -> dict[str, LoraUpdate]:
         """The updates by the name of the weight that each is added to.
 

@@ -52,6 +52,10 @@ class Sampler(Section):
     install: Literal["auto", "merged", "adapter"] = "auto"
     """How a new version enters the engine: `merged` into the base weights, or as a LoRA `adapter`. auto: as an adapter on CUDA
     with dtype=bfloat16 (vLLM's LoRA kernels there take no float32), merged elsewhere."""
+    drain: bool = False
+    """True: a sampler finishes what it draws before it takes a version, so that each group is of one version. Else it takes it
+    at the next token: what is being drawn goes on by its own adapter or, where versions are merged, by the new weights. No loss
+    minds, since the learner computes log q itself, and those with ratios know the log-prob that each token was drawn with."""
     rounding: Literal["nearest", "stochastic"] = "stochastic"
     """Of weights that are merged in bfloat16. To the nearest, small updates are lost; `stochastic` keeps them on average."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -123,6 +123,7 @@ class Group:
     """K arrays float64 [T + 1]: entry t is the *untempered* log R, in nats, of stopping after t tokens; NaN inside a tool's
     output and where the reward has none (terminal rewards). Whether the policy may stop there is for the learner to know."""
     adapter_version: int
+    """That it was begun with: unless samplers drain, later ones may have drawn the rest."""
     group_id: int
     faults: tuple[str, ...] = ()
     """Why samples that were drawn are not here: a line for each whose reward could not be had."""

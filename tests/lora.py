@@ -71,10 +71,20 @@ def next_log_probs(
     is_action_T: np.ndarray | None = None,
 ) -> torch.Tensor:
     """float64 [T + 1, V]: log of (1 - eps) softmax(logits / temperature) + eps uniform, over the support at each depth."""
-    depth = np.cumsum(np.append(0, np.ones(len(tokens_T)) if is_action_T is None else is_action_T))
     context = [*prompt.policy_tokens, *tokens_T.tolist()]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([context])).logits[0, len(prompt.policy_tokens) - 1 :].double()
+    return _behaved(logits, constraints, tokens_T, behaviour, is_action_T)
+
+
+def _behaved(
+    logits: torch.Tensor,
+    constraints: Constraints,
+    tokens_T: np.ndarray,
+    behaviour: Behaviour,
+    is_action_T: np.ndarray | None = None,
+) -> torch.Tensor:
+    depth = np.cumsum(np.append(0, np.ones(len(tokens_T)) if is_action_T is None else is_action_T))
     support = torch.zeros(logits.shape, dtype=torch.bool)
     support[:, constraints.columns] = True
     support[torch.from_numpy(depth < max(constraints.min_tokens, behaviour.open_from)), constraints.stop_token] = False
@@ -85,6 +95,30 @@ def next_log_probs(
             support[t] = torch.arange(support.shape[1]) == certain
     probs = (logits / behaviour.temperature).masked_fill(~support, -torch.inf).softmax(-1)
     return ((1 - behaviour.epsilon) * probs + behaviour.epsilon * support / support.sum(-1, keepdim=True)).log()
+
+
+def log_probs_across(
+    before: torch.nn.Module,
+    after: torch.nn.Module,
+    constraints: Constraints,
+    prompt: Prompt,
+    trajectory: Trajectory,
+    drawn: int,
+) -> np.ndarray:
+    """float64 [T + 1], of actions alone: as `drawn_log_probs`, where `drawn` tokens were drawn from one model, and the others
+    from another one over the keys and values that the first had computed by then."""
+    context = torch.tensor([[*prompt.policy_tokens, *trajectory.tokens_T.tolist()]])
+    read = len(prompt.policy_tokens) + drawn - 1
+    with torch.no_grad():
+        first = before(input_ids=context[:, :read], use_cache=True)
+        second = after(input_ids=context[:, read:], past_key_values=first.past_key_values) if read < context.shape[1] else None
+    logits = torch.cat([part.logits[0] for part in (first, second) if part is not None])[len(prompt.policy_tokens) - 1 :]
+    logp = _behaved(logits.double(), constraints, trajectory.tokens_T, trajectory.behaviour)
+    tokens = [*trajectory.tokens_T.tolist(), constraints.stop_token]
+    result = logp[torch.arange(len(tokens)), tokens].numpy()
+    if trajectory.stop == "forced":
+        result[-1] = 0.0
+    return result
 
 
 def drawn_log_probs(model: torch.nn.Module, constraints: Constraints, prompt: Prompt, trajectory: Trajectory) -> np.ndarray:

@@ -301,14 +301,70 @@ def test_no_file_of_a_version_outlives_its_install(case: Case, tmp_path: Path, m
         assert case.largest_error(model) < 1e-3
 
 
-def test_an_install_below_running_groups_is_an_error(case: Case) -> None:
+def test_a_version_is_installed_between_two_tokens_of_what_is_drawn(case: Case) -> None:
+    (first, first_model), (second, second_model), (third, third_model) = (case.version(number) for number in (1, 2, 3))
+    case.engine.install(first)
+    begun = case.engine.add(Request(0, LONG, BEHAVIOURS * 4, 1))
+    # The prompt is computed for one sample, and then for the others.
+    done = dict(case.engine.step() + case.engine.step())
+    case.engine.install(second)
+    fresh = case.engine.add(Request(1, LONG, BEHAVIOURS * 4, 2))
+    beside = case.engine.settings.install == "adapter"
+    assert case.engine.takes_version is not beside
+    if beside:
+        with pytest.raises(RuntimeError, match="no room for another version"):
+            case.engine.install(third)
+    while case.engine.busy:
+        done |= dict(case.engine.step())
+
+    def error(trajectory: Trajectory, due_T: np.ndarray) -> float:
+        return float(np.abs(due_T - trajectory.logp_T).max())
+
+    for trajectory in done[fresh]:
+        assert error(trajectory, lora.drawn_log_probs(second_model, CONSTRAINTS, LONG, trajectory)) < 1e-3
+    for trajectory in done[begun]:
+        if beside:
+            assert error(trajectory, lora.drawn_log_probs(first_model, CONSTRAINTS, LONG, trajectory)) < 1e-3
+        else:
+            # The first sample had two tokens by then, the others one.
+            mixed = [lora.log_probs_across(first_model, second_model, CONSTRAINTS, LONG, trajectory, n) for n in (1, 2)]
+            assert min(error(trajectory, due_T) for due_T in mixed) < 1e-3
+    assert case.engine.takes_version
+    case.engine.install(third)
+    assert case.largest_error(third_model) < 1e-3
+
+
+def test_with_drain_a_version_waits_for_what_is_drawn(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(case.engine, "settings", replace(case.engine.settings, drain=True))
     adapter = case.version(1)[0]
     case.engine.install(adapter)
     case.engine.add(Request(0, SHORT, BEHAVIOURS, 0))
+    assert not case.engine.takes_version
     with pytest.raises(RuntimeError, match="being drawn"):
         case.engine.install(adapter)
     while case.engine.busy:
         case.engine.step()
+    assert case.engine.takes_version
+
+
+def test_a_wrong_canary_costs_what_merged_weights_were_drawing_and_nothing_beside_the_base(case: Case) -> None:
+    good, model = case.version(1)
+    case.engine.install(good)
+    ticket = case.engine.add(Request(0, SHORT, BEHAVIOURS, 0))
+    assert case.engine.step() == []
+    with pytest.raises(AdapterError, match="version 3"):
+        case.engine.install(replace(case.version(3)[0], canary=case.version(2)[0].canary))
+    if case.engine.settings.install == "merged":
+        assert not case.engine.busy
+        case.engine.install(good)
+    done: dict[int, tuple[Trajectory, ...]] = {}
+    while case.engine.busy:
+        done |= dict(case.engine.step())
+    for trajectory in done.get(ticket, ()):
+        due_T = lora.drawn_log_probs(model, CONSTRAINTS, SHORT, trajectory)
+        np.testing.assert_allclose(trajectory.logp_T, due_T, atol=1e-3)
+    assert len(done) == (case.engine.settings.install == "adapter")
+    assert case.largest_error(model) < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ class Real:
             "model": {"path": lora.NAME},
             "lora": {"rank": 4},
             "task": {"kind": "random_number"},
-            "sampler": {"kv_cache_mb": 16, "install": "merged"},
+            "sampler": {"kv_cache_mb": 16, "install": "merged", "drain": True},
         }
         self.models = [lora.adapted(folder, lora.TARGETS["llama"], seed=number) for number in range(4)]
         self.adapters = [lora.publish(number, model) for number, model in enumerate(self.models)]
@@ -191,15 +191,24 @@ def test_stats_count_what_was_done(real: Real) -> None:
 
 
 class ScriptedEngine:
-    """Finishes a group on each step; `before_step` may block or raise, and a version in `refuse` is refused."""
+    """Finishes a group on each step; `before_step` may block or raise, and a version in `refuse` is refused, with which what
+    runs is dropped. With `drain` no version is taken while something runs."""
 
-    def __init__(self, before_step: Callable[[], None] = lambda: None, refuse: Sequence[int] = ()) -> None:
-        self.before_step, self.refuse = before_step, refuse
+    def __init__(self, before_step: Callable[[], None] = lambda: None, refuse: Sequence[int] = (), drain: bool = False) -> None:
+        self.before_step, self.refuse, self.drain = before_step, refuse, drain
         self.installed: Adapter | None = None
         self.tokens, self.ticket = 0, 0
         self.running: list[tuple[int, Request]] = []
         self.log: list[str] = []
         self.closed = False
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.running)
+
+    @property
+    def takes_version(self) -> bool:
+        return not (self.drain and self.running)
 
     @property
     def progress(self) -> int:
@@ -224,10 +233,11 @@ class ScriptedEngine:
         return [(ticket, (one,) * len(request.behaviours_K))]
 
     def install(self, adapter: Adapter) -> dict[str, float]:
-        assert not self.running
+        assert self.takes_version
         self.log.append(f"install {adapter.version}")
         if adapter.version in self.refuse:
             self.installed = None
+            self.running.clear()
             raise AdapterError(f"version {adapter.version} is refused")
         self.installed = adapter
         return {"seconds": 0.0, "canary_error": 0.0, "canary_signal": 0.0}
@@ -243,11 +253,11 @@ def adapter_of(version: int) -> Adapter:
 class Held:
     """A sampler whose engine stands still before each step until `release`."""
 
-    def __init__(self, on_death: Callable[[], None] = lambda: None, refuse: Sequence[int] = ()) -> None:
+    def __init__(self, on_death: Callable[[], None] = lambda: None, refuse: Sequence[int] = (), drain: bool = False) -> None:
         self.gate = threading.Semaphore(0)
         self.error: BaseException | None = None
         self.reached = threading.Semaphore(0)
-        self.engine = ScriptedEngine(self._before_step, refuse)
+        self.engine = ScriptedEngine(self._before_step, refuse, drain)
         engine: Any = self.engine
         self.sampler = Sampler(lambda: engine, Lengths(), on_death)
         self._clients = ThreadPoolExecutor(16)
@@ -271,8 +281,35 @@ class Held:
         self.gate.release(steps)
 
 
-def test_running_groups_finish_before_a_newer_version_is_installed() -> None:
+def test_a_newer_version_is_installed_while_groups_run_and_each_names_the_one_that_it_was_begun_with() -> None:
     held = Held()
+    futures = [held.sample(0, 1)]
+    assert held.reached.acquire(timeout=SECONDS)
+    futures += [held.sample(1, 1), held.sample(2, 2), held.sample(3, 1)]
+    held.release()
+    versions = [future.result(SECONDS).adapter_version for future in futures]
+    held.sampler.close()
+    assert versions == [1, 1, 2, 2]
+    log = held.engine.log
+    assert log.index("start 1 on 1") < log.index("install 2") < log.index("end 1")
+
+
+def test_what_is_dropped_with_a_refused_version_fails_by_its_error() -> None:
+    held = Held(refuse=[2])
+    futures = [held.sample(0, 1)]
+    assert held.reached.acquire(timeout=SECONDS)
+    futures += [held.sample(1, 1), held.sample(2, 2)]
+    after = held.sample(3, 1)
+    held.release()
+    assert futures[0].result(SECONDS).adapter_version == 1
+    for lost in futures[1:]:
+        assert "version 2 is refused" in str(lost.exception(SECONDS))
+    assert after.result(SECONDS).adapter_version == 1
+    held.sampler.close()
+
+
+def test_with_drain_running_groups_finish_before_a_newer_version_is_installed() -> None:
+    held = Held(drain=True)
     futures = [held.sample(0, 1)]
     assert held.reached.acquire(timeout=SECONDS)
     futures += [held.sample(1, 1), held.sample(2, 2), held.sample(3, 1)]
@@ -376,7 +413,7 @@ def test_every_waiting_caller_learns_that_the_engine_died() -> None:
 
 def test_a_refused_version_fails_its_own_callers_alone() -> None:
     told = threading.Event()
-    held = Held(on_death=told.set, refuse=[2])
+    held = Held(on_death=told.set, refuse=[2], drain=True)
     first = held.sample(0, 1)
     assert held.reached.acquire(timeout=SECONDS)
     refused, after = held.sample(1, 2), held.sample(2, 1)

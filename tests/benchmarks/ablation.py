@@ -38,6 +38,7 @@ SETTINGS: dict[str, list[str]] = {
     "staleness 4, a version every 4 updates": ["learner.publish_every=4", "learner.max_staleness=4"],
     "staleness 8, a version every 8 updates": ["learner.publish_every=8", "learner.max_staleness=8"],
     "staleness 10, a version every 8 updates": ["learner.publish_every=8", "learner.max_staleness=10"],
+    "drained, a version waits for what is drawn": ["sampler.drain=true"],
     "learning rate 2e-3": ["learner.lr=2e-3"],
     "learning rate 2e-3, warm-up 2": ["learner.lr=2e-3", "learner.warmup_steps=2"],
     "learning rate 4e-3": ["learner.lr=4e-3"],

@@ -25,7 +25,7 @@ from system.models import locate
 from system.pretrained import load_pretrained
 from system.trajectory import Behaviour, Prompt, Request
 from tests.benchmarks.figures import in_turns, ratio, report, seconds
-from tests.benchmarks.sampler_rate import NEW_TOKENS, PROMPT_TOKENS, SAMPLES, Nothing, random_adapter
+from tests.benchmarks.sampler_rate import NEW_TOKENS, PROMPT_TOKENS, SAMPLES, Nothing, forget_prompts, random_adapter
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
 
         def sample(prompts: list[Prompt] = prompts) -> None:
             requests = [Request(i, prompt, (Behaviour(),) * SAMPLES, seed=i) for i, prompt in enumerate(prompts)]
-            sampler._engine._forget_prefixes()
+            forget_prompts(sampler._engine)
             with ThreadPoolExecutor(len(requests)) as callers:
                 list(callers.map(lambda request: sampler.sample(request, adapter), requests))
 

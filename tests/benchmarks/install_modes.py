@@ -27,6 +27,7 @@ from system.adapters import Adapter, Canary
 from system.config import Model
 from system.models import locate
 from tests.benchmarks.figures import Figure, in_turns, ratio, report
+from tests.benchmarks.sampler_rate import forget_prompts
 from tests.benchmarks.worker import Worker
 
 NEW_TOKENS, PROMPT_TOKENS, SAMPLES, PROMPTS = 32, 40, 16, 4
@@ -61,7 +62,7 @@ class Drawing:
 
         engine, rng = self.engine, np.random.default_rng(0)
         engine.installed = engine.installed or adapter
-        engine._forget_prefixes()
+        forget_prompts(engine)
         started, before = time.perf_counter(), engine.tokens
         for index in range(PROMPTS):
             prompt = Prompt(str(index), tuple(rng.integers(100, 40000, PROMPT_TOKENS).tolist()), (1,))
@@ -79,7 +80,8 @@ class Drawing:
 
         params = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, temperature=0.0)
         inputs: Any = [{"prompt_token_ids": tokens}]
-        output = self.engine._llm.generate(inputs, params, use_tqdm=False, lora_request=self.engine._lora)[0]
+        lora = self.engine._loras[-1] if self.engine._loras else None
+        output = self.engine._llm.generate(inputs, params, use_tqdm=False, lora_request=lora)[0]
         rows: Any = output.prompt_logprobs
         return np.array([row[token].logprob for row, token in zip(rows[1:], tokens[1:], strict=True)])
 

@@ -71,6 +71,11 @@ def random_adapter(base: BaseWeights, name: str, rng: np.random.Generator) -> Ad
     return Adapter.publish(1, 1, tensors, {"r": RANK, "lora_alpha": 2.0 * RANK, "peft_type": "LORA"}, name)
 
 
+def forget_prompts(engine: Any) -> None:
+    """The next groups compute their prompts anew, as after an install."""
+    engine._salt = str(time.perf_counter_ns())
+
+
 class Nothing:
     tokens_forwarded = progress = 0
 
@@ -93,7 +98,7 @@ class Ours:
 
     def rate(self, prompts: Sequence[Prompt], behaviours_K: tuple[Behaviour, ...]) -> float:
         requests = [Request(i, prompt, behaviours_K, seed=i) for i, prompt in enumerate(prompts)]
-        self._sampler._engine._forget_prefixes()
+        forget_prompts(self._sampler._engine)
         started = time.perf_counter()
         with ThreadPoolExecutor(len(requests)) as callers:
             groups = callers.map(lambda request: self._sampler.sample(request, self._adapter), requests)
