@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
 from system.language_model import LanguageModel
-from system.prefix_tree import Packed, PrefixTree, rows_by_budget
+from system.prefix_tree import Packed, PrefixTree, rows_by_budget, split
 from system.scores import Scores
 from system.trajectory import Prompt, Trajectory
+
+
+class _Part(NamedTuple):
+    """What is scored in one row."""
+
+    tree: PrefixTree
+    members: tuple[int, ...]
+    """The trajectories that the tree is of."""
+    branch_N: np.ndarray
+    """bool: the stop and the evidence are scored after this node."""
 
 
 class Posterior:
@@ -18,15 +29,18 @@ class Posterior:
 
     One packed pass: each distinct prefix once, and a branch with the stop and Y after each of them, in place of T + 1
     passes. A group that does not fit the token budget is several rows, which go on from one reading of X where the model
-    can. `tokens_forwarded` counts what that costs.
+    can; so is a sample whose branches alone do not fit. `tokens_forwarded` counts what that costs.
     """
 
-    def __init__(self, model: LanguageModel, stop: Sequence[int], token_budget: int = 1024, every_prefix: bool = True) -> None:
-        """Without `every_prefix`, log R is known where a trajectory of the group ends, and NaN elsewhere."""
+    def __init__(
+        self, model: LanguageModel, stop: Sequence[int], token_budget: int | None = None, every_prefix: bool = True
+    ) -> None:
+        """`token_budget` is by default 1,024 on a CPU and 16,384 elsewhere. Without `every_prefix`, log R is known where a
+        trajectory of the group ends, and NaN elsewhere."""
         self.model = model
         self.every_prefix = every_prefix
         self.stop = tuple(stop)
-        self.token_budget = token_budget
+        self.token_budget = token_budget or (1024 if model.device.type == "cpu" else 16_384)
         self.tokens_forwarded = 0
 
     @property
@@ -45,36 +59,37 @@ class Posterior:
             self.tokens_forwarded += context.length
             read = read[-1:]
             parts = self._parts(len(read), trajectories_K, suffix)
-        pieces = [Packed.of(tree, read, suffix, self._branches(tree, suffix)) for tree, _ in parts]
-        result: list[np.ndarray] = [np.zeros(0)] * len(trajectories_K)
+        pieces = [Packed.of(part.tree, read, suffix, part.branch_N) for part in parts]
+        result = [np.full(len(trajectory) + 1, np.nan) for trajectory in trajectories_K]
         for row in rows_by_budget([len(piece) for piece in pieces], self.token_budget):
             self.tokens_forwarded += sum(len(pieces[index]) for index in row)
             for index, (edge_N, suffix_N) in zip(row, self.model.score([pieces[index] for index in row], context), strict=True):
-                tree, members = parts[index]
+                tree, members = parts[index].tree, parts[index].members
                 for k, nodes_T in zip(members, tree.nodes_K, strict=True):
-                    result[k] = np.cumsum(edge_N[nodes_T]) + (suffix_N[nodes_T] if suffix else 0.0)
+                    # Of a sample in several parts each knows what the others do not.
+                    result[k] = np.fmax(result[k], np.cumsum(edge_N[nodes_T]) + (suffix_N[nodes_T] if suffix else 0.0))
         return result
 
-    def _branches(self, tree: PrefixTree, suffix: tuple[int, ...]) -> np.ndarray | None:
-        return None if self.every_prefix or not suffix else tree.is_end_N
+    def _parts(self, before: int, trajectories_K: Sequence[Trajectory], suffix: tuple[int, ...]) -> list[_Part]:
+        """The group in rows of at most the token budget, with the `before` tokens that each begins with. A row holds at least
+        as many other tokens as it begins with: a long prompt would be read for nearly every sample, a long sample for nearly
+        every branch."""
+        inputs = max(0, len(suffix) - 1)
 
-    def _parts(
-        self, before: int, trajectories_K: Sequence[Trajectory], suffix: tuple[int, ...]
-    ) -> list[tuple[PrefixTree, list[int]]]:
-        """The group as one tree, or as several with neighbouring samples where one would not fit the token budget with the
-        `before` tokens that it begins with. Rows that each begin with a long prompt hold as many tokens of samples at least:
-        it would be read for nearly every sample."""
-        order = sorted(range(len(trajectories_K)), key=lambda k: trajectories_K[k].tokens_T.tolist())
-        tree = PrefixTree.of([trajectories_K[k] for k in order])
-        branches = len(tree) if self.every_prefix else len(order)
-        tokens = before + len(tree) + branches * max(0, len(suffix) - 1)
-        if tokens <= max(self.token_budget, 2 * before) or len(order) == 1:
-            return [(tree, order)]
-        half = len(order) // 2
-        parts = []
-        for members in (order[:half], order[half:]):
-            for subtree, inner in self._parts(before, [trajectories_K[k] for k in members], suffix):
-                parts.append((subtree, [members[k] for k in inner]))
+        def branches(tree: PrefixTree) -> np.ndarray:
+            return np.ones(len(tree), bool) if self.every_prefix else tree.is_end_N
+
+        def tokens(tree: PrefixTree) -> int:
+            return before + len(tree) + int(branches(tree).sum()) * inputs
+
+        parts, longest = [], max(self.token_budget, 2 * before)
+        for tree, members in split(trajectories_K, lambda tree: tokens(tree) <= longest):
+            alone, at = before + len(tree), np.flatnonzero(branches(tree))
+            fit = len(at) if not inputs or tokens(tree) <= longest else max(1, max(longest - alone, alone) // inputs)
+            for first in range(0, len(at), fit):
+                branch_N = np.zeros(len(tree), bool)
+                branch_N[at[first : first + fit]] = bool(suffix)
+                parts.append(_Part(tree, members, branch_N))
         return parts
 
 

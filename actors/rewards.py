@@ -133,7 +133,7 @@ def build(
     model: LanguageModel | None,
     stop: Sequence[int],
     decode: Callable[[list[int]], str],
-    token_budget: int,
+    token_budget: int | None,
     may_stop: Callable[[Sequence[int], int], bool] = lambda tokens, actions: True,
     evidences: Mapping[str, Sequence[tuple[int, ...]]] | None = None,
 ) -> Reward:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from learner import baselines, losses
 from learner.baselines import Baseline
+from learner.parts import Part, cut, longest_row
 from learner.policy import Policy
 from learner.ranks import Ranks
 from learner.states import node_log_reward, states_of
@@ -92,6 +93,15 @@ class Piece(NamedTuple):
     chosen_N: np.ndarray
     """bool: the policy chose the token that leads to a node."""
 
+    @property
+    def terminable_N(self) -> np.ndarray:
+        """bool: log R is known, so that log q of the stop is wanted."""
+        return np.isfinite(self.log_reward_N)
+
+
+LogQ = tuple[Tensor, Tensor]
+"""[N] of the edge into each node and of the stop at it, nats."""
+
 
 class Learner:
     def __init__(
@@ -132,6 +142,7 @@ class Learner:
             self._parameters, lr=self.config.lr, betas=self.config.betas, weight_decay=self.config.weight_decay, fused=True
         )
         self.objective = baselines.build(config.loss) or losses.build(config.loss.kind, getattr(config.loss, "decay", 1.0))
+        self._needs_base = isinstance(self.objective, Baseline) and self.objective.needs_base
         self.step = 0
         self.timeline = Timeline()
         self.base_model = base_model
@@ -196,7 +207,10 @@ class Learner:
         for row in rows_by_budget([len(piece.packed) for piece in pieces], self.config.token_budget):
             trees = [pieces[index].tree for index in row]
             with torch.no_grad():
-                log_q = self.policy.log_q([pieces[index].packed for index in row], [tree.is_end_N for tree in trees])
+                if parts := self._parts(pieces[row[0]], groups[row[0]]):
+                    log_q = [self._joined(parts, trees[0].is_end_N)]
+                else:
+                    log_q = self.policy.log_q([pieces[index].packed for index in row], [tree.is_end_N for tree in trees])
             for index, tree, (edge, stop) in zip(row, trees, log_q, strict=True):
                 edge_N, stop_N = edge.double().cpu().numpy(), stop.double().cpu().numpy()
                 stop_K = stop_N[tree.ends_K]
@@ -218,33 +232,86 @@ class Learner:
         """A row of packed trees of this rank at a time: its part of the loss, and the facts of each group in it, by index."""
         pieces = [self._pack(group) for group in groups]
         lengths = [len(piece.packed) for piece in pieces]
-        needs_base = isinstance(self.objective, Baseline) and self.objective.needs_base
         for row in self.ranks.rows(lengths, self.config.token_budget):
+            if row and (parts := self._parts(pieces[row[0]], groups[row[0]])):
+                [index] = row
+                for loss, facts in self._in_parts(pieces[index], groups[index], parts, temperature):
+                    yield loss / len(groups), {index: facts} if facts else {}
+                continue
             # A row that only keeps step with the other ranks forwards the shortest group, for nothing.
             forwarded = row or [int(np.argmin(lengths))]
             packed = [pieces[index].packed for index in forwarded]
-            terminable = [np.isfinite(pieces[index].log_reward_N) for index in forwarded]
+            terminable = [pieces[index].terminable_N for index in forwarded]
             log_q = self.policy.log_q(packed, terminable)
-            base: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(forwarded)
-            if needs_base:
+            base: Sequence[LogQ | None] = [None] * len(forwarded)
+            if self._needs_base:
                 with torch.no_grad(), self.policy.base():
                     base = self.policy.log_q(packed, terminable)
             if not row:
                 yield 0.0 * log_q[0][0].sum(), {}
                 continue
-            loss_G, facts = [], {}
-            for index, (edge_N, stop_N), base_N in zip(row, log_q, base, strict=True):
-                tree, _, log_reward_N, chosen_N = pieces[index]
-                states = states_of(tree, log_reward_N, edge_N, stop_N, temperature)
-                if isinstance(self.objective, Baseline):
-                    actions = baselines.actions_of(tree, chosen_N, groups[index], edge_N, stop_N, base_N, temperature)
-                    loss = self.objective.loss(actions)
-                else:
-                    loss = self.objective(states)
-                tokens = lengths[index] * (2 if needs_base else 1)
-                facts[index] = _facts(float(loss.detach()), tokens, states, stop_N.detach()[tree.ends_K.tolist()])
+            loss_G, facts_G = [], {}
+            for index, log_q_N, base_N in zip(row, log_q, base, strict=True):
+                loss, facts_G[index] = self._loss(pieces[index], groups[index], log_q_N, base_N, lengths[index], temperature)
                 loss_G.append(loss)
-            yield torch.stack(loss_G).sum() / len(groups), facts
+            yield torch.stack(loss_G).sum() / len(groups), facts_G
+
+    def _loss(
+        self, piece: Piece, group: Group, log_q: LogQ, base: LogQ | None, forwarded: int, temperature: float
+    ) -> tuple[Tensor, Facts]:
+        """Of one group, for which the policy computed so many tokens, and the base as many if it was asked."""
+        tree, (edge_N, stop_N) = piece.tree, log_q
+        states = states_of(tree, piece.log_reward_N, edge_N, stop_N, temperature)
+        if isinstance(self.objective, Baseline):
+            actions = baselines.actions_of(tree, piece.chosen_N, group, edge_N, stop_N, base, temperature)
+            loss = self.objective.loss(actions)
+        else:
+            loss = self.objective(states)
+        tokens = forwarded * (2 if self._needs_base else 1)
+        return loss, _facts(float(loss.detach()), tokens, states, stop_N.detach()[tree.ends_K.tolist()])
+
+    # --------------------------------------------------------------------------- a group that is longer than a row
+
+    def _parts(self, piece: Piece, group: Group) -> list[Part]:
+        """None where it is whole: it fits a row, or is one sample, or ranks compute in lockstep, which one with more to compute
+        would break."""
+        context, budget = group.prompt.policy_tokens, self.config.token_budget
+        if len(group) == 1 or self.ranks.in_lockstep or len(piece.packed) <= longest_row(context, budget):
+            return []
+        return cut(piece.tree, group.trajectories_K, context, budget)
+
+    def _joined(self, parts: Sequence[Part], terminable_N: np.ndarray) -> LogQ:
+        """log q at the nodes of the whole tree."""
+        whole = [torch.zeros(len(terminable_N), device=self.policy.device) for _ in range(2)]
+        for part in parts:
+            [log_q] = self.policy.log_q([part.packed], [terminable_N[part.node_N]])
+            node_N = torch.from_numpy(part.node_N).to(self.policy.device)
+            for values_N, part_N in zip(whole, log_q, strict=True):
+                values_N[node_N] = part_N
+        return whole[0], whole[1]
+
+    def _in_parts(
+        self, piece: Piece, group: Group, parts: Sequence[Part], temperature: float
+    ) -> Iterator[tuple[Tensor, Facts | None]]:
+        """For each part a stand-in for its share of the loss, which has the same gradient; with the last one the facts."""
+        base = None
+        with torch.no_grad():
+            if self._needs_base:
+                with self.policy.base():
+                    base = self._joined(parts, piece.terminable_N)
+            log_q = self._joined(parts, piece.terminable_N)
+        for values_N in log_q:
+            values_N.requires_grad_()
+        forwarded = sum(len(part.packed) for part in parts)
+        loss, facts = self._loss(piece, group, log_q, base, forwarded, temperature)
+        facts = facts._replace(tokens=facts.tokens + forwarded)
+        slope = torch.autograd.grad(loss, log_q, materialize_grads=True)
+        for number, part in enumerate(parts, 1):
+            [log_q_part] = self.policy.log_q([part.packed], [piece.terminable_N[part.node_N]])
+            # A node that several parts have is one node, of one of them.
+            node_N, first_N = (torch.from_numpy(each).to(self.policy.device) for each in (part.node_N, part.first_N))
+            shares = [(slope_N[node_N] * part_N)[first_N].sum() for slope_N, part_N in zip(slope, log_q_part, strict=True)]
+            yield shares[0] + shares[1], facts if number == len(parts) else None
 
     # ------------------------------------------------------------------------------------- what leaves the learner
 

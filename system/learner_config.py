@@ -154,8 +154,9 @@ class Learner(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the base weights and activations. LoRA weights are kept, and the loss computed, in float32."""
     token_budget: int = Field(default=2048, ge=64)
-    """Most tokens of one micro-batch: the trees of an update are packed into rows of this length. What an update
-    has of one prompt, replayed samples included, is never cut: with more it is a row of its own."""
+    """Most tokens of one micro-batch: the trees of an update are packed into rows of this length, with which memory grows.
+    What an update has of one prompt, replayed samples included, is cut where it is more, for one forward pass more; with
+    `shard_base` it is a row of its own. A row has the tokens of one sample at least, and as many as its prompt."""
     logits_chunk: int = Field(default=256, ge=1)
     """Positions whose logits exist at one time; twice as many where a baseline with `kl` asks the base too."""
     attention: Literal["auto", "dense", "block"] = "auto"

@@ -7,7 +7,7 @@ node, where its subtree ends, holds the whole attention pattern: key k is visibl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +84,20 @@ class PrefixTree:
         ints = (np.array(values, np.int64) for values in (token, parent, length, depth, end))
         token_N, parent_N, length_N, depth_N, end_N = ints
         return cls(token_N, np.array(action), parent_N, length_N, depth_N, end_N, tuple(nodes_K))
+
+
+def split(trajectories_K: Sequence[Trajectory], fits: Callable[[PrefixTree], bool]) -> list[tuple[PrefixTree, tuple[int, ...]]]:
+    """The samples as one tree, or halved, neighbours together, until each tree `fits` or has one sample: trees, each with
+    the indices of its trajectories."""
+
+    def of(members: tuple[int, ...]) -> list[tuple[PrefixTree, tuple[int, ...]]]:
+        tree = PrefixTree.of([trajectories_K[k] for k in members])
+        if len(members) < 2 or fits(tree):
+            return [(tree, members)]
+        half = len(members) // 2
+        return of(members[:half]) + of(members[half:])
+
+    return of(tuple(sorted(range(len(trajectories_K)), key=lambda k: trajectories_K[k].tokens_T.tolist())))
 
 
 @dataclass(frozen=True, eq=False)

@@ -62,8 +62,9 @@ class Sampler(Section):
     """Of the engine."""
     reward_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen model that scores."""
-    token_budget: int = Field(default=1024, ge=64)
-    """Most tokens in one row of the scoring pass. The cost of attention grows with its square; a GPU takes more at once."""
+    token_budget: int | None = Field(default=None, ge=64)
+    """Most tokens in one row of the scoring pass, by default 1,024 on a CPU, where the cost of attention grows with its square,
+    and 16,384 on a GPU."""
     max_num_seqs: int = Field(default=64, ge=1)
     """Sequences that the engine decodes at once."""
     kv_cache_mb: int = Field(default=512, ge=16)

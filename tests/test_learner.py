@@ -112,6 +112,42 @@ def test_micro_batches_do_not_change_the_update(folder: Path, section: dict[str,
     torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("section", [{"kind": "pooled"}, {"kind": "subtb"}, {"kind": "vargrad"}, *WITH_KL[:1]], ids=str)
+def test_a_group_longer_than_a_row_is_cut_and_its_update_is_that_of_the_whole(
+    folder: Path, section: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = parse(ON_POLICY | {"task": {"kind": "random_number"}, "loss": section}).loss
+    results, rows = [], []
+    for budget in (4096, 64):
+        subject = Learner(config(token_budget=budget).model_copy(update={"loss": loss}), folder, CONSTRAINTS, "base", range(40))
+        tiny.perturb(subject.policy.parameters.values())
+        whole = subject.policy.log_q
+        monkeypatch.setattr(
+            subject.policy, "log_q", lambda packed, at, whole=whole: rows.append(sum(map(len, packed))) or whole(packed, at)
+        )
+        rows.clear()
+        # The second has two samples with a tool's output, in parts that are not the same.
+        batch = groups(3, samples=40)
+        tools = [sampled([first, 11, 45, 46, 12], [True, True, False, False, True]) for first in (10, 29)]
+        batch[1] = Group(
+            PROMPTS[1],
+            (*tools, *batch[1].trajectories_K),
+            (*[np.array([0, 1, np.nan, 2, 3, 4.0])] * 2, *batch[1].log_reward_K),
+            0,
+            1,
+        )
+        metrics = subject.update(batch)
+        assert (max(rows) > 64) == (budget > 64)
+        assert metrics["tokens/forwarded"] == sum(rows)
+        gradient = torch.cat([parameter.grad.flatten() for parameter in subject.policy.parameters.values()])  # type: ignore[union-attr]
+        results.append((metrics, gradient, [score.log_q_K for score in subject.score(batch)]))
+    (one, gradient, log_q), (cut, of_parts, log_q_of_parts) = results
+    for name in ("loss", "log_z", "spread", "ess", "log_q_stop"):
+        assert cut[name] == pytest.approx(one[name], rel=1e-4), name
+    torch.testing.assert_close(of_parts, gradient, rtol=1e-3, atol=1e-5)
+    assert np.concatenate(log_q_of_parts) == pytest.approx(np.concatenate(log_q), abs=1e-3)
+
+
 def test_scores_are_the_same_in_one_row_and_in_many(folder: Path) -> None:
     batch = [*groups(0), *groups(1)]
     one, many = ([s.log_q_K for s in learner(folder, token_budget=budget).score(batch)] for budget in (4096, 64))

@@ -124,6 +124,22 @@ def test_rows_stay_within_the_budget_where_a_sample_alone_does(model: PreTrained
         assert max(rows) <= budget
 
 
+def test_a_sample_whose_branches_alone_are_too_many_is_scored_in_several_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LanguageModel(tiny.llama())
+    monkeypatch.setattr(model, "read", lambda tokens: None)
+    score, rows = model.score, []
+    monkeypatch.setattr(model, "score", lambda pieces, context: rows.append(sum(map(len, pieces))) or score(pieces, context))
+    [longest] = sorted(trajectories(), key=len)[-1:]
+    whole = Posterior(model, (2,)).score(EVIDENCE, [longest]).complete()
+    assert np.isfinite(whole[0]).all()
+    alone = len(EVIDENCE.reward_tokens) + len(longest)
+    for budget in (alone + 10, 5):
+        rows.clear()
+        assert_same(Posterior(model, (2,), budget).score(EVIDENCE, [longest]).complete(), whole)
+        # Of the sample itself as many tokens as of branches, at least.
+        assert len(rows) > 1 and max(rows) <= max(budget, 2 * alone)
+
+
 def test_each_distinct_prefix_is_forwarded_once() -> None:
     """With a stop of one token: the context and each node. With S more tokens behind a node, a branch of S - 1 inputs
     each, because the last is only predicted."""
