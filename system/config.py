@@ -132,6 +132,23 @@ class Config(Section):
             )
         if actors.count > actors.most:
             found.append(f"actors.count={actors.count} counts for nothing beside min={actors.fewest} and max={actors.most}")
+        ahead = (self.learner.max_staleness + 1) * self.learner.groups_per_update
+        if ahead < actors.most:
+            found.append(
+                f"learner.max_staleness={self.learner.max_staleness} with groups_per_update={self.learner.groups_per_update} "
+                f"lets {ahead} groups be under way at a time, so that {actors.most - ahead} of {actors.most} samplers have no work; "
+                "raise groups_per_update or max_staleness, or lower actors.count or max"
+            )
+        computes = {
+            "sampler.dtype": (self.sampler.dtype, actors.gpus),
+            "sampler.reward_dtype": (self.sampler.reward_dtype, actors.gpus),
+            "learner.dtype": (self.learner.dtype, self.learner.gpus),
+        }
+        if slow := [name for name, (dtype, gpus) in computes.items() if gpus and dtype == "float32"]:
+            found.append(
+                f"{', '.join(slow)} {'is' if len(slow) == 1 else 'are'} float32, which a GPU computes many times more slowly "
+                "than bfloat16, in twice the memory; set bfloat16"
+            )
         return found
 
     def warnings_about(self, prompts: int) -> list[str]:

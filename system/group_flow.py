@@ -26,6 +26,8 @@ from system.trajectory import Group
 
 logger = logging.getLogger(__name__)
 
+FAULT_WINDOW = 10_000
+"""The last samples, of which so many may have no reward: one that fails now and then is not to stop a long run."""
 POLL_SECONDS = 0.5
 """Longest time between two looks at a request to stop."""
 
@@ -64,6 +66,8 @@ class GroupFlow:
     _deaths_over: Counter[int] = field(default_factory=Counter, init=False)
     """Deaths of samplers that had a group which did not come back since, by its number."""
     _last_cause: str = field(default="", init=False)
+    _recent: deque[tuple[int, int]] = field(default_factory=deque, init=False)
+    """Of the groups of the last FAULT_WINDOW samples: (samples drawn, those of them without a reward)."""
 
     def begin(self) -> None:
         """What the pool lost before the loop ran does not count."""
@@ -191,18 +195,23 @@ class GroupFlow:
 
     def _usable(self, group: Group) -> bool:
         """Tolerated on purpose, up to a limit: samples without a reward. A group that they leave fewer than two is given up."""
+        self._recent.append((group.drawn, len(group.faults)))
         if not group.faults:
             return True
         counters, limit = self.counters, self.config.sampler.max_reward_faults
         logger.warning("group %d: %d samples have no reward; the first: %s", group.group_id, len(group.faults), group.faults[0])
-        if (faults := counters.reward_faults + len(group.faults)) > limit:
+        drawn, faults = (sum(values) for values in zip(*self._recent, strict=True))
+        while drawn - self._recent[0][0] >= FAULT_WINDOW:
+            samples, without = self._recent.popleft()
+            drawn, faults = drawn - samples, faults - without
+        if faults > limit:
             # With a mended reward the run goes on from here, and this group is sampled again.
             self._reissue.append(group.group_id)
             raise RunError(
-                f"{faults} samples had no reward, more than sampler.max_reward_faults={limit}; mend the reward "
-                f"or raise the limit, and resume; the last: {group.faults[-1]}"
+                f"{faults} of the last {drawn} samples had no reward, more than sampler.max_reward_faults={limit}; mend the "
+                f"reward or raise the limit, and resume; the last: {group.faults[-1]}"
             )
-        counters.reward_faults = faults
+        counters.reward_faults += len(group.faults)
         # A demonstration is alone by its nature.
         given_up = len(group) < 2
         counters.given_up += given_up

@@ -82,7 +82,7 @@ class Orchestrator:
 
         Raises:
             RunError: samplers died more than actors.max_deaths times with no group in between or over the same group, or the
-                learner with no checkpoint; or more than sampler.max_reward_faults samples had no reward.
+                learner with no checkpoint; or more than sampler.max_reward_faults recent samples had no reward.
             FloatingPointError: the loss or its gradient is not finite.
             CheckpointError: a checkpoint could not be written.
             Exception: what a sampler or a reward raised.

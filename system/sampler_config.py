@@ -77,7 +77,7 @@ class Sampler(Section):
     """False, on a GPU: vLLM compiles the model and records CUDA graphs, for which it starts more slowly and draws faster."""
     max_reward_faults: int = Field(default=100, ge=0)
     """Samples for which the reward raises, hangs or gives no finite number are left out of their groups and counted.
-    The run stops when there are more than this many in all."""
+    The run stops when more than this many of its last 10,000 samples are such."""
     canary_tolerance: float | None = Field(default=None, gt=0)
     """Largest difference, nats, between the engine's and the learner's log-probs of the canary's tokens: their mean if both
     compute in float32, else their median, since bfloat16 may be nats off at a token whatever the weights are. By default 0.005

@@ -593,7 +593,22 @@ def test_samplers_that_a_range_does_not_have_are_warned_of() -> None:
     path, between = ROOT / "deploy/configs/random_number.yaml", ["actors.min=2", "actors.max=4"]
     [warning] = load(path, [*between, "actors.count=8"]).warnings()
     assert warning == "actors.count=8 counts for nothing beside min=2 and max=4"
-    assert load(path, between).warnings() == load(path, ["actors.count=8"]).warnings() == []
+    assert load(path, between).warnings() == load(path, ["actors.count=5"]).warnings() == []
+
+
+def test_samplers_for_which_the_gate_has_no_work_are_warned_of() -> None:
+    path = ROOT / "deploy/configs/random_number.yaml"
+    [warning] = load(path, ["actors.count=8"]).warnings()
+    assert "max_staleness=4 with groups_per_update=1 lets 5 groups be under way" in warning and "3 of 8 samplers" in warning
+    assert load(path, ["actors.count=8", "learner.groups_per_update=2"]).warnings() == []
+
+
+def test_float32_on_a_gpu_is_warned_of() -> None:
+    path, gpus = ROOT / "deploy/configs/random_number.yaml", ["actors.gpus=1", "learner.gpus=1"]
+    [warning] = load(path, gpus).warnings()
+    assert warning.startswith("sampler.dtype, sampler.reward_dtype, learner.dtype are float32, which a GPU computes")
+    [warning] = load(path, [*gpus, "sampler.dtype=bfloat16", "sampler.reward_dtype=bfloat16"]).warnings()
+    assert warning.startswith("learner.dtype is float32")
 
 
 def test_a_high_temperature_is_refused_where_the_posterior_is_listed_alone() -> None:

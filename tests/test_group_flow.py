@@ -222,24 +222,40 @@ def test_a_group_of_one_that_lost_none_is_used(tmp_path: Path) -> None:
     assert (loop.counters.groups, loop.counters.given_up) == (6, 0)
 
 
-def test_too_many_samples_without_a_reward_stop_the_run_also_over_a_resume(tmp_path: Path) -> None:
+def test_too_many_samples_without_a_reward_stop_the_run_and_one_that_is_resumed(tmp_path: Path) -> None:
     cfg = parse(config().model_dump() | {"sampler": {"samples_per_prompt": 3, "max_reward_faults": 3}})
     loop = orchestrator(tmp_path, cfg, Lossy({0: 1, 15: 3}), FakeLearner())
-    with pytest.raises(RuntimeError, match=r"4 samples had no reward, more than sampler.max_reward_faults=3; .* log of zero"):
+    message = r"4 of the last \d+ samples had no reward, more than sampler.max_reward_faults=3; .* log of zero"
+    with pytest.raises(RuntimeError, match=message):
         loop.train()
     # It stopped with a checkpoint, for a mended reward to go on from: nothing is skipped, and no fault counted twice.
-    for lost, ends in (({15: 3}, False), ({}, True)):
+    for lost, ends in (({15: 3, 16: 1}, False), ({}, True)):
         learner, samplers = FakeLearner(), Lossy(lost)
         again = orchestrator(tmp_path, cfg, samplers, learner)
         resume(again, learner, tmp_path / "checkpoints")
         assert (again.counters.step, again.counters.reward_faults) == (7, 1)
         if not ends:
-            with pytest.raises(RuntimeError, match=r"4 samples had no reward"):
+            with pytest.raises(RuntimeError, match=r"4 of the last \d+ samples had no reward"):
                 again.train()
             continue
         again.train()
         assert sorted(samplers.issued) == list(range(14, 24))
         assert (again.counters.reward_faults, again.counters.groups) == (1, 24)
+
+
+@pytest.mark.parametrize(("window", "stops"), [(12, False), (48, True)])
+def test_a_reward_that_fails_now_and_then_does_not_stop_a_long_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, stops: bool
+) -> None:
+    monkeypatch.setattr("system.group_flow.FAULT_WINDOW", window)
+    cfg = parse(config().model_dump() | {"sampler": {"samples_per_prompt": 3, "max_reward_faults": 1}})
+    loop = orchestrator(tmp_path, cfg, Lossy({0: 1, 8: 1, 16: 1}), FakeLearner())
+    if stops:
+        with pytest.raises(RuntimeError, match="2 of the last"):
+            loop.train()
+    else:
+        loop.train()
+        assert loop.counters.reward_faults == 3
 
 
 def test_groups_that_were_issued_and_not_used_are_issued_again_after_a_resume(tmp_path: Path) -> None:

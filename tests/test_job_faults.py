@@ -295,7 +295,9 @@ def test_rewards_that_fail_now_and_then_are_counted_up_to_the_limit_and_with_a_h
     settings = (task, "learner.steps=8", "learner.evaluation_samples=32")
     job = runner.start("config.json", *settings, "output_dir=now", "sampler.max_reward_faults=5")
     assert runner.ended(job) == 1, runner.logs()[-3000:]
-    assert re.search(r"^error: \d+ samples had no reward, more than sampler\.max_reward_faults=5; mend", runner.logs(), re.M)
+    assert re.search(
+        r"^error: \d+ of the last \d+ samples had no reward, more than sampler\.max_reward_faults=5; mend", runner.logs(), re.M
+    )
     run_dir = run_of(runner, "now")
     assert checkpoint.read_latest(run_dir / "checkpoints")
 
