@@ -258,8 +258,6 @@ def smc(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
     tokens_P: list[Tokens] = [()] * count
     live_P = np.ones(count, bool)
     log_p_P, log_target_P, log_weight_P, log_z = np.zeros(count), np.zeros(count), np.zeros(count), 0.0
-    # Of a prefix without a reward nothing can come: in the difference to the next target all that it weighed would be lost.
-    dead_P = np.zeros(count, bool)
     row_P, column_P = np.zeros(count, np.int64), np.zeros(count, np.int64)
     while live_P.any():
         at_B = np.flatnonzero(live_P)
@@ -272,15 +270,13 @@ def smc(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
         log_target_B = _targets(decoder, prompt, [tokens_P[n] for n in at_B], log_p_P[at_B], ~live_P[at_B])
         log_weight_P[at_B] += log_target_B - log_target_P[at_B] - log_q_B
         log_target_P[at_B] = log_target_B
-        dead_P |= log_target_P * decoder.reward_temperature <= NOTHING / 2
-        log_weight_P[dead_P] = NOTHING
         weight_P = np.exp(log_weight_P - log_weight_P.max())
         if weight_P.sum() ** 2 < np.square(weight_P).sum() * count / 2:
             log_z += log_mean_exp(log_weight_P)
             chosen = decoder.resample(log_weight_P, count)
             log_weight_P = np.zeros(count)
             tokens_P = [tokens_P[n] for n in chosen]
-            live_P, dead_P, log_p_P, log_target_P = live_P[chosen], dead_P[chosen], log_p_P[chosen], log_target_P[chosen]
+            live_P, log_p_P, log_target_P = live_P[chosen], log_p_P[chosen], log_target_P[chosen]
             row_P, column_P = row_P[chosen], column_P[chosen]
         rows.advance(row_P[live_P], column_P[live_P])
     log_z += log_mean_exp(log_weight_P)
@@ -290,24 +286,19 @@ def smc(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
 def _targets(
     decoder: Decoder, prompt: Prompt, tokens_B: list[Tokens], log_p_B: np.ndarray, stopped_B: np.ndarray
 ) -> np.ndarray:
-    """log of the target of each particle, float64 [B], nats: log R / T where it stopped, else that of its prefix."""
-    scored_B = stopped_B | (decoder.settings.twist == "reward")
-    scored, going = ([tokens_B[b] for b in np.flatnonzero(which_B)] for which_B in (scored_B, ~scored_B))
-    result_B = log_p_B / decoder.reward_temperature
-    result_B[~scored_B] += _early(decoder, prompt, going)
-    result_B[scored_B] = decoder.log_target(prompt, scored)
-    return result_B
-
-
-def _early(decoder: Decoder, prompt: Prompt, tokens_B: list[Tokens]) -> np.ndarray:
-    """What is known of log R / T at prefixes, float64 [B], nats; 0 for one that could not be a sample, or that has no reward,
-    of which the whole may have one."""
-    result_B = np.zeros(len(tokens_B))
-    known_B = [b for b, tokens in enumerate(tokens_B) if decoder.constraints.can_stop(tokens, len(tokens))]
-    if decoder.prefix_reward is not None and known_B:
-        scores = decoder.prefix_reward.score(prompt, [sampled(list(tokens_B[b])) for b in known_B])
+    """log of the target of each particle, float64 [B], nats: log R / T where it stopped. Of a prefix p(prefix)^(1/T), times
+    what `prefix_reward` says of it; or, with the twist "reward", R^(1/T) of it. A prefix that could not be a sample, or that
+    has no reward, is only as likely as it is: the whole may have one."""
+    result_B, ended = log_p_B / decoder.reward_temperature, np.flatnonzero(stopped_B)
+    result_B[ended] = decoder.log_target(prompt, [tokens_B[b] for b in ended])
+    whole = decoder.settings.twist == "reward"
+    reward = decoder.reward if whole else decoder.prefix_reward
+    known = [b for b in np.flatnonzero(~stopped_B) if decoder.constraints.can_stop(tokens_B[b], len(tokens_B[b]))]
+    if reward is not None and known:
+        scores = reward.score(prompt, [sampled(list(tokens_B[b])) for b in known])
         for k in scores.kept:
-            result_B[known_B[k]] = scores.log_reward_K[k][-1] / decoder.reward_temperature
+            likelihood = 0.0 if whole else result_B[known[k]]
+            result_B[known[k]] = likelihood + scores.log_reward_K[k][-1] / decoder.reward_temperature
     return result_B
 
 

@@ -136,7 +136,7 @@ class Config(Section):
         if ahead < actors.most:
             found.append(
                 f"learner.max_staleness={self.learner.max_staleness} with groups_per_update={self.learner.groups_per_update} "
-                f"lets {ahead} groups be under way at a time, so that {actors.most - ahead} of {actors.most} samplers have no work; "
+                f"lets {ahead} groups be under way at a time: {actors.most - ahead} of {actors.most} samplers have no work; "
                 "raise groups_per_update or max_staleness, or lower actors.count or max"
             )
         computes = {

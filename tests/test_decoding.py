@@ -182,6 +182,47 @@ def test_weighted_methods_draw_from_the_target_and_estimate_its_log_z(
     np.testing.assert_array_equal(draws[0].log_weights(np.zeros(500)), np.full(500, draws[0].log_z))
 
 
+@pytest.mark.parametrize("twist", ["likelihood", "reward"])
+@pytest.mark.parametrize(
+    ("min_tokens", "without"), [(2, {1}), (1, {2})], ids=["what is too short to be a sample", "samples of two tokens"]
+)
+def test_a_prefix_without_a_reward_costs_what_goes_on_from_it_nothing(twist: str, min_tokens: int, without: set[int]) -> None:
+    def score(prompt: Prompt, text: str, tokens: list[int]) -> float:
+        if len(tokens) in without:
+            raise ArithmeticError
+        return 0.0
+
+    made = decoder(min_tokens=min_tokens, oversample=4, twist=twist)
+    function = Function(score, decode=str)
+    made.reward = Product([Part("posterior", made.reward), Part("function", function)])
+    made.prefix_reward = function if twist == "likelihood" else None
+    lengths = {1, 2, 3} - without - set(range(min_tokens))
+    outcomes = [z for length in sorted(lengths) for z in itertools.product(LETTERS, repeat=length)]
+    exact = log_mean_exp(made.log_target(PROMPTS[0], outcomes)) + np.log(len(outcomes))
+    draws = [made.draw("smc", PROMPTS[0], 500) for _ in range(4)]
+    assert np.mean([draw.log_z for draw in draws if draw.log_z is not None]) == pytest.approx(exact, abs=0.15)
+    assert {len(tokens) for draw in draws for tokens in draw.tokens_K} == lengths
+    assert (made.faults > 0) == (min_tokens == 1), "a sample without a reward counts, what is none does not"
+
+
+def test_resampling_is_systematic_and_without_bias() -> None:
+    made, log_weight_P = decoder(), np.log([0.3, 0.7])
+    drawn = np.array([made.resample(log_weight_P, 1)[0] for _ in range(2000)])
+    assert (drawn == 0).mean() == pytest.approx(0.3, abs=0.04)
+    counts = Counter(int((made.resample(log_weight_P, 10) == 0).sum()) for _ in range(50))
+    assert set(counts) == {3}
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9])
+def test_the_nucleus_is_the_fewest_tokens_that_have_its_share(top_p: float) -> None:
+    made = decoder(top_p=top_p)
+    p_C = np.exp(made.policy.start(PROMPTS[0].policy_tokens).log_q_BC[0].double().numpy())
+    order = np.argsort(-p_C)
+    columns = order[: int((np.cumsum(p_C[order]) < top_p).sum()) + 1]
+    first = {tokens[0] for tokens in made.draw("nucleus", PROMPTS[0], 400).tokens_K}
+    assert first == {int(made.constraints.columns[column]) for column in columns}
+
+
 def test_every_sample_lies_in_the_support() -> None:
     made = decoder(min_tokens=2, max_tokens=4)
     for method in METHODS:
