@@ -40,6 +40,12 @@ class Issued(NamedTuple):
     """Waves of deaths before it was issued."""
 
 
+def staleness_at_use(step: int, ahead: int, groups_per_update: int, published_step: int) -> int:
+    """How many updates the newest version will be behind when a group that is issued now is used, after the `ahead` groups that
+    are under way."""
+    return step + ahead // groups_per_update - published_step
+
+
 @dataclass
 class GroupFlow:
     """Asks for groups as far ahead as the gate lets it, and hands them on in the order of their arrival."""
@@ -165,11 +171,10 @@ class GroupFlow:
         Groups are used in the order of their arrival, groups_per_update at a time, so everything in flight or waiting
         is used first. Right after a publication this reads: (max_staleness + 1) * groups_per_update exceeds them.
         """
+        learner, counters = self.config.learner, self.counters
         ahead = len(self._in_flight) + len(self._arrived) + len(self.taken)
-        used_at = self.counters.step + ahead // self.config.learner.groups_per_update
-        return (
-            used_at - self.counters.published_step <= self.config.learner.max_staleness and used_at < self.config.learner.steps
-        )
+        stale = staleness_at_use(counters.step, ahead, learner.groups_per_update, counters.published_step)
+        return stale <= learner.max_staleness and counters.published_step + stale < learner.steps
 
     def receive(self, update: Future[dict[str, float]] | None = None) -> None:
         """Takes in the groups that have come back, waiting a little if there is none. Raises what a sampler raised, unless it

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from deploy import plan
-from deploy.plan import Durations, simulate
+from deploy.durations import Durations
+from deploy.simulation import simulate
 from learner.replay import Replay
 from system.config import Config, ConfigError
 from system.config_file import parse

@@ -12,7 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-from deploy.plan import Durations, simulate
+from deploy.durations import Durations
+from deploy.simulation import simulate
 from system import config_file
 from tests.benchmarks.figures import Figure, report
 from tests.benchmarks.runs import ROOT, job
