@@ -45,7 +45,7 @@ from system.run_error import RunError  # noqa: E402
 if TYPE_CHECKING:
     import numpy as np
 
-    from actors.decoding import Decoder, Draws
+    from actors.decoder import Decoder, Draws
     from system.scores import Scores
     from system.trajectory import Prompt, Trajectory
 
@@ -74,7 +74,7 @@ class Baselines:
 
         from actors import rewards
         from actors.build import build_reward
-        from actors.decoding import Settings
+        from actors.decoder import DecodingSettings
         from actors.posterior_reward import Posterior
         from deploy.prepare import prepare
         from system import evaluation
@@ -86,7 +86,7 @@ class Baselines:
         # All methods score whole sequences: evidence after every prefix would be charged to them for nothing.
         early = functions_at_every_prefix(config.task.reward)
         config = _with_reward(config, at_ends(config.task.reward))
-        self.config, self.settings = config, Settings(**settings)
+        self.config, self.settings = config, DecodingSettings(**settings)
         prepared = prepare(config)
         self.folder, self.tokenizer, self.problem = prepared.folder, prepared.tokenizer, prepared.problem
         if self.problem.tool is not None:
@@ -134,7 +134,7 @@ class Baselines:
 
     def measure(self, method: str, samples: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """(metrics, one row a sample) of a method of `actors.decoding`, or of `gflownet`."""
-        from actors.decoding import Decoder
+        from actors.decoder import Decoder
         from system import evaluation
 
         name, temperature = _of_base(method), self.config.learner.reward_temperature.end
@@ -155,11 +155,12 @@ class Baselines:
 
         import numpy as np
 
+        from actors.decoding import draw
         from system.evaluation import ENOUGH, of_task
         from system.trajectory import sampled
 
         started = time.perf_counter()
-        draws = decoder.draw(method, prompt, samples)
+        draws = draw(decoder, method, prompt, samples)
         metrics = {"model_tokens": float(draws.model_tokens), "seconds": time.perf_counter() - started}
         drawn_K = [sampled(list(tokens)) for tokens in draws.tokens_K]
         scores = decoder.scores(prompt, drawn_K)
@@ -168,7 +169,7 @@ class Baselines:
         # Bounds need two; of a search there may be one in all.
         if len(group) < min(ENOUGH, len(drawn_K)):
             return metrics, []
-        draws = draws.of(scores.kept)
+        draws = draws.take(scores.kept)
         log_reward_K = np.array([log_reward_T[-1] for log_reward_T in group.log_reward_K])
         if self.likelihood is not None:
             log_p_KT = self.likelihood.log_rewards(replace(prompt, evidence_tokens=None), group.trajectories_K)

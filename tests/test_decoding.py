@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from actors import decoding
-from actors.decoding import METHODS, Decoder, Settings, Tokens
+from actors import smc
+from actors.decoder import Decoder, DecodingSettings, Tokens
+from actors.decoding import METHODS, draw
 from actors.function_reward import Function
 from actors.posterior_reward import Posterior
 from actors.rewards import Part, Product
@@ -55,7 +56,7 @@ def decoder(
     posterior = Posterior(LanguageModel(model), (STOP,))
     length = Function(lambda prompt, text, tokens: bonus * len(tokens), decode=str)
     reward = Product([Part("posterior", posterior), Part("length", length)]) if bonus else posterior
-    return Decoder(model, constraints, reward, TEMPERATURE, Settings(**settings), seed, length if bonus else None)
+    return Decoder(model, constraints, reward, TEMPERATURE, DecodingSettings(**settings), seed, length if bonus else None)
 
 
 def log_q(decoder: Decoder, prompt: Prompt, tokens: Tokens) -> float:
@@ -94,7 +95,7 @@ def distance(p: np.ndarray, q: np.ndarray) -> float:
 def test_ancestral_samples_are_as_frequent_as_the_policy_says(kind: str) -> None:
     exact = enumerated(PROMPTS[0], kind=kind, min_tokens=0)
     assert np.exp(exact.log_q_O).sum() == pytest.approx(1.0, abs=1e-5)
-    draws = exact.decoder.draw("ancestral", PROMPTS[0], 4000)
+    draws = draw(exact.decoder, "ancestral", PROMPTS[0], 4000)
     assert distance(shares(exact.outcomes, draws.tokens_K), np.exp(exact.log_q_O)) < 0.05
     assert draws.log_q_K is not None
     expected = [exact.log_q_O[exact.outcomes.index(tokens)] for tokens in draws.tokens_K]
@@ -103,7 +104,7 @@ def test_ancestral_samples_are_as_frequent_as_the_policy_says(kind: str) -> None
 
 def test_tempered_samples_come_with_the_log_probs_that_they_were_drawn_with() -> None:
     exact = enumerated(PROMPTS[0], temperature=0.5)
-    draws = exact.decoder.draw("tempered", PROMPTS[0], 4000)
+    draws = draw(exact.decoder, "tempered", PROMPTS[0], 4000)
     assert draws.log_q_K is not None
     own = dict(zip(draws.tokens_K, draws.log_q_K, strict=True))
     frequent = {z: share for z, share in Counter(draws.tokens_K).items() if share > 200}
@@ -117,8 +118,8 @@ def test_tempered_samples_come_with_the_log_probs_that_they_were_drawn_with() ->
 
 def test_the_nucleus_leaves_out_unlikely_tokens_and_claims_no_weights() -> None:
     exact = enumerated(PROMPTS[0], top_p=0.3)
-    draws = exact.decoder.draw("nucleus", PROMPTS[0], 500)
-    everything = exact.decoder.draw("ancestral", PROMPTS[0], 500)
+    draws = draw(exact.decoder, "nucleus", PROMPTS[0], 500)
+    everything = draw(exact.decoder, "ancestral", PROMPTS[0], 500)
     assert len(set(draws.tokens_K)) < len(set(everything.tokens_K))
     assert draws.log_weights(np.zeros(500)) is None
 
@@ -126,26 +127,26 @@ def test_the_nucleus_leaves_out_unlikely_tokens_and_claims_no_weights() -> None:
 @pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: prompt.id)
 def test_a_beam_as_wide_as_the_support_finds_all_of_it_in_order(prompt: Prompt) -> None:
     exact = enumerated(prompt)
-    draws = exact.decoder.draw("beam", prompt, len(exact.outcomes))
+    draws = draw(exact.decoder, "beam", prompt, len(exact.outcomes))
     order = np.argsort(-exact.log_q_O)
     assert draws.tokens_K == [exact.outcomes[index] for index in order]
 
 
 def test_a_beam_gives_what_there_is_where_the_support_is_smaller() -> None:
     exact = enumerated(PROMPTS[0], max_tokens=1)
-    assert len(exact.decoder.draw("beam", PROMPTS[0], 10).tokens_K) == 3
+    assert len(draw(exact.decoder, "beam", PROMPTS[0], 10).tokens_K) == 3
 
 
 def test_groups_that_are_penalised_for_repeating_differ_more() -> None:
-    alike = decoder(penalty=0.0).draw("diverse_beam", PROMPTS[0], 3).tokens_K
-    apart = decoder(penalty=50.0).draw("diverse_beam", PROMPTS[0], 3).tokens_K
+    alike = draw(decoder(penalty=0.0), "diverse_beam", PROMPTS[0], 3).tokens_K
+    apart = draw(decoder(penalty=50.0), "diverse_beam", PROMPTS[0], 3).tokens_K
     assert len(set(alike)) == 1
     assert {tokens[0] for tokens in apart} == set(LETTERS)
 
 
 def test_best_of_n_is_better_than_the_policy_and_costs_the_reward() -> None:
     exact = enumerated(PROMPTS[0], oversample=8)
-    best, plain = (exact.decoder.draw(method, PROMPTS[0], 100) for method in ("best_of_n", "ancestral"))
+    best, plain = (draw(exact.decoder, method, PROMPTS[0], 100) for method in ("best_of_n", "ancestral"))
     mean = [np.mean(exact.decoder.log_target(PROMPTS[0], draws.tokens_K)) for draws in (best, plain)]
     assert mean[0] > mean[1] + 1.0
     assert best.model_tokens > 8 * plain.model_tokens / 2
@@ -172,7 +173,7 @@ def test_weighted_methods_draw_from_the_target_and_estimate_its_log_z(
 ) -> None:
     exact = enumerated(prompt, oversample=4, **settings)
     target_O = np.exp(exact.log_target_O - exact.log_z)
-    draws = [exact.decoder.draw(method, prompt, 500) for _ in range(4)]
+    draws = [draw(exact.decoder, method, prompt, 500) for _ in range(4)]
     estimates = [draw.log_z for draw in draws if draw.log_z is not None]
     assert len(estimates) == 4
     assert np.mean(estimates) == pytest.approx(exact.log_z, abs=0.15)
@@ -199,7 +200,7 @@ def test_a_prefix_without_a_reward_costs_what_goes_on_from_it_nothing(twist: str
     lengths = {1, 2, 3} - without - set(range(min_tokens))
     outcomes = [z for length in sorted(lengths) for z in itertools.product(LETTERS, repeat=length)]
     exact = log_mean_exp(made.log_target(PROMPTS[0], outcomes)) + np.log(len(outcomes))
-    draws = [made.draw("smc", PROMPTS[0], 500) for _ in range(4)]
+    draws = [draw(made, "smc", PROMPTS[0], 500) for _ in range(4)]
     assert np.mean([draw.log_z for draw in draws if draw.log_z is not None]) == pytest.approx(exact, abs=0.15)
     assert {len(tokens) for draw in draws for tokens in draw.tokens_K} == lengths
     assert (made.faults > 0) == (min_tokens == 1), "a sample without a reward counts, what is none does not"
@@ -219,14 +220,14 @@ def test_the_nucleus_is_the_fewest_tokens_that_have_its_share(top_p: float) -> N
     p_C = np.exp(made.policy.start(PROMPTS[0].policy_tokens).log_q_BC[0].double().numpy())
     order = np.argsort(-p_C)
     columns = order[: int((np.cumsum(p_C[order]) < top_p).sum()) + 1]
-    first = {tokens[0] for tokens in made.draw("nucleus", PROMPTS[0], 400).tokens_K}
+    first = {tokens[0] for tokens in draw(made, "nucleus", PROMPTS[0], 400).tokens_K}
     assert first == {int(made.constraints.columns[column]) for column in columns}
 
 
 def test_every_sample_lies_in_the_support() -> None:
     made = decoder(min_tokens=2, max_tokens=4)
     for method in METHODS:
-        for tokens in made.draw(method, PROMPTS[0], 8).tokens_K:
+        for tokens in draw(made, method, PROMPTS[0], 8).tokens_K:
             assert made.constraints.admits(tokens), method
 
 
@@ -237,12 +238,12 @@ def test_model_tokens_are_what_the_model_has_read() -> None:
         lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     prompt = PROMPTS[0]
-    draws = made.draw("ancestral", prompt, 50)
+    draws = draw(made, "ancestral", prompt, 50)
     # The prompt once, and each token that another draw was needed after.
     needed = sum(min(len(tokens), made.constraints.max_tokens - 1) for tokens in draws.tokens_K)
     assert draws.model_tokens == sum(read) == len(prompt.policy_tokens) + needed
     before = made.reward.tokens_forwarded
-    weighted = made.draw("sir", prompt, 50)
+    weighted = draw(made, "sir", prompt, 50)
     scored = made.reward.tokens_forwarded - before
     assert scored > 0
     assert weighted.model_tokens == sum(read) - draws.model_tokens + scored
@@ -288,10 +289,10 @@ def test_a_particle_pays_at_once_for_what_is_not_drawn(monkeypatch: pytest.Monke
         found.extend((tokens_B[b], float(target_B[b])) for b in np.flatnonzero(~stopped_B))
         return target_B
 
-    targets = decoding._targets
-    monkeypatch.setattr(decoding, "_targets", spied)
+    targets = smc._targets
+    monkeypatch.setattr(smc, "_targets", spied)
     made = decoder(min_tokens=2, bonus=bonus, oversample=2)
-    made.draw("smc", PROMPTS[0], 4)
+    draw(made, "smc", PROMPTS[0], 4)
     assert {len(tokens) for tokens, _ in found} == {1, 2, 3}
     for tokens, target in found:
         whole = [*PROMPTS[0].policy_tokens, *tokens]
@@ -304,7 +305,7 @@ def test_a_particle_pays_at_once_for_what_is_not_drawn(monkeypatch: pytest.Monke
 
 def test_draws_are_repeated_by_the_seed() -> None:
     for method in METHODS:
-        first, again = (decoder(seed=3).draw(method, PROMPTS[0], 6).tokens_K for _ in range(2))
+        first, again = (draw(decoder(seed=3), method, PROMPTS[0], 6).tokens_K for _ in range(2))
         assert first == again, method
 
 
@@ -330,5 +331,5 @@ def searched(exact: Exact, widths: list[int], penalty: float) -> list[Tokens]:
 @pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: prompt.id)
 def test_beams_narrower_than_the_support_are_the_textbooks(prompt: Prompt, width: int) -> None:
     exact = enumerated(prompt, penalty=2.0)
-    assert exact.decoder.draw("beam", prompt, width).tokens_K == searched(exact, [width], 0.0)
-    assert exact.decoder.draw("diverse_beam", prompt, width).tokens_K == searched(exact, [1] * width, 2.0)
+    assert draw(exact.decoder, "beam", prompt, width).tokens_K == searched(exact, [width], 0.0)
+    assert draw(exact.decoder, "diverse_beam", prompt, width).tokens_K == searched(exact, [1] * width, 2.0)

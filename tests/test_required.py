@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.decoding import Decoder
+from actors.decoder import Decoder
+from actors.decoding import draw
 from actors.engine import Engine
 from actors.function_reward import Function
 from actors.settings import EngineSettings
@@ -159,10 +160,10 @@ def test_decoding_draws_with_the_learners_log_q(folder: Path) -> None:
             return Scores([np.zeros(len(trajectory) + 1) for trajectory in trajectories_K])
 
     decoder = Decoder(learner.policy.language_model.model, constraints(7), Unit())
-    draws = decoder.draw("ancestral", PROMPT, 64)
+    draws = draw(decoder, "ancestral", PROMPT, 64)
     assert draws.log_q_K == pytest.approx([expected[tokens] for tokens in draws.tokens_K], abs=1e-4)
     for method in ("beam", "smc"):
-        assert all(tokens in expected for tokens in decoder.draw(method, PROMPT, 4).tokens_K)
+        assert all(tokens in expected for tokens in draw(decoder, method, PROMPT, 4).tokens_K)
 
 
 def test_the_engine_draws_what_the_support_admits_with_the_log_probs_of_the_definition(tmp_path: Path) -> None:
