@@ -8,7 +8,6 @@ old what is asked for will be, and 0 makes the loop synchronous.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from system import checkpoint
+from system import checkpoint, step_metrics
 from system.checkpoint import CheckpointError
 from system.config import Config
 from system.group_flow import GroupFlow
@@ -24,8 +23,9 @@ from system.handles import Buffer, LearnerDied, LearnerHandle, Pool, Tracker
 from system.loop_state import Counters, LoopState
 from system.requests import Requests
 from system.run_error import RunError
+from system.step_clock import StepClock
 from system.timeline import Timeline
-from system.trajectory import Group, joined, merge_by_prompt
+from system.trajectory import Group, merge_by_prompt
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -52,12 +52,8 @@ class Orchestrator:
     should_stop: Callable[[], bool] = lambda: False
     timeline: Timeline = field(default_factory=Timeline)
     flow: GroupFlow = field(init=False)
-    _began: float = field(default=0.0, init=False)
-    """When the step at hand did, on the clock that stands still for evaluations."""
-    _waited: float = field(default=0.0, init=False)
-    """Seconds of it so far in which the learner waited for groups."""
-    _settled: float = field(default=0.0, init=False)
-    """Seconds of it so far in which it waited for an evaluation to begin."""
+    _clock: StepClock = field(default_factory=StepClock, init=False)
+    """Stands still for evaluations."""
     _learner_deaths_in_a_row: int = field(default=0, init=False)
     _learner_is_lost: bool = field(default=False, init=False)
     _saved_step: int | None = field(default=None, init=False)
@@ -99,7 +95,7 @@ class Orchestrator:
         # Before the first update, and of a run that was cut off between a checkpoint and an evaluation.
         if self._evaluation_is_due() or self._new_task:
             self._evaluate()
-        self._began = time.perf_counter()
+        self._clock = StepClock()
         while self._goes_on() and self._collect():
             batch = self._batch()
             with self.timeline.span("update", "loop", step=self.counters.step):
@@ -117,11 +113,8 @@ class Orchestrator:
 
     def _collect(self) -> bool:
         """Waits for the groups of an update; False if a stop was asked for meanwhile."""
-        asked = time.perf_counter()
-        with self.timeline.span("wait for groups", "loop", step=self.counters.step):
-            collected = self.flow.collect(self.config.learner.groups_per_update, self.should_stop)
-        self._waited += time.perf_counter() - asked
-        return collected
+        with self._clock.waiting(), self.timeline.span("wait for groups", "loop", step=self.counters.step):
+            return self.flow.collect(self.config.learner.groups_per_update, self.should_stop)
 
     def _batch(self) -> list[Group]:
         """What was taken, one group for each prompt, with replayed samples."""
@@ -142,9 +135,8 @@ class Orchestrator:
         if self._due(settings.checkpoint_every) or evaluation_is_due:
             self.checkpoint()
         if evaluation_is_due and self._stands():
-            asked = time.perf_counter()
-            self.flow.settle(self.should_stop)
-            self._settled += time.perf_counter() - asked
+            with self._clock.settling():
+                self.flow.settle(self.should_stop)
             if self._stands():
                 self._evaluate()
 
@@ -187,10 +179,8 @@ class Orchestrator:
             raise
 
     def _evaluate(self) -> None:
-        started = time.perf_counter()
-        with self.timeline.span("evaluate", "loop", step=self.counters.step):
+        with self._clock.paused(), self.timeline.span("evaluate", "loop", step=self.counters.step):
             self.with_learner(lambda: self.evaluate(self))
-        self._began += time.perf_counter() - started  # it is no part of the next step
 
     def _evaluation_is_due(self) -> bool:
         return self._due(self.config.learner.evaluate_every or self.config.learner.steps)
@@ -213,44 +203,22 @@ class Orchestrator:
 
     def _account(self, metrics: dict[str, float]) -> None:
         """Ends a step: what was published and saved after the update before, the wait for groups, and the update."""
-        now = time.perf_counter()
-        step_seconds, wait_seconds, settle_seconds = now - self._began, self._waited, self._settled
-        self._began, self._waited, self._settled = now, 0.0, 0.0
-        fresh = self.flow.use()
-        staleness = float(np.mean([self.flow.staleness(group) for group in fresh]))
-        trajectories = [trajectory for group in fresh for trajectory in group.trajectories_K]
-        tokens = sum(group.tokens for group in fresh)
-        counters = self.counters
+        seconds, counters, fresh = self._clock.lap(), self.counters, self.flow.use()
+        staleness = [self.flow.staleness(group) for group in fresh]
         counters.step += 1
         counters.groups += len(fresh)
-        counters.trajectories += len(trajectories)
-        counters.sampled_tokens += tokens
-        counters.seconds += step_seconds
-        counters.learner_busy_seconds += step_seconds - wait_seconds - settle_seconds
-        lengths = [len(trajectory) for trajectory in trajectories]
-        metrics = metrics | {
-            "staleness": staleness,
-            "length/mean": float(np.mean(lengths)),
-            "length/max": float(np.max(lengths)),
-            "forced_stops": float(np.mean([trajectory.stop == "forced" for trajectory in trajectories])),
-            "log_reward/mean": float(np.mean([values[-1] for group in fresh for values in group.log_reward_K])),
-            "log_reward/max": float(np.max([values[-1] for group in fresh for values in group.log_reward_K])),
-            **{f"reward/{name}": float(value_K.mean()) for name, value_K in joined([g.factors_K for g in fresh]).items()},
+        counters.trajectories += sum(map(len, fresh))
+        counters.sampled_tokens += sum(group.tokens for group in fresh)
+        counters.seconds += seconds.whole
+        counters.learner_busy_seconds += seconds.whole - seconds.idle
+        metrics = {
+            **metrics,
+            **step_metrics.of_groups(fresh, staleness),
+            **step_metrics.of_counters(counters),
+            **step_metrics.of_seconds(seconds, fresh),
             "replay/size": float(len(self.replay)),
             "groups/in_flight": float(self.flow.in_flight),
             "groups/waiting": float(self.flow.waiting),
-            "groups/too_stale": float(counters.too_stale),
-            "groups/given_up": float(counters.given_up),
-            "groups/reissued": float(counters.reissued),
-            "reward_faults": float(counters.reward_faults),
-            "samplers/deaths": float(counters.deaths),
-            "learner/deaths": float(counters.learner_deaths),
-            "seconds/step": step_seconds,
-            "seconds/wait": wait_seconds,
-            "seconds/settle": settle_seconds,
-            "idle/learner": (wait_seconds + settle_seconds) / step_seconds,
-            "rate/trajectories_per_second": len(trajectories) / step_seconds,
-            "rate/sampled_tokens_per_second": tokens / step_seconds,
         }
         self.tracker.metrics(metrics, counters.step)
         self.on_step(self, metrics, fresh)
