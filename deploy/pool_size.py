@@ -30,7 +30,7 @@ class PoolSize:
         self._most_asked = max(self._most_asked, groups)
 
     def after_step(self, learner_idle: float, *, built: int, one_rests: bool, has_room: Callable[[], bool]) -> int:
-        """What is to change, 1, 0 or -1, which the target has then. `learner_idle` is the share of the step that the learner
+        """The change of the target, 1, 0 or -1, which it has then. `learner_idle` is the share of the step that the learner
         waited for groups; so many samplers are `built`."""
         most_asked, self._most_asked = self._most_asked, 0
         self._spare_steps = self._spare_steps + 1 if most_asked < self.target else 0

@@ -88,7 +88,7 @@ def _improvement(before: Evaluation, after: Evaluation) -> dict[str, float]:
 def timeline(path: Path, processes: Mapping[str, Iterable[Span]], alive: Collection[str]) -> float:
     """Writes a Chrome trace. Returns the share of the training time in which samplers neither drew nor installed, or NaN.
 
-    A sampler counts from what it did first of what is known, and until what it did last if it is not one of those `alive`.
+    A sampler's time is from its first known span to the end of training, or to its last span if it is not one of those `alive`.
     """
     spans = {process: list(spans) for process, spans in processes.items()}
     path.write_text(json.dumps(chrome_trace(spans)), encoding="utf-8")

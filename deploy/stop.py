@@ -22,8 +22,8 @@ def heard() -> list[signal.Signals]:
 
 
 class Stop:
-    """What a signal does: it raises KeyboardInterrupt, or while the loop is `patient` is a request for it to end with a
-    checkpoint. Asked for again, it is KeyboardInterrupt all the same. Calling the object says whether a stop was asked for."""
+    """What a signal does. The first one while the loop is `patient` asks it to end with a checkpoint; a second one, or one at
+    any other time, raises KeyboardInterrupt. Calling the object says whether a stop was asked for."""
 
     def __init__(self) -> None:
         self._asked: float | None = None

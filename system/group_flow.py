@@ -136,8 +136,8 @@ class GroupFlow:
             self.receive()
 
     def _check_deaths(self) -> None:
-        """Raises RunError where dying has no end: with no group in between, or over one and the same, which ends whoever has
-        it and lets others live."""
+        """Raises RunError after more than actors.max_deaths deaths in a row: with no group coming back in between, or over one
+        and the same group, which ends whoever has it and lets others live."""
         limit = self.config.actors.max_deaths
         if self._waves_in_a_row > limit:
             raise RunError(
