@@ -1,9 +1,9 @@
 """Words that a sample must have: the part of the policy's support that depends on what was drawn, not on its length alone.
 
 The stop is in the support only once all words are there, and where the places that are left are just enough for those that
-are missing, they come next for certain. So q covers the texts that have every word, with two exceptions. At the last places what
-is missing comes in one fixed form and order, so that others cannot be drawn there. And later tokens can make another word of
-one: if no place is left to write it again, the sample goes on to its greatest length without it.
+are missing, they come next for certain. So q covers the texts that have every word, with two exceptions. At the last places
+what is missing comes in one fixed form and order, so that others cannot be drawn there. And later tokens can make another word
+of one: if no place is left to write it again, the sample goes on to its greatest length without it.
 """
 
 from __future__ import annotations
