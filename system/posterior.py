@@ -13,8 +13,7 @@ import numpy as np
 
 def log_mean_exp(values: np.ndarray, drawn: int | None = None) -> float:
     """log of the mean of e^values over `drawn`, those among them that have no value counting as 0, without overflow."""
-    top = float(np.max(values))
-    return top + float(np.log(np.sum(np.exp(values - top)) / (drawn or len(values))))
+    return float(np.logaddexp.reduce(values) - np.log(drawn or len(values)))
 
 
 def self_normalised(log_weight_K: np.ndarray) -> np.ndarray:
