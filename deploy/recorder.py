@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,9 @@ from system.tasks.problem import Problem
 from system.text import decode
 from system.tracking import Tracker
 from system.trajectory import Group
+
+PROMPT_ROWS = 1000
+"""Most rows of the table of prompts."""
 
 
 @dataclass
@@ -56,9 +61,15 @@ class Recorder:
         self.ray_metrics.resume(loop.counters.trajectories, loop.counters.deaths)
 
     def describe(self) -> None:
-        """The prompts, and what the run is made with."""
-        rows = [{"id": prompt.id, "text": self._text(prompt.policy_tokens)} for prompt in self.problem.prompts]
-        self.tracker.dataset(self.config.task.kind, rows)
+        """The prompts, and what the run is made with. The dataset's digest and number are of all prompts; its table has
+        PROMPT_ROWS of them at most, those of the evaluations first."""
+        prompts, digest = self.problem.prompts, hashlib.sha256()
+        for prompt in prompts:
+            digest.update(json.dumps([prompt.id, self._text(prompt.policy_tokens)]).encode())
+        evaluated = evaluation.evenly(self.problem.evaluated, self.config.learner.evaluation_prompts)
+        shown = {prompt.id: prompt for prompt in (*evaluated, *prompts)}
+        rows = [{"id": prompt.id, "text": self._text(prompt.policy_tokens)} for prompt in islice(shown.values(), PROMPT_ROWS)]
+        self.tracker.dataset(self.config.task.kind, rows, count=len(prompts), digest=digest.hexdigest()[:16])
         made_with = environment.describe()
         (self.run_dir / "environment.json").write_text(json.dumps(made_with, indent=2), encoding="utf-8")
         self.tracker.tags({f"environment.{name}": value for name, value in made_with.items()})
