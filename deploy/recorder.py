@@ -32,6 +32,8 @@ from system.trajectory import Group
 
 PROMPT_ROWS = 1000
 """Most rows of the table of prompts."""
+SAMPLE_ROWS = 256
+"""Most rows of a table of an update's samples."""
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Recorder:
     ray_metrics: RayMetrics
     stop: Stop
     evaluations: list[tuple[int, Evaluation]] = field(default_factory=list)
-    """With the steps that they were at."""
+    """With the steps that they were at; of those between the first and the last without samples."""
 
     def __post_init__(self) -> None:
         seconds = self.config.tracking.system_metrics_seconds
@@ -92,6 +94,8 @@ class Recorder:
         return decode(self.tokenizer, tokens)
 
     def _sample_rows(self, groups: list[Group]) -> list[dict[str, Any]]:
+        """At most SAMPLE_ROWS: the first samples of each group, as many of one as of another, or one of each of the first."""
+        of_each = max(1, SAMPLE_ROWS // max(1, len(groups)))
         return [
             {
                 "prompt": group.prompt.id,
@@ -104,8 +108,10 @@ class Recorder:
                 "version": group.adapter_version,
             }
             | group.factors_of(k)
-            for group in groups
-            for k, (trajectory, log_reward_T) in enumerate(zip(group.trajectories_K, group.log_reward_K, strict=True))
+            for group in groups[:SAMPLE_ROWS]
+            for k, (trajectory, log_reward_T) in enumerate(
+                islice(zip(group.trajectories_K, group.log_reward_K, strict=True), of_each)
+            )
         ]
 
     def evaluate(self, loop: Orchestrator) -> None:
@@ -117,7 +123,8 @@ class Recorder:
         result.metrics["seconds_training"] = loop.counters.seconds
         for row in result.samples:
             row["text"] = self._text(row.pop("tokens"))
-        self.evaluations = [(at, earlier) for at, earlier in self.evaluations if at != step] + [(step, result)]
+        earlier = [(at, evaluated) for at, evaluated in self.evaluations if at != step]
+        self.evaluations = evaluation_files.appended(earlier, step, result)
         self.tracker.metrics(result.metrics, step)
         self.tracker.table("posterior_by_prompt", result.per_prompt, step)
         if result.samples:
