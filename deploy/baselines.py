@@ -145,7 +145,10 @@ class Baselines:
         decoder = Decoder(model, self.problem.constraints, self.reward, temperature, self.settings, self.config.seed, early)
         results = [self._prompt(decoder, name, prompt, samples) for prompt in self.problem.evaluated]
         if not any(rows for _, rows in results):
-            raise RunError(f"{method}: no prompt has two samples with a reward; the log has the reasons")
+            raise RunError(
+                f"{method}: no prompt has two samples with a reward; the log has the reasons: mend the reward, or "
+                "raise --samples"
+            )
         metrics = evaluation.means([metrics for metrics, _ in results], MEANS)
         return metrics | {"reward_faults": float(decoder.faults)}, [row for _, rows in results for row in rows]
 

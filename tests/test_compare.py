@@ -317,7 +317,9 @@ def test_a_method_of_which_no_sample_has_a_reward_says_so(tiny_config: Config) -
     raising = {"kind": "function", "path": "tests.faulty:never", "seconds": None}
     task = config_file.parse({"task": tiny_config.task.model_dump() | {"reward": raising}, "loss": {"kind": "vargrad"}}).task
     subject = baselines.Baselines(tiny_config.model_copy(update={"task": task, "loss": VarGrad()}), {}, None)
-    with pytest.raises(RunError, match="smc: no prompt has two samples with a reward"):
+    with pytest.raises(
+        RunError, match=r"smc: no prompt has two samples with a reward; .*: mend the reward, or raise --samples"
+    ):
         subject.measure("smc", 4)
 
 
