@@ -18,7 +18,7 @@ from system.learner_config import USES_PREFIX_REWARDS
 from system.models import locate
 from system.pretrained import load_pretrained, load_tokenizer, resolve_device
 from system.reward_config import at_ends
-from system.tasks.problem import Problem
+from system.tasks.problem import Outline, Problem
 from system.text import decode
 
 SHORTEST_CONTEXT = 128
@@ -26,7 +26,7 @@ SHORTEST_CONTEXT = 128
 
 
 def build_reward(
-    config: Config, problem: Problem, tokenizer: PreTrainedTokenizerBase, model: LanguageModel | None
+    config: Config, problem: Problem | Outline, tokenizer: PreTrainedTokenizerBase, model: LanguageModel | None
 ) -> rewards.Reward:
     """At the prefixes that the loss makes use of. Raises ConfigError if a function of the config cannot be imported."""
     return rewards.build(
@@ -40,7 +40,7 @@ def build_reward(
     )
 
 
-def engine_settings(config: Config, problem: Problem) -> EngineSettings:
+def engine_settings(config: Config, problem: Problem | Outline) -> EngineSettings:
     """Those of a run, for the longest prompt and sample of its problem."""
     section = config.sampler
     install = section.install
@@ -66,7 +66,7 @@ def engine_settings(config: Config, problem: Problem) -> EngineSettings:
     )
 
 
-def build_sampler(config: Config, problem: Problem, on_death: Callable[[], None] = lambda: None) -> Sampler:
+def build_sampler(config: Config, problem: Problem | Outline, on_death: Callable[[], None] = lambda: None) -> Sampler:
     """Loads the engine, and the frozen model too if the reward needs one.
 
     Raises:

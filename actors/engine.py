@@ -250,7 +250,8 @@ class Engine:
         adapter.verify(self.base_model)
         if adapter.canary and len(adapter.canary.tokens_T) >= self.settings.max_model_len:
             raise AdapterError(
-                f"adapter {adapter.version}: max_model_len is too small for its canary of {len(adapter.canary.tokens_T)}"
+                f"adapter {adapter.version}: its canary of {len(adapter.canary.tokens_T)} tokens does not fit the engine's "
+                f"max_model_len={self.settings.max_model_len}, the task's longest prompt and sample; raise task.max_tokens"
             )
         updates = self._base.by_weight(adapter.updates())
         effective = math.nan

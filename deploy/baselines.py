@@ -120,7 +120,9 @@ class Baselines:
 
         run = config_file.load(run_dir / "config.yaml", [])
         if run.model != self.config.model:
-            raise ConfigError(f"--run: its model is {run.model.path!r}, but the config's is {self.config.model.path!r}")
+            own, here = run.model.model_dump(), self.config.model.model_dump()
+            differs = [f"model.{name}={own[name]!r}, not {here[name]!r}" for name in own if own[name] != here[name]]
+            raise ConfigError(f"--run: it was trained with {'; '.join(differs)}: set that, or name a run of the config's model")
         path = adapter_at(run_dir, run, step)
         dtype = getattr(torch, self.config.learner.dtype)
         policy = Policy(self.folder, run.lora, self.problem.constraints, dtype=dtype, device=self.device)
@@ -143,7 +145,10 @@ class Baselines:
         decoder = Decoder(model, self.problem.constraints, self.reward, temperature, self.settings, self.config.seed, early)
         results = [self._prompt(decoder, name, prompt, samples) for prompt in self.problem.evaluated]
         if not any(rows for _, rows in results):
-            raise RunError(f"{method}: no prompt has two samples with a reward; the log has the reasons")
+            raise RunError(
+                f"{method}: no prompt has two samples with a reward; the log has the reasons: mend the reward, or "
+                "raise --samples"
+            )
         metrics = evaluation.means([metrics for metrics, _ in results], MEANS)
         return metrics | {"reward_faults": float(decoder.faults)}, [row for _, rows in results for row in rows]
 

@@ -34,6 +34,12 @@ PROMPTS, SAMPLES = 8, 8
 """Prompts whose samples are shown, and samples of each."""
 ROWS = 40
 """Of the table of the bounds by prompt, and of the training's samples."""
+SAMPLERS_BUSY = {
+    "system/samplers/mean_busy": "samplers, mean (since their starts)",
+    "system/samplers/max_busy": "least idle sampler",
+    "system/samplers/min_busy": "most idle sampler",
+}
+"""Metric of all samplers of a large pool -> what 1 less it is called."""
 MEANING = {
     "exact/kl_target_q": "KL(target ‖ q), nats, over all outcomes; 0 at the posterior",
     "exact/kl_q_target": "KL(q ‖ target), nats",
@@ -55,7 +61,8 @@ MEANING = {
 
 @dataclass
 class Metrics:
-    """What the journal of a run says. Of a run that was resumed from an earlier step, what it said of later ones is gone."""
+    """What the journal of a run says, but for the system metrics that no chart shows. Of a run that was resumed from an earlier
+    step, what it said of later ones is gone."""
 
     step: int = 0
     """Updates done."""
@@ -74,6 +81,9 @@ class Metrics:
                 if "loss" in entry["values"]:
                     result._go_to(entry["step"])
                 for name, value in entry["values"].items():
+                    # What processes use of their machines is most of a long run's points, and in no chart.
+                    if name.startswith("system/") and not name.endswith("busy"):
+                        continue
                     result.series.setdefault(name, {})[entry["step"]] = value
         for name, points in result.series.items():
             result.series[name] = dict(sorted(points.items()))
@@ -93,12 +103,14 @@ class Metrics:
 
 def charts(metrics: Metrics) -> list[Chart]:
     """The curves of a run; those that it has no points of are left out."""
-    busy = {
-        name.split("/")[1]: {step: 1 - value for step, value in points.items()}
-        for name, points in metrics.series.items()
+    each = {
+        name: f"{name.split('/')[1]} (since its start)"
+        for name in sorted(metrics.series)
         if name.startswith("system/sampler") and name.endswith("/busy")
     }
-    idle = {f"{name} (since its start)": points for name, points in sorted(busy.items())[:4]}
+    # Of many samplers a run tells of all together.
+    busy = metrics.lines(SAMPLERS_BUSY) or dict(list(metrics.lines(each).items())[:4])
+    idle = {label: {step: 1 - value for step, value in points.items()} for label, points in busy.items()}
     kl = metrics.lines({"exact/kl_target_q": "KL(target ‖ q)", "exact/kl_q_target": "KL(q ‖ target)"})
     bounds = metrics.lines({"posterior/log_z_lower": "evaluation: lower bound"})
     spread = metrics.lines({"posterior/spread": "evaluation"})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import ray
 from ray.exceptions import RayError
 
@@ -21,6 +23,9 @@ logger = logging.getLogger(__name__)
 SPANS = 10_000
 """Spans of all processes that a timeline holds; of a longer run it has the end, some thousand updates.
 About 400 bytes each."""
+EACH_SAMPLER = 8
+"""Most samplers of which MLflow gets the statistics of each. Of more it gets their mean, least and greatest: of 64 samplers
+each is a thousand metrics, and seventy million points in a week."""
 LAST_SECONDS = 5.0
 """Longest wait for an actor's last spans."""
 
@@ -33,13 +38,16 @@ class Observed(Protocol):
 
 class Observer:
     def __init__(self, actors: Sequence[Observed], tracker: Tracker, seconds: float, folder: Path = Path()) -> None:
-        """Asks `actors` every so many seconds, and gives `tracker` the statistics. The driver writes to `folder`."""
+        """Asks `actors` every so many seconds, and gives `tracker` the statistics: of each by its name, or, of more than
+        EACH_SAMPLER samplers, system/samplers/mean_NAME, min_NAME and max_NAME. The driver writes to `folder`."""
         self._folder = folder
         self._actors, self._tracker, self._seconds = actors, tracker, seconds
         self._pending: dict[tuple[str, str], Any] = {}
         self._asked = 0.0
         self._placed: dict[str, Any] = {}
         """Name -> the actor that was asked where it is. A new learner has the name of the one before."""
+        self._told: dict[str, Mapping[str, float]] | None = None
+        """Sampler -> its statistics since all were asked last, where they are told of together."""
         self._spans: deque[tuple[str, Span]] = deque(maxlen=SPANS)
         """With the process that each is of."""
         self.sampler_idle: dict[str, float] = {}
@@ -50,6 +58,8 @@ class Observer:
         if time.perf_counter() - self._asked > self._seconds:
             self._asked = time.perf_counter()
             self._tracker.system("driver", system_metrics(self._folder), step)
+            if self._told:
+                self._tracker.system("samplers", together(self._told.values()), step)
             self._ask()
         for (kind, name), reference in list(self._pending.items()):
             if not ray.wait([reference], timeout=0)[0]:
@@ -68,12 +78,16 @@ class Observer:
             if kind == "node":
                 self._tracker.tags({f"node.{name}": values})
                 continue
-            self._tracker.system(name, values, step)
+            if self._told is not None and _is_sampler(name):
+                self._told[name] = values
+            else:
+                self._tracker.system(name, values, step)
             if "busy" in values:
                 self.sampler_idle[name] = 1.0 - values["busy"]
 
     def _ask(self) -> None:
         named = self._named()
+        self._told = {} if sum(map(_is_sampler, named)) > EACH_SAMPLER else None
         # A sampler that died has a successor of another name.
         self.sampler_idle = {name: idle for name, idle in self.sampler_idle.items() if name in named}
         for name, actor in named.items():
@@ -106,3 +120,16 @@ class Observer:
         for name, span in self._spans:
             by_process.setdefault(name, []).append(span)
         return by_process
+
+
+def _is_sampler(name: str) -> bool:
+    return name.startswith("sampler")
+
+
+def together(each: Collection[Mapping[str, float]]) -> dict[str, float]:
+    """mean_NAME, min_NAME and max_NAME over those who have a figure of that name; NaN is none."""
+    result: dict[str, float] = {}
+    for name in dict.fromkeys(name for values in each for name in values):
+        if known := [value for values in each if not math.isnan(value := values.get(name, math.nan))]:
+            result |= {f"mean_{name}": float(np.mean(known)), f"min_{name}": min(known), f"max_{name}": max(known)}
+    return result

@@ -107,7 +107,7 @@ class RaySamplers:
     ) -> None:
         """Samplers keep off `learner_nodes` where they can. `actor` is the class of the actors, which tests change."""
         self.config = config
-        self._class, self._problem, self._learner_nodes = actor, ray.put(problem), learner_nodes
+        self._class, self._problem, self._learner_nodes = actor, ray.put(problem.outline), learner_nodes
         self._names = (f"sampler-{number}" for number in itertools.count())
         self._members: dict[str, _Member] = {}
         self._waiting: deque[_Call] = deque()

@@ -21,7 +21,7 @@ from system.timeline import Span
 from system.trajectory import Group, Prompt, Request, Trajectory
 
 if TYPE_CHECKING:
-    from system.tasks.problem import Problem
+    from system.tasks.problem import Outline
 
 GOODBYE_SECONDS = 2.0
 
@@ -77,7 +77,7 @@ class BuiltActor:
 class SamplerActor(BuiltActor):
     """A Sampler in this process. If its engine dies, so does the process: a dead engine must not look alive."""
 
-    def __init__(self, config: Config, problem: Problem) -> None:
+    def __init__(self, config: Config, problem: Outline) -> None:
         self.construct(_build_sampler, config, problem)
 
     def sample(self, request: Request, adapter: Adapter) -> Group:
@@ -107,7 +107,7 @@ class LearnerActor(BuiltActor):
         self._store = open_store(ray.util.get_node_ip_address(), self._size)
         return self._store.host, self._store.port
 
-    def build(self, config: Config, problem: Problem, meeting: tuple[str, int] | None) -> None:
+    def build(self, config: Config, problem: Outline, meeting: tuple[str, int] | None) -> None:
         self.construct(_build_learner, config, problem, self._rank, self._store, meeting)
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
@@ -130,13 +130,13 @@ class LearnerActor(BuiltActor):
         self.part.restore(saved, step)
 
 
-def _build_sampler(config: Config, problem: Problem) -> Any:
+def _build_sampler(config: Config, problem: Outline) -> Any:
     from actors.build import build_sampler
 
     return build_sampler(config, problem, on_death=_exit_soon)
 
 
-def _build_learner(config: Config, problem: Problem, rank: int, store: Any, meeting: tuple[str, int] | None) -> Any:
+def _build_learner(config: Config, problem: Outline, rank: int, store: Any, meeting: tuple[str, int] | None) -> Any:
     from learner.learner import Learner
     from learner.ranks import Ranks, reach_store
     from system.pretrained import resolve_device

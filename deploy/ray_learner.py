@@ -44,7 +44,7 @@ class RayLearner:
     def __init__(self, config: Config, problem: Problem, actor: type[BuiltActor] = LearnerActor) -> None:
         """`actor` is the class of the actors, which tests change."""
         self.config = config
-        self._class, self._problem = actor, ray.put(problem)
+        self._class, self._problem = actor, ray.put(problem.outline)
         self.room: Callable[[Resources, int], AbstractContextManager[None]] = lambda each, ranks: nullcontext()
         """Makes room for the ranks of a new learner, and keeps it until they are placed: the pool's, where there is one."""
         self._start()

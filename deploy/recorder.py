@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,11 @@ from system.text import decode
 from system.tracking import Tracker
 from system.trajectory import Group
 
+PROMPT_ROWS = 1000
+"""Most rows of the table of prompts."""
+SAMPLE_ROWS = 256
+"""Most rows of a table of an update's samples."""
+
 
 @dataclass
 class Recorder:
@@ -43,7 +50,7 @@ class Recorder:
     ray_metrics: RayMetrics
     stop: Stop
     evaluations: list[tuple[int, Evaluation]] = field(default_factory=list)
-    """With the steps that they were at."""
+    """With the steps that they were at; of those between the first and the last without samples."""
 
     def __post_init__(self) -> None:
         seconds = self.config.tracking.system_metrics_seconds
@@ -56,9 +63,15 @@ class Recorder:
         self.ray_metrics.resume(loop.counters.trajectories, loop.counters.deaths)
 
     def describe(self) -> None:
-        """The prompts, and what the run is made with."""
-        rows = [{"id": prompt.id, "text": self._text(prompt.policy_tokens)} for prompt in self.problem.prompts]
-        self.tracker.dataset(self.config.task.kind, rows)
+        """The prompts, and what the run is made with. The dataset's digest and number are of all prompts; its table has
+        PROMPT_ROWS of them at most, those of the evaluations first."""
+        prompts, digest = self.problem.prompts, hashlib.sha256()
+        for prompt in prompts:
+            digest.update(json.dumps([prompt.id, self._text(prompt.policy_tokens)]).encode())
+        evaluated = evaluation.evenly(self.problem.evaluated, self.config.learner.evaluation_prompts)
+        shown = {prompt.id: prompt for prompt in (*evaluated, *prompts)}
+        rows = [{"id": prompt.id, "text": self._text(prompt.policy_tokens)} for prompt in islice(shown.values(), PROMPT_ROWS)]
+        self.tracker.dataset(self.config.task.kind, rows, count=len(prompts), digest=digest.hexdigest()[:16])
         made_with = environment.describe()
         (self.run_dir / "environment.json").write_text(json.dumps(made_with, indent=2), encoding="utf-8")
         self.tracker.tags({f"environment.{name}": value for name, value in made_with.items()})
@@ -81,6 +94,8 @@ class Recorder:
         return decode(self.tokenizer, tokens)
 
     def _sample_rows(self, groups: list[Group]) -> list[dict[str, Any]]:
+        """At most SAMPLE_ROWS: the first samples of each group, as many of one as of another, or one of each of the first."""
+        of_each = max(1, SAMPLE_ROWS // max(1, len(groups)))
         return [
             {
                 "prompt": group.prompt.id,
@@ -93,8 +108,10 @@ class Recorder:
                 "version": group.adapter_version,
             }
             | group.factors_of(k)
-            for group in groups
-            for k, (trajectory, log_reward_T) in enumerate(zip(group.trajectories_K, group.log_reward_K, strict=True))
+            for group in groups[:SAMPLE_ROWS]
+            for k, (trajectory, log_reward_T) in enumerate(
+                islice(zip(group.trajectories_K, group.log_reward_K, strict=True), of_each)
+            )
         ]
 
     def evaluate(self, loop: Orchestrator) -> None:
@@ -106,7 +123,8 @@ class Recorder:
         result.metrics["seconds_training"] = loop.counters.seconds
         for row in result.samples:
             row["text"] = self._text(row.pop("tokens"))
-        self.evaluations = [(at, earlier) for at, earlier in self.evaluations if at != step] + [(step, result)]
+        earlier = [(at, evaluated) for at, evaluated in self.evaluations if at != step]
+        self.evaluations = evaluation_files.appended(earlier, step, result)
         self.tracker.metrics(result.metrics, step)
         self.tracker.table("posterior_by_prompt", result.per_prompt, step)
         if result.samples:

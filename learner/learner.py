@@ -35,7 +35,7 @@ from system.models import locate
 from system.posterior import Bounds
 from system.prefix_tree import Packed, PrefixTree, rows_by_budget
 from system.pretrained import resolve_device
-from system.tasks.problem import Problem
+from system.tasks.problem import Outline, Problem
 from system.timeline import Timeline
 from system.trajectory import Group
 
@@ -151,11 +151,9 @@ class Learner:
             self._canary_base = self._canary_log_probs()
 
     @classmethod
-    def build(cls, config: Config, problem: Problem, ranks: Ranks | None = None) -> Learner:
+    def build(cls, config: Config, problem: Problem | Outline, ranks: Ranks | None = None) -> Learner:
         """The learner of a run; its canary is the first prompt. Raises ConfigError where the model cannot be had."""
-        prompt = problem.prompts[0]
-        canary = prompt.policy_tokens + prompt.reward_tokens
-        return cls(config, locate(config.model), problem.constraints, config.model.path, canary, ranks)
+        return cls(config, locate(config.model), problem.constraints, config.model.path, problem.canary, ranks)
 
     # ---------------------------------------------------------------------------------------------- the update
 

@@ -143,7 +143,9 @@ def updates_of(tensors: dict[str, np.ndarray], peft_config: dict[str, Any]) -> d
     scale, suffixes = scale_of(peft_config), (".lora_A.weight", ".lora_B.weight")
     modules = sorted({name.removesuffix(suffix) for name in tensors for suffix in suffixes if name.endswith(suffix)})
     if 2 * len(modules) != len(tensors) or not all(module + suffix in tensors for module in modules for suffix in suffixes):
-        raise AdapterError("its tensors are not one lora_A and one lora_B for each module")
+        raise AdapterError(
+            "its tensors are not one lora_A and one lora_B for each module; train it without DoRA, a bias or modules_to_save"
+        )
     transposed = bool(peft_config.get("fan_in_fan_out"))
     result = {}
     for module in modules:
@@ -213,8 +215,14 @@ class BaseWeights:
             # A checkpoint of the decoder alone leaves out the name under which the language model holds it.
             name = next((n for n in (f"{module}.weight", f"{module.partition('.')[2]}.weight") if n in self.shapes), None)
             if name is None:
-                raise AdapterError(f"the adapter changes {module!r}, which has no weight of its own in the base model")
+                raise AdapterError(
+                    f"the adapter changes {module!r}, which has no weight of its own in the base model; set model.path to the "
+                    f"adapter's model, or lora.targets to some of {', '.join(self.linear_in_layers())}"
+                )
             if self.shapes[name] != update.shape:
-                raise AdapterError(f"the adapter's update of {module!r} is {update.shape}, the weight {self.shapes[name]}")
+                raise AdapterError(
+                    f"the adapter's update of {module!r} is {update.shape}, the weight {self.shapes[name]}; "
+                    "set model.path to the model that it was trained on"
+                )
             result[name] = update
         return result

@@ -185,7 +185,10 @@ def sampled(
     drawn = _draw(requests, samplers, samples, round_, behaviour)
     groups = [group for group in drawn if len(group) >= ENOUGH]
     if not groups:
-        raise RunError("no prompt of the evaluation has two samples with a reward; the log has the reasons")
+        raise RunError(
+            "no prompt of the evaluation has two samples with a reward; the log has the reasons: mend the reward, or draw more "
+            "samples (learner.evaluation_samples, or --samples)"
+        )
     scores = _in_parts(groups, scorer)
     bounds_G, per_prompt, table = [], [], []
     for group, score in zip(groups, scores, strict=True):

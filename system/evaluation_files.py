@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,23 @@ def go_back(folder: Path, task: Task, last: int) -> list[tuple[int, Evaluation]]
 
 
 def read(folder: Path, task: Task, last: int) -> list[tuple[int, Evaluation]]:
-    """A run's evaluations of the task up to step `last`, with their steps, in order."""
-    result = []
+    """A run's evaluations of the task up to step `last`, with their steps, in order; samples as in `appended`."""
+    result: list[tuple[int, Evaluation]] = []
     for path in sorted(folder.glob("step-*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         step, log_q_O, mine = content.pop("step"), content.pop("log_q_O"), _is_of(task, content)
         content.pop("task", None)
         if mine and step <= last:
-            result.append((step, Evaluation(**content, log_q_O=None if log_q_O is None else np.array(log_q_O))))
+            found = Evaluation(**content, log_q_O=None if log_q_O is None else np.array(log_q_O))
+            result = appended(result, step, found)
     return result
+
+
+def appended(earlier: Sequence[tuple[int, Evaluation]], step: int, found: Evaluation) -> list[tuple[int, Evaluation]]:
+    """`found` behind what was found before. Samples are those of the first and the last alone, which are all that a report
+    shows: those of every evaluation of a long run would fill the driver."""
+    first, others = earlier[:1], earlier[1:]
+    return [*first, *((at, replace(each, samples=[])) for at, each in others), (step, found)]
 
 
 def _is_of(task: Task, content: Mapping[str, Any]) -> bool:

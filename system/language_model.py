@@ -37,6 +37,9 @@ CONTEXT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Largest difference of hidden states, relative, with and without a context that was read before."""
 
 
+TESTED = "Llama, GPT-2, Gemma 3"
+
+
 @dataclass(frozen=True, eq=False)
 class Context:
     """Tokens that a model has read, for rows that go on from them."""
@@ -67,16 +70,14 @@ class LanguageModel:
         # The check on short samples cannot see the chunks of an attention; what is no attention it does see.
         attentions = {kind for kind in self._layer_types if kind.endswith("attention")}
         if unknown := attentions - {"full_attention", "sliding_attention"}:
-            raise ConfigError(
-                f"{type(model).__name__} has layers of {', '.join(sorted(unknown))}, for which packed rows have no mask: use a "
-                "model whose layers have full attention or a sliding window"
-            )
+            kinds = ", ".join(sorted(unknown))
+            raise _refusal(model, f"has layers of {kinds}, and packed rows have masks for full attention and windows alone")
         self._window: int | None = getattr(config, "sliding_window", None)
         if self._layer_types == {"full_attention"}:  # a window that no layer has
             self._window = None
         head: Any = model.get_output_embeddings()
         if head is None:
-            raise ConfigError(f"{type(model).__name__} has no output embeddings: it is no causal language model")
+            raise _refusal(model, "has no output embeddings, so it is no causal language model")
         softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._head = Head(head.weight, getattr(head, "bias", None), softcap)
         self._selected: tuple[Constraints, Head] | None = None
@@ -250,13 +251,10 @@ class LanguageModel:
             try:
                 nearest = min(nearest, self._distance(tokens))
             except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-                raise ConfigError(f"{type(self.model).__name__} does not take packed rows: {error}") from error
+                raise _refusal(self.model, f"does not take packed rows ({first_line(error)})") from error
             if nearest <= SELF_CHECK_TOLERANCE[self._head.weight_CH.dtype]:
                 return
-        raise ConfigError(
-            f"{type(self.model).__name__}: packed log-probs differ from the model's own by {nearest:.3g} nats; "
-            "this architecture is not supported"
-        )
+        raise _refusal(self.model, f"has other log-probs in packed rows than by itself, by {nearest:.3g} nats")
 
     def _distance(self, tokens: list[int]) -> float:
         """Nats, at worst, of two samples that part after a token, in one row and each by itself: layers that mix neighbours
@@ -287,3 +285,9 @@ class LanguageModel:
             logger.info("contexts are read anew for each row: %s", first_line(error))
             return False
         return bool(((found - expected).abs().max() / expected.abs().max()) < CONTEXT_TOLERANCE[expected.dtype])
+
+
+def _refusal(model: PreTrainedModel, why: str) -> ConfigError:
+    # A model that was not loaded from anywhere has no name.
+    name = f"model.path={model.name_or_path!r}" if model.name_or_path else "model.path"
+    return ConfigError(f"{name}: {type(model).__name__} {why}; use a model of a tested architecture: {TESTED}")

@@ -66,7 +66,10 @@ def locate(model: Model) -> Path:
     if not folder.exists():
         folder = _from_hub(model)
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"model.path={model.path!r}: {folder} has no config.json, so it is no model in Hugging Face format")
+        raise ConfigError(
+            f"model.path={model.path!r}: {folder} has no config.json, so it is no model in Hugging Face format; name a "
+            "folder that `save_pretrained` wrote, or a hub id"
+        )
     return folder.resolve()
 
 
@@ -80,7 +83,10 @@ def context_length(folder: Path) -> int:
     for name in ("max_position_embeddings", "n_positions", "n_ctx"):
         if name in config:
             return int(config[name])
-    raise ConfigError(f"{folder}/config.json names no context length (max_position_embeddings): the model is not supported")
+    raise ConfigError(
+        f"{folder}/config.json names no context length, so how long a prompt may be is not known; add "
+        "max_position_embeddings to it, or use another model"
+    )
 
 
 def _from_hub(model: Model) -> Path:

@@ -7,7 +7,6 @@ take stays in the journal, for the same run when it is resumed, or for `python -
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import math
@@ -89,12 +88,13 @@ class Tracker:
         """Text about the run that may change, unlike a param."""
         self._journal.append("tags", values={name: str(value) for name, value in values.items()})
 
-    def dataset(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """What the run learns from, such as prompts with `id` and `text`: an input of the run, and a table."""
+    def dataset(self, name: str, rows: list[dict[str, Any]], count: int, digest: str) -> None:
+        """What the run learns from, such as prompts with `id` and `text`: an input of the run, and a table. `count` and
+        `digest` are of all of it; `rows`, what the table shows, may be less."""
         path = f"datasets/{plain_name(name)}.json"
-        digest = self._write_table(path, rows)
+        self._write_table(path, rows)
         columns = [{"name": column, "type": _type(value), "required": True} for column, value in (rows or [{}])[0].items()]
-        self._journal.append("dataset", name=name[:500], digest=digest, rows=len(rows), columns=columns, path=path)
+        self._journal.append("dataset", name=name[:500], digest=digest, rows=count, columns=columns, path=path)
         self._log_table(path)
 
     def table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
@@ -106,13 +106,11 @@ class Tracker:
     def _log_table(self, path: str) -> None:
         self._journal.append("artifact", path=path, folder=PurePosixPath(path).parent.as_posix(), table=True)
 
-    def _write_table(self, path: str, rows: list[dict[str, Any]]) -> str:
-        """Returns a digest of the content."""
+    def _write_table(self, path: str, rows: list[dict[str, Any]]) -> None:
         columns = list(dict.fromkeys(column for row in rows for column in row))
         text = json.dumps({"columns": columns, "data": [[_plain(row.get(column)) for column in columns] for row in rows]})
         (self._dir / path).parent.mkdir(parents=True, exist_ok=True)
         (self._dir / path).write_text(text, encoding="utf-8")
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """A file, or all files of a folder, that stays in the run folder until it is sent. `folder` is where it goes

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from system.adapters import MANIFEST, PEFT_CONFIG, WEIGHTS, Adapter, AdapterError, read_folder
+from system.adapters import MANIFEST, PEFT_CONFIG, WEIGHTS, Adapter, AdapterError, BaseWeights, read_folder, updates_of
 
 TENSORS = {"a.lora_A.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.lora_B.weight": np.ones((4, 2), np.float32)}
 
@@ -37,6 +38,23 @@ def test_any_flipped_bit_and_any_cut_is_refused(folder: Path, name: str) -> None
 def test_an_adapter_of_another_model_is_refused_with_both_names(folder: Path) -> None:
     with pytest.raises(AdapterError, match=r"belongs to 'base', not to model\.path='other'"):
         read_folder(folder, "other")
+
+
+def test_an_adapter_that_does_not_fit_the_base_is_refused_with_what_would(tmp_path: Path) -> None:
+    weights = {f"layers.0.{name}.weight": np.zeros((4, 3), np.float32) for name in ("q", "v")}
+    safetensors.numpy.save_file(weights, tmp_path / "model.safetensors")
+    base, plain = BaseWeights(tmp_path), {"lora_alpha": 2, "r": 2}
+    [a_RI, b_OR] = TENSORS.values()
+
+    def refusal(module: str, b_OR: np.ndarray = b_OR, **more: np.ndarray) -> str:
+        tensors = {f"{module}.lora_A.weight": a_RI, f"{module}.lora_B.weight": b_OR} | more
+        with pytest.raises(AdapterError) as refused:
+            base.by_weight(updates_of(tensors, plain))
+        return str(refused.value)
+
+    assert "set model.path to the adapter's model, or lora.targets to some of q, v" in refusal("layers.0.head")
+    assert "(5, 3), the weight (4, 3); set model.path to the model" in refusal("layers.0.q", np.ones((5, 2), np.float32))
+    assert "train it without DoRA, a bias or modules_to_save" in refusal("layers.0.q", bias=b_OR)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, PEFT_CONFIG, MANIFEST])

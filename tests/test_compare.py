@@ -317,8 +317,25 @@ def test_a_method_of_which_no_sample_has_a_reward_says_so(tiny_config: Config) -
     raising = {"kind": "function", "path": "tests.faulty:never", "seconds": None}
     task = config_file.parse({"task": tiny_config.task.model_dump() | {"reward": raising}, "loss": {"kind": "vargrad"}}).task
     subject = baselines.Baselines(tiny_config.model_copy(update={"task": task, "loss": VarGrad()}), {}, None)
-    with pytest.raises(RunError, match="smc: no prompt has two samples with a reward"):
+    with pytest.raises(
+        RunError, match=r"smc: no prompt has two samples with a reward; .*: mend the reward, or raise --samples"
+    ):
         subject.measure("smc", 4)
+
+
+def test_an_adapter_of_another_model_is_refused_by_what_differs(tiny_config: Config, tmp_path: Path) -> None:
+    path = tiny_config.model.path
+
+    def refusal(**changed: str) -> str:
+        other = tiny_config.model_copy(update={"model": tiny_config.model.model_copy(update=changed)})
+        (tmp_path / "config.yaml").write_text(config_file.dump(other))
+        with pytest.raises(ConfigError) as refused:
+            baselines.Baselines(tiny_config, {}, tmp_path)
+        return str(refused.value)
+
+    assert "trained with model.revision='v2', not None: set that" in refusal(revision="v2")
+    both = f"trained with model.path='other', not {path!r}; model.revision='v2', not None: set that"
+    assert both in refusal(path="other", revision="v2")
 
 
 def test_a_method_that_is_not_there_is_named(tiny_config: Config) -> None:

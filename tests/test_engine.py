@@ -16,7 +16,7 @@ import torch
 from actors.behaviour import ROWS_AT_ONCE, Row, TokenDraw
 from actors.engine import Engine
 from actors.settings import EngineSettings
-from system.adapters import Adapter, AdapterError
+from system.adapters import Adapter, AdapterError, Canary
 from system.constraints import Constraints
 from system.tools import play
 from system.trajectory import Behaviour, Prompt, Request, Trajectory
@@ -222,11 +222,15 @@ def test_an_adapter_that_cannot_be_trusted_changes_nothing(case: Case) -> None:
     damaged.weights[-1] ^= 1
     dora = Adapter.publish(2, 2, bad.tensors(), bad.peft_config | {"use_dora": True}, lora.NAME, bad.canary)
     stray = {name.replace("layers.1", "layers.9").replace("h.1", "h.9"): tensor for name, tensor in bad.tensors().items()}
+    long = Canary((1,) * 500, (0.0,) * 499, (0.0,) * 499)
     refused = {
+        r"canary of 500 tokens does not fit .* max_model_len=\d+, .*; raise task.max_tokens": replace(bad, canary=long),
         "damaged": damaged,
         "belongs to": replace(bad, base_model="another"),
         "use_dora": dora,
-        "no weight of its own": Adapter.publish(2, 2, stray, bad.peft_config, lora.NAME, bad.canary),
+        "no weight of its own.*; set model.path to the adapter's model, or lora.targets to some of .*proj": Adapter.publish(
+            2, 2, stray, bad.peft_config, lora.NAME, bad.canary
+        ),
     }
     for message, adapter in refused.items():
         with pytest.raises(AdapterError, match=message):

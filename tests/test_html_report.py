@@ -117,6 +117,22 @@ def test_it_has_the_figures_the_config_and_what_the_run_was_made_with(run_dir: P
     assert "-1 -2 -3" in after
 
 
+def test_the_idle_share_is_of_each_sampler_or_of_all_and_no_other_figure_of_a_process_is_read(run_dir: Path) -> None:
+    def idle() -> dict[str, float]:
+        [chart] = [chart for chart in html_report.charts(Metrics.read(run_dir / "journal.jsonl")) if chart.title == "Idle"]
+        return {label: points[90] for label, points in chart.lines.items()}
+
+    assert idle() == {"sampler-0 (since its start)": 0.25}
+    journal = Journal(run_dir / "journal.jsonl")
+    journal.append("metrics", step=90, values={"system/driver/cpu_percent": 1.0, "system/samplers/mean_tokens": 9.0})
+    assert not any("cpu" in name or "tokens" in name for name in Metrics.read(run_dir / "journal.jsonl").series)
+    shares = {"mean": 0.75, "min": 0.5, "max": 0.875}
+    journal.append("metrics", step=90, values={f"system/samplers/{which}_busy": share for which, share in shares.items()})
+    assert idle() == {
+        "samplers, mean (since their starts)": 0.25, "least idle sampler": 0.125, "most idle sampler": 0.5,
+    }  # fmt: skip
+
+
 def test_a_run_that_went_back_shows_nothing_of_what_came_after(run_dir: Path) -> None:
     config = config_file.load(run_dir / "config.yaml", [])
     (run_dir / "summary.json").write_text(json.dumps(report.summary(config, Counters(step=90, seconds=1.0), [], 1.0, True)))

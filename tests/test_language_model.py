@@ -181,23 +181,30 @@ def test_a_model_that_computes_otherwise_is_refused(monkeypatch: pytest.MonkeyPa
         return output
 
     monkeypatch.setattr(type(model), "forward", scaled)
-    with pytest.raises(ConfigError, match="not supported"):
+    with pytest.raises(ConfigError, match=r"tested architecture: Llama, GPT-2, Gemma 3$"):
         LanguageModel(model)
 
 
 def test_a_model_with_an_attention_of_another_kind_is_refused() -> None:
     model = tiny.llama(VOCAB)
     model.config.layer_types = ["full_attention", "chunked_attention"]
-    with pytest.raises(
-        ConfigError, match=r"LlamaForCausalLM has layers of chunked_attention, for which packed rows have no mask"
-    ):
+    model.name_or_path = "some/model"
+    message = r"^model.path='some/model': LlamaForCausalLM has layers of chunked_attention, and .* tested architecture: Llama"
+    with pytest.raises(ConfigError, match=message):
         LanguageModel(model)
+
+
+def test_a_model_without_an_output_layer_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"LlamaModel has no output embeddings.*; use a model of a tested architecture: "):
+        LanguageModel(tiny.llama(VOCAB).model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_whose_layers_ask_no_mask_is_refused(dtype: torch.dtype) -> None:
     """A convolution over neighbours is right on one sequence, and mixes samples where a row branches."""
-    with pytest.raises(ConfigError, match=r"Lfm2ForCausalLM: packed log-probs differ from the model's own by .* not supported"):
+    with pytest.raises(
+        ConfigError, match=r"Lfm2ForCausalLM has other log-probs in packed rows than by itself, by .* nats; use"
+    ):
         LanguageModel(tiny.lfm2(VOCAB).bfloat16() if dtype == torch.bfloat16 else tiny.lfm2(VOCAB))
 
 

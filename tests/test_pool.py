@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray
@@ -29,6 +29,7 @@ from system.handles import LearnerDied, SamplerDied
 from system.orchestrator import Orchestrator
 from system.requests import Requests
 from system.run_error import RunError
+from system.tasks.problem import Problem
 from system.trajectory import Group, Request
 from tests import nodes
 from tests.fakes import PROMPTS, FakeLearner, FakeTracker
@@ -91,6 +92,19 @@ class TestOneNode:
         assert signal.getsignal(signal.SIGTERM) is before
         yield
         ray_cluster.disconnect()
+
+    def test_no_prompt_travels_to_an_actor_before_it_is_asked_about(self, tmp_path: Path) -> None:
+        class Whole:
+            outline = Faults()
+
+            def __reduce__(self) -> Any:
+                raise AssertionError("all of the problem is sent")
+
+        cfg, whole = config(tmp_path, {"count": 1}), cast(Problem, Whole())
+        learner, samplers = RayLearner(cfg, whole, IdleLearner), RaySamplers(cfg, whole, actor=FaultySampler)
+        wait_until_ready(learner, samplers)
+        samplers.close()
+        learner._end()
 
     def test_a_sampler_that_hangs_over_a_request_is_replaced_and_the_group_counts_once(self, tmp_path: Path) -> None:
         cfg = config(tmp_path, {"count": 2, "answer_seconds": 5})

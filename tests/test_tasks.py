@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,7 +21,7 @@ from system.tasks.continuation import variety
 from system.tasks.infilling import overlap
 from system.tasks.problem import Problem, context_tokens, single_token
 from system.tasks.verifiable import correctness
-from system.trajectory import Prompt
+from system.trajectory import Prompt, sampled
 from tests import tiny
 from tests.problems import TOKENIZER, problem, text_of
 
@@ -36,6 +37,16 @@ def test_the_longest_prompt_counts_evidence_and_its_stop() -> None:
     assert Problem(prompts, support, reward_stop=(2, 2)).longest_prompt == 8  # 2 + the stop + Y
     assert Problem(prompts, support, reward_stop=()).longest_prompt == 6
     assert Problem((Prompt("c", (1,) * 9, (1,)),), support, reward_stop=(2,)).longest_prompt == 9
+
+
+def test_what_actors_are_sent_of_a_problem_has_no_prompts() -> None:
+    support = problem("random_number").constraints
+    prompts = tuple(Prompt(f"line-{at}", (at,) * 500, (1,) * 500, evidence_tokens=(at,) * 500) for at in range(1, 300))
+    demonstrations = {prompt.id: (sampled(prompt.policy_tokens, max_tokens=500),) for prompt in prompts}
+    whole = Problem(prompts, support, (2,), demonstrations=demonstrations, alternatives={"line-7": ((8,),)})
+    assert len(pickle.dumps(whole.outline)) < len(pickle.dumps(support)) + 20_000
+    assert whole.outline.evidences == {"line-7": ((7,) * 500, (8,))}
+    assert (whole.outline.longest_prompt, whole.outline.canary) == (1001, (1,) * 1000)
 
 
 @pytest.mark.parametrize("closes", [False, True])

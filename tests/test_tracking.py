@@ -92,7 +92,7 @@ def test_all_that_a_run_logs_reaches_mlflow(tmp_path, database, monkeypatch):
         tracker.metrics({"loss": 1.0 / (step + 1), "log_z": float("nan"), "lowest": float("-inf")}, step)
     tracker.system("node-1", {"cpu_percent": 50.0}, 0)
     tracker.tags({"git": "abc"})
-    tracker.dataset("prompts", [{"id": "a", "text": "one"}, {"id": "b", "text": "two"}])
+    tracker.dataset("prompts", [{"id": "a", "text": "one"}, {"id": "b", "text": "two"}], 7, "d1")
     tracker.table("samples", [{"text": "z", "log_reward": float("-inf")}, {"text": "y", "log_reward": -1.5}], 50)
     tracker.artifact(run_dir / "adapter")
     tracker.artifact(run_dir / "plot.png", "plots")
@@ -108,7 +108,7 @@ def test_all_that_a_run_logs_reaches_mlflow(tmp_path, database, monkeypatch):
     assert run.data.metrics["system/node-1/cpu_percent"] == 50.0
     assert run.data.tags["git"] == "abc"
     (dataset,) = datasets(run)
-    assert dataset.name == "prompts" and json.loads(dataset.profile) == {"num_rows": 2}
+    assert (dataset.name, dataset.digest, json.loads(dataset.profile)) == ("prompts", "d1", {"num_rows": 7})
     path = client.download_artifacts(run.info.run_id, "datasets/prompts.json", str(tmp_path))
     assert json.loads(Path(path).read_text()) == {"columns": ["id", "text"], "data": [["a", "one"], ["b", "two"]]}
     table = client.load_table(run.info.experiment_id, "tables/samples/000050.json", [run.info.run_id])
@@ -122,7 +122,7 @@ def test_all_that_a_run_logs_reaches_mlflow(tmp_path, database, monkeypatch):
 def test_a_resumed_run_goes_on_without_gaps_or_duplicates(tmp_path, database):
     for part in range(2):
         tracker = Tracker(tmp_path, config(database, "resumed", learner={"steps": 10 * (part + 1)}), resume=part > 0)
-        tracker.dataset("prompts", [{"id": "a", "text": "one"}])
+        tracker.dataset("prompts", [{"id": "a", "text": "one"}], 1, "d1")
         for step in range(part * 5, part * 5 + 5):
             tracker.metrics({"loss": float(step)}, step)
         tracker.close("FINISHED" if part else "FAILED")
@@ -184,7 +184,7 @@ def test_what_is_sent_twice_counts_once(tmp_path, database):
     tracker = Tracker(tmp_path, config(database, "twice"))
     for step in range(5):
         tracker.metrics({"loss": float(step), "nan": float("nan")}, step)
-    tracker.dataset("prompts", [{"id": "a", "text": "one"}])
+    tracker.dataset("prompts", [{"id": "a", "text": "one"}], 1, "d1")
     tracker.close("FINISHED")
     first = recorded(database, "twice")
     state = json.loads((tmp_path / "tracking.json").read_text())
@@ -473,7 +473,7 @@ def test_nothing_is_lost_when_the_server_is_down_comes_up_dies_and_returns(tmp_p
     for step in range(20):
         down.metrics({"loss": float(step)}, step)
     down.table("samples", [{"text": "z"}], 0)
-    down.dataset("prompts", [{"id": "a", "text": "one"}])
+    down.dataset("prompts", [{"id": "a", "text": "one"}], 1, "d1")
     with caplog.at_level(logging.WARNING):
         down.close("FINISHED")
     assert down.lag() == 25 and f"python -m system.tracking {early}" in caplog.text

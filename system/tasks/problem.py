@@ -17,6 +17,18 @@ from system.trajectory import Prompt, Trajectory, sampled
 
 
 @dataclass(frozen=True, eq=False)
+class Outline:
+    """What samplers and the learner know of a problem beforehand. Prompts come with what is asked of them."""
+
+    constraints: Constraints
+    reward_stop: tuple[int, ...]
+    tool: Tool | None
+    evidences: Mapping[str, tuple[tuple[int, ...], ...]]
+    longest_prompt: int
+    canary: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Problem:
     """Prompts to sample for, and the support of what may be sampled."""
 
@@ -73,17 +85,27 @@ class Problem:
         return replace(self, held_out=frozenset(prompt.id for prompt in self.prompts if self.record(prompt) in last))
 
     @property
+    def outline(self) -> Outline:
+        """What actors are sent: it is small, however many prompts there are."""
+        return Outline(self.constraints, self.reward_stop, self.tool, self.evidences, self.longest_prompt, self.canary)
+
+    @property
+    def canary(self) -> tuple[int, ...]:
+        """Tokens that show whether an adapter is the one that was published: the first prompt's."""
+        return self.prompts[0].policy_tokens + self.prompts[0].reward_tokens
+
+    @property
     def evidences(self) -> dict[str, tuple[tuple[int, ...], ...]]:
-        """Prompt id -> its own evidence, empty where it has none, and the alternatives."""
-        return {p.id: (p.evidence_tokens or (), *self.alternatives.get(p.id, ())) for p in self.prompts}
+        """Prompt id -> its own evidence and the alternatives, of the prompts that have some."""
+        return {p.id: (p.evidence_tokens or (), *self.alternatives[p.id]) for p in self.prompts if p.id in self.alternatives}
 
     @property
     def lengths(self) -> dict[str, int]:
         """Prompt id -> tokens of the longest context that a model has to hold besides Z."""
-        evidences = self.evidences
 
         def scored(prompt: Prompt) -> int:
-            return len(prompt.reward_tokens) + len(self.reward_stop) + max(map(len, evidences[prompt.id]))
+            evidences = prompt.evidence_tokens or (), *self.alternatives.get(prompt.id, ())
+            return len(prompt.reward_tokens) + len(self.reward_stop) + max(map(len, evidences))
 
         return {prompt.id: max(len(prompt.policy_tokens), scored(prompt)) for prompt in self.prompts}
 
