@@ -25,12 +25,12 @@ def preferred(log_reward_EK: np.ndarray) -> np.ndarray:
 def tally(votes_K: np.ndarray, truth: int, unscored: int = 0) -> dict[str, float]:
     """Of one record whose right answer is number `truth`: shares of 1. So many more were drawn and have no vote.
 
-    `accuracy` is 1 where the truth has more votes than any other answer, so a tie is wrong; `sample_accuracy` is its share
+    `vote` is 1 where the truth has more votes than any other answer, so a tie is wrong; `accuracy` is its share
     of the votes, and `votes_agree` that of the answer with the most.
     """
     counts, drawn = np.bincount(votes_K, minlength=truth + 1), len(votes_K) + unscored
     return {
-        "accuracy": float(wins([*votes_K.tolist(), *[None] * unscored], truth)),
-        "sample_accuracy": float(counts[truth] / drawn),
+        "vote": float(wins([*votes_K.tolist(), *[None] * unscored], truth)),
+        "accuracy": float(counts[truth] / drawn),
         "votes_agree": float(counts.max() / drawn),
     }

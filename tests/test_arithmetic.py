@@ -163,14 +163,14 @@ def test_votes_decide_and_what_cannot_be_read_is_wrong() -> None:
         return judge(prompt, texts, [()] * len(texts), unscored)
 
     two_thirds = pytest.approx(2 / 3)
-    assert verdict(right, right, wrong) == {"accuracy": 1.0, "sample_accuracy": two_thirds, "worked_out": two_thirds}
-    assert verdict(right, wrong)["accuracy"] == 0.0
-    assert verdict(wrong, wrong, right)["accuracy"] == 0.0
-    assert verdict(none, "6", "") == {"accuracy": 0.0, "sample_accuracy": 0.0, "worked_out": 0.0}
-    assert verdict(right, none, none)["accuracy"] == 0.0
-    assert verdict(right, right, none)["accuracy"] == 1.0
-    assert verdict(right, unscored=1) == {"accuracy": 0.0, "sample_accuracy": 0.5, "worked_out": 0.5}
-    assert verdict(" 2 + 2 + 2 = 6") == {"accuracy": 1.0, "sample_accuracy": 1.0, "worked_out": 0.0}
+    assert verdict(right, right, wrong) == {"vote": 1.0, "accuracy": two_thirds, "worked_out": two_thirds}
+    assert verdict(right, wrong)["vote"] == 0.0
+    assert verdict(wrong, wrong, right)["vote"] == 0.0
+    assert verdict(none, "6", "") == {"vote": 0.0, "accuracy": 0.0, "worked_out": 0.0}
+    assert verdict(right, none, none)["vote"] == 0.0
+    assert verdict(right, right, none)["vote"] == 1.0
+    assert verdict(right, unscored=1) == {"vote": 0.0, "accuracy": 0.5, "worked_out": 0.5}
+    assert verdict(" 2 + 2 + 2 = 6") == {"vote": 1.0, "accuracy": 1.0, "worked_out": 0.0}
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,7 @@ def test_the_packaged_records_are_balanced_and_every_stage_fits_the_packaged_mod
 
 
 @pytest.mark.parametrize(
-    ("votes", "accuracy", "share", "agree"),
+    ("votes", "vote", "share", "agree"),
     [
         ([1, 1, 0], 1, 2 / 3, 2 / 3),
         ([1, 0], 0, 1 / 2, 1 / 2),  # a tie is wrong
@@ -243,10 +243,8 @@ def test_the_packaged_records_are_balanced_and_every_stage_fits_the_packaged_mod
         ([1], 1, 1, 1),
     ],
 )
-def test_the_answer_with_the_most_votes_is_the_prediction(
-    votes: list[int], accuracy: float, share: float, agree: float
-) -> None:
-    assert tally(np.array(votes), truth=1) == {"accuracy": accuracy, "sample_accuracy": share, "votes_agree": agree}
+def test_the_answer_with_the_most_votes_is_the_prediction(votes: list[int], vote: float, share: float, agree: float) -> None:
+    assert tally(np.array(votes), truth=1) == {"vote": vote, "accuracy": share, "votes_agree": agree}
 
 
 def test_a_sample_prefers_the_likeliest_evidence_and_of_equals_the_first() -> None:
@@ -344,9 +342,9 @@ def test_an_evaluation_lets_each_sample_vote_for_the_label_that_the_frozen_model
         agreement.append(max([own, *counts.values()]) / len(SAMPLES))
     assert 0 < np.mean(right) < 1
     assert 0 < np.mean(shares) < 1
-    assert [row["task/accuracy"] for row in result.per_prompt] == right
-    assert result.metrics["task/accuracy"] == pytest.approx(np.mean(right))
-    assert result.metrics["task/sample_accuracy"] == pytest.approx(np.mean(shares))
+    assert [row["task/vote"] for row in result.per_prompt] == right
+    assert result.metrics["task/vote"] == pytest.approx(np.mean(right))
+    assert result.metrics["task/accuracy"] == pytest.approx(np.mean(shares))
     assert result.metrics["task/votes_agree"] == pytest.approx(np.mean(agreement))
 
 
@@ -369,13 +367,13 @@ def test_a_verdict_of_texts_and_a_vote_come_together(tmp_path: Path, folder: Pat
     samplers = Frozen(model, problem.reward_stop, SAMPLES[:3])
     group = samplers.sample(Request(-1, problem.prompts[0], (), 0)).result()
     both = evaluation.judge(replace(problem, judge=first_letters), text_of, samplers)(group)
-    assert set(both) == {"letters", "accuracy", "sample_accuracy", "votes_agree"}
+    assert set(both) == {"letters", "vote", "accuracy", "votes_agree"}
     assert both["letters"] == 3
     assert evaluation.judge(replace(problem, alternatives={}), text_of, samplers)(group) == {}
     with_faults = evaluation.judge(problem, text_of, samplers)(replace(group, faults=("log of zero",)))
-    assert with_faults["sample_accuracy"] == pytest.approx(both["sample_accuracy"] * 3 / 4)
+    assert with_faults["accuracy"] == pytest.approx(both["accuracy"] * 3 / 4)
     none = evaluation.judge(problem, text_of, samplers)(Group(group.prompt, (), (), 0, 0, ("log of zero",) * 4))
-    assert none == {"accuracy": 0.0, "sample_accuracy": 0.0, "votes_agree": 0.0}
+    assert none == {"vote": 0.0, "accuracy": 0.0, "votes_agree": 0.0}
 
 
 def test_a_vote_whose_reward_cannot_be_had_is_left_out_and_named(
@@ -400,7 +398,7 @@ def test_a_vote_whose_reward_cannot_be_had_is_left_out_and_named(
 def test_reasons_that_are_sampled_without_training_vote_too(tmp_path: Path, folder: Path) -> None:
     cfg, _, problem = built(folder, section(tmp_path))
     metrics, rows = baselines.Baselines(cfg, {}, None).measure("ancestral", 4)
-    assert {"task/accuracy", "task/sample_accuracy", "task/votes_agree"} <= set(metrics)
+    assert {"task/vote", "task/accuracy", "task/votes_agree"} <= set(metrics)
     model = load_pretrained(folder, torch.float32, torch.device("cpu"))
     prompts = {prompt.id: prompt for prompt in problem.prompts}
     right = []
@@ -409,7 +407,7 @@ def test_reasons_that_are_sampled_without_training_vote_too(tmp_path: Path, fold
         context = [*prompt.reward_tokens, *row["tokens"], *problem.reward_stop]
         own, other = (log_prob(model, context, y) for y in problem.evidences[prompt.id])
         right.append(own > other)
-    assert metrics["task/sample_accuracy"] == pytest.approx(np.mean(right))
+    assert metrics["task/accuracy"] == pytest.approx(np.mean(right))
 
 
 def first_letters(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]], unscored: int) -> dict[str, float]:
@@ -445,8 +443,8 @@ def test_an_answer_is_judged_by_the_policys_exact_probabilities_and_rationales_o
     assert 0 < np.mean(right) < 1
     assert result.metrics == pytest.approx(
         {
-            "task/accuracy": np.mean(right),
-            "task/sample_accuracy": np.mean(shares),
+            "task/vote": np.mean(right),
+            "task/accuracy": np.mean(shares),
             "task/votes_agree": np.mean(agreement),
             "task/log_likelihood": np.mean(likelihood),
         },
@@ -465,7 +463,7 @@ def test_an_answer_is_judged_by_the_policys_exact_probabilities_and_rationales_o
     few = evaluation.without_samples(problem, Sliced(learner), most=2)
     assert few is not None
     assert {row["prompt"].split("/")[0] for row in few.per_prompt} == {"line-1", "line-5"}
-    assert few.metrics["task/accuracy"] == pytest.approx(np.mean([right[0], right[4]]))
+    assert few.metrics["task/vote"] == pytest.approx(np.mean([right[0], right[4]]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "AT_ONCE", 16)
         sliced = evaluation.without_samples(problem, Sliced(learner))
@@ -492,8 +490,8 @@ def test_imitating_the_labels_makes_the_policy_answer_them(folder: Path, tmp_pat
     # After a label the stop is certain: it is no action that halves the loss.
     assert losses[0] == pytest.approx(-before["task/log_likelihood"], rel=1e-4)
     after = evaluation.chosen(problem, Learned(learner)).metrics
-    assert before["task/accuracy"] == 0
-    assert after["task/accuracy"] == 1
+    assert before["task/vote"] == 0
+    assert after["task/vote"] == 1
     assert after["task/log_likelihood"] > max(before["task/log_likelihood"], np.log(0.9))
 
 

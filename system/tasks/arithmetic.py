@@ -273,4 +273,4 @@ def judge(prompt: Prompt, texts: Sequence[str], tokens_K: Sequence[Sequence[int]
     won = wins(results, answer)
     worked = [works_out(text, prompt.meta["expression"]) for text in texts] + [False] * unscored
     right = [value == answer for value in results]
-    return {"accuracy": float(won), "sample_accuracy": float(np.mean(right)), "worked_out": float(np.mean(worked))}
+    return {"vote": float(won), "accuracy": float(np.mean(right)), "worked_out": float(np.mean(worked))}
