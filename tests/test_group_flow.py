@@ -35,20 +35,19 @@ def test_staleness_stays_in_bounds_and_every_group_counts_once(tmp_path: Path, m
 
 
 def test_sampling_goes_on_while_the_learner_works(tmp_path: Path) -> None:
-    sampled_during_update = threading.Event()
-    updating = threading.Event()
+    updating, sampled = threading.Event(), threading.Event()
+    went_on: list[bool] = []
 
     def fate(request: Request) -> None:
-        if updating.is_set():
-            sampled_during_update.set()
+        if request.group_id >= 2 and updating.wait(10):
+            sampled.set()
 
     def during_update() -> None:
         updating.set()
-        sampled_during_update.wait(10)
+        went_on.append(sampled.wait(10))
 
-    loop = orchestrator(tmp_path, config(max_staleness=1, steps=3), FakeSamplers(fate=fate), FakeLearner(during_update))
-    loop.train()
-    assert sampled_during_update.is_set()
+    orchestrator(tmp_path, config(max_staleness=1, steps=3), FakeSamplers(fate=fate), FakeLearner(during_update)).train()
+    assert went_on[0]
 
 
 def test_the_capacity_gate_bounds_what_is_in_flight_or_unused(tmp_path: Path) -> None:
