@@ -104,6 +104,15 @@ def test_the_kl_penalty_of_grpo_is_zero_at_the_base_and_pulls_towards_it() -> No
     assert (with_kl - without).sign().flatten().tolist() == [1, -1]
 
 
+def test_the_kl_penalty_of_grpo_is_the_estimate_of_kl_to_the_base_from_samples_of_q() -> None:
+    """Of actions that are all alike in reward: e^a - a - 1 with a = log base - log q, which is not even in a."""
+    nan = float("nan")
+    subject = actions([2.0, 2.0], [[-1.0, -0.5], [-3.0, nan]])
+    base = replace(subject, log_base_KT=torch.tensor([[-2.0, -0.2], [-2.5, 0.0]], dtype=torch.float64))
+    first, second, third = (np.exp(away) - away - 1 for away in (-1.0, 0.3, 0.5))
+    assert grpo(base, 0.2, 5.0).item() == pytest.approx(5.0 * ((first + second) / 2 + third) / 2)
+
+
 def test_rloo_compares_each_sample_with_the_mean_of_the_others() -> None:
     subject = actions([1.0, 2.0, 6.0], [[-1, -2], [-1, -1], [-2, -1]])
     rloo(subject, kl=0.0).backward()

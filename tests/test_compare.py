@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
+from actors.decoding import Decoder, Draws
 from deploy import baselines, compare
 from deploy.prepare import prepare
 from learner.learner import Learner
@@ -20,6 +21,7 @@ from system.config import Config, ConfigError
 from system.journal import State
 from system.learner_config import VarGrad
 from system.models import locate
+from system.posterior import effective_share, log_mean_exp
 from system.run_error import RunError
 from system.tracking import Tracker
 from tests import tiny
@@ -298,6 +300,33 @@ def test_samples_without_a_reward_are_left_out_and_counted(tiny_config: Config, 
     assert rows and all("a" not in row["text"] for row in rows)
     assert metrics["reward_faults"] > 0
     assert np.isfinite(metrics["task/mean_log_reward"])
+
+
+def test_weights_and_bounds_are_of_what_is_held_out_at_the_last_temperature_over_all_draws(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raising = {"kind": "function", "path": "tests.faulty:without_a", "seconds": None}
+    reward = {"kind": "product", "of": [{"kind": "lm_posterior"}, raising]}
+    sections = {"task": tiny_config.task.model_dump() | {"reward": reward, "held_out": 1}, "loss": {"kind": "vargrad"}}
+    sections["learner"] = {"reward_temperature": {"start": 1.6, "end": 0.8, "horizon": 5}}
+    log_q: dict[tuple[int, ...], float] = {}
+
+    def draw(decoder: Decoder, *how: Any) -> Draws:
+        draws = whole(decoder, *how)
+        assert draws.log_q_K is not None
+        log_q.update(zip(draws.tokens_K, draws.log_q_K.tolist(), strict=True))
+        return draws
+
+    whole = Decoder.draw
+    monkeypatch.setattr(Decoder, "draw", draw)
+    subject = baselines.Baselines(config_file.parse(tiny_config.model_dump() | sections), {}, None)
+    metrics, rows = subject.measure("ancestral", 64)
+    assert {row["prompt"] for row in rows} == {"line-2"}
+    assert 0 < metrics["reward_faults"] == 64 - len(rows)
+    weights = [row["log_reward"] / 0.8 - log_q[tuple(row["tokens"])] for row in rows]
+    assert [row["log_weight"] for row in rows] == pytest.approx(weights)
+    assert metrics["posterior/log_z_weighted"] == pytest.approx(log_mean_exp(np.array(weights), 64))
+    assert metrics["posterior/ess"] == pytest.approx(effective_share(np.array(weights), 64))
 
 
 def test_smc_alone_asks_at_prefixes_for_functions_that_are_known_there(tiny_config: Config) -> None:

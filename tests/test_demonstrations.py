@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from deploy.job import sources
 from system import demonstrations
 from system.config import ConfigError
 from system.config_file import parse
@@ -83,3 +84,25 @@ def test_training_requests_get_demonstrations_and_evaluations_the_real_samplers(
     assert len(source.sample(requests.evaluation(0, 3, 0)).result()) == 3
     assert samplers.issued == [-1]
     assert samplers.version == 7
+
+
+class Rewarding(FakeSamplers, Lengths): ...
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+def test_the_buffer_starts_with_the_demonstrations_unless_a_checkpoint_fills_it(buffered: bool) -> None:
+    cfg = parse({"task": {"kind": "random_number"}, "replay": {"fresh": 0.5, "uniform": 0.5, "demonstrations": True}})
+    requests, samplers = Requests(PROMPTS, 4, cfg.sampler.exploration, 0), Rewarding()
+    training, pool, replay = sources(cfg, PROBLEM, requests, samplers, lambda: 0, buffered=buffered)  # type: ignore[arg-type]
+    assert (training, pool, len(replay)) == (requests, samplers, 0 if buffered else 3)
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+def test_imitation_asks_for_prompts_with_demonstrations_and_has_these_in_place_of_samples(buffered: bool) -> None:
+    cfg = parse({"task": {"kind": "random_number"}, "loss": {"kind": "mle"}})
+    requests, samplers = Requests(PROMPTS, 4, cfg.sampler.exploration, 0), Rewarding()
+    training, pool, _ = sources(cfg, PROBLEM, requests, samplers, lambda: 7, buffered=buffered)  # type: ignore[arg-type]
+    assert [prompt.id for prompt in training.prompts] == list(SHOWN)
+    group = pool.sample(training.training(0)).result()
+    assert (group.trajectories_K, group.adapter_version) == (SHOWN[group.prompt.id], 7)
+    assert not samplers.issued

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,8 +30,9 @@ from system.language_model import LanguageModel
 from system.models import locate
 from system.posterior import log_mean_exp
 from system.pretrained import load_pretrained, load_tokenizer
+from system.requests import Requests
 from system.tasks.problem import context_tokens
-from system.trajectory import Behaviour, Group, Prompt, sampled
+from system.trajectory import ON_POLICY, Behaviour, Group, Prompt, sampled
 from tests import finished, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -284,6 +286,41 @@ def test_the_command_compares_the_base_with_the_adapter_on_other_data(
     for arguments, message in mistakes.items():
         assert evaluate.main(list(arguments)) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("end", "behaviour", "reward", "bounded"),
+    [
+        (1.0, ON_POLICY, {"kind": "lm_posterior"}, True),
+        (0.5, ON_POLICY, {"kind": "lm_posterior"}, False),
+        (1.0, Behaviour(0.5), {"kind": "lm_posterior"}, False),
+        (1.0, ON_POLICY, {"kind": "function", "path": "tests.faulty:score"}, False),
+    ],
+)
+def test_what_is_held_out_is_evaluated_at_the_last_temperature_and_told_stories_bound_the_models_own_posterior_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, end: float, behaviour: Behaviour, reward: dict[str, Any], bounded: bool
+) -> None:
+    (folder / "two.jsonl").write_text(2 * (json.dumps(STORY) + "\n"))
+    sections = settings(folder, stories=str(folder / "two.jsonl"), held_out=1, reward=reward)
+    sections |= {"learner": {"reward_temperature": {"start": 2.0, "end": end, "horizon": 5}}, "loss": {"kind": "vargrad"}}
+    cfg = config_file.parse(sections)
+    prepared = prepare(cfg)
+    local = SimpleNamespace(problem=prepared.problem, tokenizer=prepared.tokenizer, use=lambda adapter: None)
+    asked: list[tuple[Any, dict[str, Any]]] = []
+
+    def found(requests: Requests, _samplers: Any, _scorer: Any, **how: Any) -> Evaluation:
+        asked.append((requests.prompts, how))
+        return Evaluation({})
+
+    monkeypatch.setattr("deploy.local.opened", lambda *_: nullcontext(local))
+    monkeypatch.setattr("system.diversity.diversity_measure", lambda: None)
+    monkeypatch.setattr("system.evaluation.sampled", found)
+    monkeypatch.setattr(evaluate, "_upper_bound", lambda *_: {"posterior/log_z_upper": 0.0})
+    [(_, result)] = evaluate.evaluate(cfg, folder / "adapter", 4, "adapter", behaviour)
+    [(prompts, how)] = asked
+    assert prompts == prepared.problem.prompts[1:]
+    assert (how["temperature"], how["behaviour"], how["samples"]) == (end, behaviour, 4)
+    assert bool(result.metrics) is bounded
 
 
 def test_other_data_are_taken_whole_unless_a_part_of_them_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from system import evaluation
 from system.evaluation import Evaluation, Judge
-from system.posterior import log_mean_exp
+from system.posterior import effective_share, log_mean_exp
 from system.requests import Requests
 from system.run_error import RunError
 from system.sampler_config import Exploration
@@ -57,6 +57,15 @@ def test_a_prompt_with_a_single_sample_left_has_no_bounds_and_what_is_lost_count
     assert [row["prompt"] for row in result.per_prompt] == ["prompt-1", "prompt-2"]
     assert result.metrics["task/right"] == pytest.approx((0.25 + 1 + 1) / 3)
     assert result.metrics["task/unscored"] == 0.25
+
+
+def test_bounds_count_what_was_drawn_and_has_no_reward() -> None:
+    result = evaluated(Lossy({-1: 2, -2: 1}))
+    for row, left in zip(result.per_prompt, (2, 3, 4), strict=True):
+        mine = [sample for sample in result.samples if sample["prompt"] == row["prompt"]]
+        u_K = np.array([sample["log_reward"] - sample["log_q"] for sample in mine])
+        assert len(u_K) == left
+        assert (row["log_z_weighted"], row["ess"]) == pytest.approx((log_mean_exp(u_K, 4), effective_share(u_K, 4)))
 
 
 def test_a_prompt_without_any_sample_left_counts_for_the_task() -> None:

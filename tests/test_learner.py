@@ -184,6 +184,19 @@ def test_the_reward_temperature_of_an_update_is_that_of_its_step(folder: Path) -
     assert [subject.update(groups())["reward_temperature"] for _ in range(4)] == [1.0, 0.75, 0.5, 0.5]
 
 
+def test_each_update_has_the_reward_temperature_and_the_learning_rate_of_its_step(folder: Path) -> None:
+    annealed = learner(folder, reward_temperature={"start": 1.0, "end": 0.5, "horizon": 1})
+    annealed.step = 1
+    at_half = learner(folder, reward_temperature={"start": 0.5, "end": 0.5})
+    assert annealed.update(groups())["loss"] == at_half.update(groups())["loss"]
+    subject, rates = learner(folder, steps=4, warmup_steps=1, decay="linear"), []
+    for _ in range(4):
+        subject.update(groups())
+        rates += [section["lr"] for section in subject.optimizer.param_groups]
+    assert rates == [lr_at(subject.config, step) for step in range(4)]
+    assert len(set(rates)) == 4
+
+
 def test_a_kl_is_to_the_base_beside_the_tempered_reward(folder: Path) -> None:
     """RLOO's loss by its definition, with log-probs of one sequence at a time."""
     loss = parse(ON_POLICY | {"task": {"kind": "random_number"}, "loss": {"kind": "rloo", "kl": 0.5}}).loss
@@ -270,6 +283,13 @@ def test_weights_of_another_rank_are_refused(folder: Path) -> None:
     other = config().model_copy(update={"lora": parse({"task": {"kind": "random_number"}, "lora": {"rank": 2}}).lora})
     saved = Learner(other, folder, CONSTRAINTS, "base", list(range(10, 40))).save()
     with pytest.raises(CheckpointError, match=r"another lora section.*does not fit the policy"):
+        learner(folder).restore(saved, 0)
+
+
+def test_weights_of_another_scale_are_refused(folder: Path) -> None:
+    other = config().model_copy(update={"lora": config().lora.model_copy(update={"alpha": 16.0})})
+    saved = Learner(other, folder, CONSTRAINTS, "base", list(range(10, 40))).save()
+    with pytest.raises(CheckpointError, match=r"has lora\.alpha / lora\.rank = 4, this run 2: .* set lora\.alpha"):
         learner(folder).restore(saved, 0)
 
 

@@ -23,12 +23,16 @@ def brute_force(states: States, pairs: list[tuple[tuple[int, int], tuple[int, in
     return sum(w * float(u_KT[i] - u_KT[j]) ** 2 for i, j, w in pairs) / total
 
 
-@pytest.fixture
-def toy() -> Toy:
-    toy = Toy()
+def scattered(toy: Toy) -> Toy:
+    """With a random policy."""
     with torch.no_grad():
         toy.logits.copy_(torch.randn(toy.logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
     return toy
+
+
+@pytest.fixture
+def toy() -> Toy:
+    return scattered(Toy())
 
 
 @pytest.mark.parametrize("min_tokens", [0, 1])
@@ -100,29 +104,58 @@ def test_vargrad_is_the_mean_over_all_pairs_of_ends(toy: Toy) -> None:
     assert losses.vargrad(states).item() == pytest.approx(brute_force(states, pairs), rel=1e-6)
 
 
+@pytest.fixture(params=[0, 1], ids=["root stops", "root goes on"])
+def rooted(request: pytest.FixtureRequest) -> Toy:
+    """Where the root cannot stop, the mean of u at the ends stands for it."""
+    return scattered(Toy(request.param))
+
+
+def with_root(states: States) -> States:
+    """u at the root as pairs of one trajectory have it."""
+    if bool(states.terminable_KT[:, 0].all()):
+        return states
+    return replace(states, u_KT=torch.cat([states.u_end_K.mean().expand(len(states.u_KT), 1), states.u_KT[:, 1:]], 1))
+
+
 @pytest.mark.parametrize("decay", [0.3, 0.9, 1.0])
-def test_subtb_weighs_each_distinct_ancestor_pair_by_distance(toy: Toy, decay: float) -> None:
+def test_subtb_weighs_each_distinct_ancestor_pair_by_distance(rooted: Toy, decay: float) -> None:
     strings = [(0, 1, 1), (1, 0, 0), (1, 0, 1)]
-    states = toy.states(0, toy.group(0, strings))
+    states = rooted.states(0, rooted.group(0, strings))
     pairs, seen = [], set()
     for k, s in enumerate(strings):
         for j in range(1, len(s) + 1):
             if s[:j] not in seen:
                 pairs += [((k, i), (k, j), decay ** (j - i - 1)) for i in range(j)]
             seen.add(s[:j])
-    assert losses.subtrajectory_balance(states, decay).item() == pytest.approx(brute_force(states, pairs), rel=1e-6)
+    expected = brute_force(with_root(states), pairs)
+    assert losses.subtrajectory_balance(states, decay).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_detailed_balance_is_the_mean_over_edges_of_the_tree(toy: Toy) -> None:
-    states = toy.states(0, toy.group(0, [(0, 1, 1), (0, 1, 0)]))
+def test_detailed_balance_is_the_mean_over_edges_of_the_tree(rooted: Toy) -> None:
+    states = rooted.states(0, rooted.group(0, [(0, 1, 1), (0, 1, 0)]))
     edges = [((0, 0), (0, 1), 1.0), ((0, 1), (0, 2), 1.0), ((0, 2), (0, 3), 1.0), ((1, 2), (1, 3), 1.0)]
-    assert losses.detailed_balance(states).item() == pytest.approx(brute_force(states, edges), rel=1e-6)
+    assert losses.detailed_balance(states).item() == pytest.approx(brute_force(with_root(states), edges), rel=1e-6)
 
 
-def test_trajectory_balance_compares_root_and_end(toy: Toy) -> None:
-    states = toy.states(0, toy.group(0, [(0, 1, 1), (1,)]))
-    pairs = [((0, 0), (0, 3), 1.0), ((1, 0), (1, 1), 1.0)]
-    assert losses.trajectory_balance(states).item() == pytest.approx(brute_force(states, pairs), rel=1e-6)
+def test_trajectory_balance_compares_root_and_end(rooted: Toy) -> None:
+    strings = [s for s in ((0, 1, 1), (1,), ()) if rooted.terminable(s)]
+    states = rooted.states(0, rooted.group(0, strings))
+    pairs = [((k, 0), (k, len(s)), 1.0) for k, s in enumerate(strings) if s]
+    assert losses.trajectory_balance(states).item() == pytest.approx(brute_force(with_root(states), pairs), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["tb", "db", "subtb"])
+def test_the_estimate_at_a_root_that_cannot_stop_is_a_constant_to_the_gradient(kind: str) -> None:
+    toy = scattered(Toy(min_tokens=1))
+    states = toy.states(0, toy.group(0, [(0, 1, 1), (1, 0), (1,)]))
+    fixed = with_root(states)
+    fixed = replace(
+        fixed,
+        u_KT=torch.cat([fixed.u_KT[:, :1].detach(), states.u_KT[:, 1:]], 1),
+        terminable_KT=torch.cat([torch.ones_like(states.terminable_KT[:, :1]), states.terminable_KT[:, 1:]], 1),
+    )
+    found, expected = (torch.autograd.grad(losses.build(kind)(each), toy.logits, retain_graph=True) for each in (states, fixed))
+    torch.testing.assert_close(found, expected)
 
 
 def test_states_without_a_reward_take_part_in_no_pair(toy: Toy) -> None:

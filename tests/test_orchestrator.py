@@ -35,14 +35,14 @@ def test_a_synchronous_run_uses_only_samples_of_the_newest_adapter(tmp_path: Pat
 
 
 def test_a_synchronous_run_is_the_same_in_whatever_order_its_groups_arrive(tmp_path: Path) -> None:
-    records = []
+    cfg, batches = config().model_copy(update={"replay": Replay(fresh=0.5, uniform=0.5)}), []
     for name, turn in (("a", 0), ("b", 1)):
+        learner = FakeLearner()
         samplers = FakeSamplers(fate=lambda request, turn=turn: time.sleep(0.02 * ((request.group_id + turn) % 2)))
-        loop = orchestrator(tmp_path / name, config(), samplers, FakeLearner())
-        loop.train()
-        arrays, of_prompt = loop.replay.save()
-        records.append(({key: array.tolist() for key, array in arrays.items()}, of_prompt))
-    assert records[0] == records[1]
+        orchestrator(tmp_path / name, cfg, samplers, learner).train()
+        batches.append([[(g.group_id, [t.tokens_T.tolist() for t in g.trajectories_K]) for g in b] for b in learner.batches])
+    assert batches[0] == batches[1]
+    assert used(learner) > 24 * 3, "some are from the buffer"
 
 
 def dying(request: Request) -> None:
@@ -191,6 +191,17 @@ def test_a_learner_that_dies_costs_neither_a_group_nor_an_update(tmp_path: Path,
     assert loop.counters.learner_deaths == learner.restarts == len(deaths)
     assert len(learner.published) == len(set(learner.published))
     assert samplers.named_versions == sorted(samplers.named_versions)
+
+
+def test_a_new_learner_publishes_at_once_what_may_have_been_lost_with_the_old_one(tmp_path: Path) -> None:
+    versions = []
+    for name, deaths in (("whole", ()), ("killed", (3,))):
+        samplers = FakeSamplers()
+        loop = orchestrator(tmp_path / name, config(), samplers, FakeLearner(deadly(*deaths)))
+        loop.train()
+        assert samplers.version == loop.counters.version
+        versions.append(loop.counters.version)
+    assert versions[1] == versions[0] + 1
 
 
 def test_no_more_updates_than_checkpoint_every_are_repeated(tmp_path: Path) -> None:

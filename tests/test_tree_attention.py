@@ -69,6 +69,12 @@ def chosen(count: torch.Tensor | None, index: torch.Tensor | None) -> np.ndarray
     return result
 
 
+def tiles(seen: torch.Tensor) -> np.ndarray:
+    """A dense mask as bool [query blocks, queries, key blocks, keys]."""
+    side = len(seen) // tree_attention.BLOCK
+    return seen.numpy().reshape(side, tree_attention.BLOCK, side, tree_attention.BLOCK)
+
+
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("pieces", [1, 3, 8])
 def test_the_blocks_hold_what_the_dense_mask_shows(window: int | None, pieces: int) -> None:
@@ -78,9 +84,7 @@ def test_the_blocks_hold_what_the_dense_mask_shows(window: int | None, pieces: i
     seen = tree_attention.dense(end, position, window, torch.float32, CPU)[0, 0] == 0
     at = torch.arange(len(end))
     assert torch.equal(mask.mask_mod(at[:1], at[:1], at[:, None], at[None, :]), seen)
-    side = len(end) // tree_attention.BLOCK
-    tiles = seen.numpy().reshape(side, tree_attention.BLOCK, side, tree_attention.BLOCK)
-    some, whole = tiles.any((1, 3)), tiles.all((1, 3))
+    some, whole = tiles(seen).any((1, 3)), tiles(seen).all((1, 3))
     assert not (partial & full).any()
     assert not (some & ~(partial | full)).any()
     assert not (full & ~whole).any()
@@ -95,6 +99,16 @@ def test_a_long_prompt_has_whole_blocks_and_branches_skip_theirs() -> None:
     mask = tree_attention.blocks(end, position, None, CPU)
     assert chosen(mask.full_kv_num_blocks, mask.full_kv_indices)[-2, :2].all()
     assert mask.sparsity() > 50
+
+
+def test_blocks_that_are_taken_whole_are_within_the_window_to_the_last_pair() -> None:
+    samples = [sampled([5 + k] + [20 + t % 40 for t in range(149)]) for k in range(3)]
+    end, position = laid_out([Packed.of(PrefixTree.of(samples), [7] * 700)])
+    mask = tree_attention.blocks(end, position, 400, CPU)
+    full = chosen(mask.full_kv_num_blocks, mask.full_kv_indices)
+    seen = tree_attention.dense(end, position, 400, torch.float32, CPU)[0, 0] == 0
+    assert full.any()
+    assert not (full & ~tiles(seen).all((1, 3))).any()
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)

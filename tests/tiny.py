@@ -125,12 +125,13 @@ def lfm2(vocab_size: int = VOCABULARY, seed: int = 0) -> PreTrainedModel:
 
 
 def gemma3(vocab_size: int = VOCABULARY, seed: int = 0) -> PreTrainedModel:
-    """One layer with a sliding window of 8 tokens, one with full attention, tied embeddings, capped logits."""
+    """One layer with a sliding window of 8 tokens, one with full attention, a scale that is not of the head's size, tied
+    embeddings, capped logits."""
     config = Gemma3TextConfig(
         vocab_size=vocab_size,
         num_key_value_heads=2,
         head_dim=8,
-        query_pre_attn_scalar=8,
+        query_pre_attn_scalar=24,
         sliding_window=8,
         layer_types=["sliding_attention", "full_attention"],
         final_logit_softcapping=30.0,
