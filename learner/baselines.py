@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from learner.states import NodeLogQ
 from system.learner_config import GRPO, MLE, PPO, RLOO, Loss
 from system.prefix_tree import PrefixTree
 from system.trajectory import Group
@@ -63,14 +64,13 @@ def actions_of(
     tree: PrefixTree,
     chosen_N: np.ndarray,
     group: Group,
-    edge_log_q_N: Tensor,
-    stop_log_q_N: Tensor,
-    base_N: tuple[Tensor, Tensor] | None,
+    log_q: NodeLogQ,
+    base: NodeLogQ | None,
     temperature: float,
 ) -> Actions:
     """From log-probs at the nodes of the group's tree; arguments as in `learner.states.states_of`, and `chosen_N` as
     `Constraints.of_tree` has it."""
-    device = edge_log_q_N.device
+    device = log_q.edge_N.device
     lengths_K = np.array([len(trajectory) for trajectory in group.trajectories_K])
     shape = (len(group), int(lengths_K.max()) + 1)
     node_KT, action_KT, stops_KT = np.zeros(shape, np.int64), np.zeros(shape, bool), np.zeros(shape, bool)
@@ -90,9 +90,9 @@ def actions_of(
     reward_K = torch.tensor([log_reward_T[-1] / temperature for log_reward_T in group.log_reward_K], dtype=torch.float32)
     drawn = torch.from_numpy(drawn_KT).to(device)
     return Actions(
-        along(edge_log_q_N, stop_log_q_N),
+        along(*log_q),
         torch.where(actions, drawn, 0.0),
-        None if base_N is None else along(*base_N).detach(),
+        None if base is None else along(*base).detach(),
         actions,
         reward_K.to(device),
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from learner import baselines, losses
 from learner.baselines import Baseline
-from learner.parts import Part, cut, longest_row
+from learner.piece import Part, Piece, cut, longest_row
 from learner.policy import Policy
 from learner.ranks import Ranks
-from learner.states import node_log_reward, states_of
+from learner.states import NodeLogQ, node_log_reward, states_of
 from system.adapters import Adapter, Canary
 from system.checkpoint import CheckpointError
 from system.config import Config
@@ -83,24 +83,13 @@ class Facts(NamedTuple):
     """Mean log q of the stop where samples end, nats."""
 
 
-class Piece(NamedTuple):
+class PackedGroup(NamedTuple):
     """A group as it goes into a row."""
 
-    tree: PrefixTree
-    packed: Packed
+    group: Group
+    piece: Piece
     log_reward_N: np.ndarray
     """float64: untempered log R, nats; NaN where the loss has no use for the state."""
-    chosen_N: np.ndarray
-    """bool: the policy chose the token that leads to a node."""
-
-    @property
-    def terminable_N(self) -> np.ndarray:
-        """bool: log R is known, so that log q of the stop is wanted."""
-        return np.isfinite(self.log_reward_N)
-
-
-LogQ = tuple[Tensor, Tensor]
-"""[N] of the edge into each node and of the stop at it, nats."""
 
 
 class Learner:
@@ -200,112 +189,110 @@ class Learner:
 
     def score(self, groups: Sequence[Group]) -> list[Score]:
         """log q of the trajectories under the current policy."""
-        pieces = [self._pack(group) for group in groups]
+        packed = [self._pack(group) for group in groups]
+        packed = [each._replace(piece=replace(each.piece, wanted_N=each.piece.tree.is_end_N)) for each in packed]
         scores: dict[int, Score] = {}
-        for row in rows_by_budget([len(piece.packed) for piece in pieces], self.config.token_budget):
-            trees = [pieces[index].tree for index in row]
+        for row in rows_by_budget([len(each.piece) for each in packed], self.config.token_budget):
             with torch.no_grad():
-                if parts := self._parts(pieces[row[0]], groups[row[0]]):
-                    log_q = [self._joined(parts, trees[0].is_end_N)]
+                if parts := self._parts(packed[row[0]]):
+                    log_q = [self._joined(parts)]
                 else:
-                    log_q = self.policy.log_q([pieces[index].packed for index in row], [tree.is_end_N for tree in trees])
-            for index, tree, (edge, stop) in zip(row, trees, log_q, strict=True):
+                    log_q = self.policy.log_q([packed[index].piece for index in row])
+            for index, (edge, stop) in zip(row, log_q, strict=True):
                 edge_N, stop_N = edge.double().cpu().numpy(), stop.double().cpu().numpy()
+                tree = packed[index].piece.tree
                 stop_K = stop_N[tree.ends_K]
                 path_K = np.array([edge_N[nodes_T].sum() for nodes_T in tree.nodes_K])
                 reward_K = np.array([log_reward_T[-1] for log_reward_T in groups[index].log_reward_K])
                 scores[index] = Score(path_K + stop_K, stop_K, reward_K)
         return [scores[index] for index in range(len(groups))]
 
-    def _pack(self, group: Group) -> Piece:
+    def _pack(self, group: Group) -> PackedGroup:
         tree = PrefixTree.of(group.trajectories_K)
         log_reward_N = node_log_reward(tree, group)
-        may_stop_N, chosen_N = self.constraints.of_tree(tree)
-        log_reward_N[~may_stop_N] = np.nan
         if isinstance(self.objective, Baseline):
             log_reward_N[~tree.is_end_N] = np.nan
-        return Piece(tree, Packed.of(tree, group.prompt.policy_tokens), log_reward_N, chosen_N)
+        piece = Piece.of(tree, group.prompt.policy_tokens, self.constraints, np.isfinite(log_reward_N))
+        log_reward_N[~piece.may_stop_N] = np.nan
+        return PackedGroup(group, piece, log_reward_N)
 
     def _rows(self, groups: Sequence[Group], temperature: float) -> Iterator[tuple[Tensor, dict[int, Facts]]]:
         """A row of packed trees of this rank at a time: its part of the loss, and the facts of each group in it, by index."""
-        pieces = [self._pack(group) for group in groups]
-        lengths = [len(piece.packed) for piece in pieces]
+        packed = [self._pack(group) for group in groups]
+        lengths = [len(each.piece) for each in packed]
         for row in self.ranks.rows(lengths, self.config.token_budget):
-            if row and (parts := self._parts(pieces[row[0]], groups[row[0]])):
+            if row and (parts := self._parts(packed[row[0]])):
                 [index] = row
-                for loss, facts in self._in_parts(pieces[index], groups[index], parts, temperature):
+                for loss, facts in self._in_parts(packed[index], parts, temperature):
                     yield loss / len(groups), {index: facts} if facts else {}
                 continue
             # A row that only keeps step with the other ranks forwards the shortest group, for nothing.
-            forwarded = row or [int(np.argmin(lengths))]
-            packed = [pieces[index].packed for index in forwarded]
-            terminable = [pieces[index].terminable_N for index in forwarded]
-            log_q = self.policy.log_q(packed, terminable)
-            base: Sequence[LogQ | None] = [None] * len(forwarded)
+            pieces = [packed[index].piece for index in row or [int(np.argmin(lengths))]]
+            log_q = self.policy.log_q(pieces)
+            base: Sequence[NodeLogQ | None] = [None] * len(pieces)
             if self._needs_base:
                 with torch.no_grad(), self.policy.base():
-                    base = self.policy.log_q(packed, terminable)
+                    base = self.policy.log_q(pieces)
             if not row:
-                yield 0.0 * log_q[0][0].sum(), {}
+                yield 0.0 * log_q[0].edge_N.sum(), {}
                 continue
             loss_G, facts_G = [], {}
             for index, log_q_N, base_N in zip(row, log_q, base, strict=True):
-                loss, facts_G[index] = self._loss(pieces[index], groups[index], log_q_N, base_N, lengths[index], temperature)
+                loss, facts_G[index] = self._loss(packed[index], log_q_N, base_N, lengths[index], temperature)
                 loss_G.append(loss)
             yield torch.stack(loss_G).sum() / len(groups), facts_G
 
     def _loss(
-        self, piece: Piece, group: Group, log_q: LogQ, base: LogQ | None, forwarded: int, temperature: float
+        self, packed: PackedGroup, log_q: NodeLogQ, base: NodeLogQ | None, forwarded: int, temperature: float
     ) -> tuple[Tensor, Facts]:
         """Of one group, for which the policy computed so many tokens, and the base as many if it was asked."""
-        tree, (edge_N, stop_N) = piece.tree, log_q
-        states = states_of(tree, piece.log_reward_N, edge_N, stop_N, temperature)
+        group, piece, log_reward_N = packed
+        states = states_of(piece.tree, log_reward_N, log_q, temperature)
         if isinstance(self.objective, Baseline):
-            actions = baselines.actions_of(tree, piece.chosen_N, group, edge_N, stop_N, base, temperature)
-            loss = self.objective.loss(actions)
+            loss = self.objective.loss(baselines.actions_of(piece.tree, piece.chosen_N, group, log_q, base, temperature))
         else:
             loss = self.objective(states)
         tokens = forwarded * (2 if self._needs_base else 1)
-        return loss, _facts(float(loss.detach()), tokens, states, stop_N.detach()[tree.ends_K.tolist()])
+        return loss, _facts(float(loss.detach()), tokens, states, log_q.stop_N.detach()[piece.tree.ends_K.tolist()])
 
     # --------------------------------------------------------------------------- a group that is longer than a row
 
-    def _parts(self, piece: Piece, group: Group) -> list[Part]:
+    def _parts(self, packed: PackedGroup) -> list[Part]:
         """None where it is whole: it fits a row, or is one sample, or ranks compute in lockstep, which one with more to compute
         would break."""
-        context, budget = group.prompt.policy_tokens, self.config.token_budget
-        if len(group) == 1 or self.ranks.in_lockstep or len(piece.packed) <= longest_row(context, budget):
+        context, budget = packed.group.prompt.policy_tokens, self.config.token_budget
+        if len(packed.group) == 1 or self.ranks.in_lockstep or len(packed.piece) <= longest_row(context, budget):
             return []
-        return cut(piece.tree, group.trajectories_K, context, budget)
+        return cut(packed.piece, packed.group.trajectories_K, context, budget)
 
-    def _joined(self, parts: Sequence[Part], terminable_N: np.ndarray) -> LogQ:
+    def _joined(self, parts: Sequence[Part]) -> NodeLogQ:
         """log q at the nodes of the whole tree."""
-        whole = [torch.zeros(len(terminable_N), device=self.policy.device) for _ in range(2)]
+        whole = [torch.zeros(1 + max(int(part.node_N.max()) for part in parts), device=self.policy.device) for _ in range(2)]
         for part in parts:
-            [log_q] = self.policy.log_q([part.packed], [terminable_N[part.node_N]])
+            [log_q] = self.policy.log_q([part.piece])
             node_N = torch.from_numpy(part.node_N).to(self.policy.device)
             for values_N, part_N in zip(whole, log_q, strict=True):
                 values_N[node_N] = part_N
-        return whole[0], whole[1]
+        return NodeLogQ(*whole)
 
     def _in_parts(
-        self, piece: Piece, group: Group, parts: Sequence[Part], temperature: float
+        self, packed: PackedGroup, parts: Sequence[Part], temperature: float
     ) -> Iterator[tuple[Tensor, Facts | None]]:
         """For each part a stand-in for its share of the loss, which has the same gradient; with the last one the facts."""
         base = None
         with torch.no_grad():
             if self._needs_base:
                 with self.policy.base():
-                    base = self._joined(parts, piece.terminable_N)
-            log_q = self._joined(parts, piece.terminable_N)
+                    base = self._joined(parts)
+            log_q = self._joined(parts)
         for values_N in log_q:
             values_N.requires_grad_()
-        forwarded = sum(len(part.packed) for part in parts)
-        loss, facts = self._loss(piece, group, log_q, base, forwarded, temperature)
+        forwarded = sum(len(part.piece) for part in parts)
+        loss, facts = self._loss(packed, log_q, base, forwarded, temperature)
         facts = facts._replace(tokens=facts.tokens + forwarded)
         slope = torch.autograd.grad(loss, log_q, materialize_grads=True)
         for number, part in enumerate(parts, 1):
-            [log_q_part] = self.policy.log_q([part.packed], [piece.terminable_N[part.node_N]])
+            [log_q_part] = self.policy.log_q([part.piece])
             # A node that several parts have is one node, of one of them.
             node_N, first_N = (torch.from_numpy(each).to(self.policy.device) for each in (part.node_N, part.first_N))
             shares = [(slope_N[node_N] * part_N)[first_N].sum() for slope_N, part_N in zip(slope, log_q_part, strict=True)]

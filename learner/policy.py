@@ -16,11 +16,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from learner.low_rank import LowRankLinear
+from learner.piece import Piece
 from learner.ranks import Ranks
+from learner.states import NodeLogQ
 from system.config import ConfigError, Lora
 from system.constraints import Constraints
 from system.language_model import LanguageModel
-from system.prefix_tree import Packed
 from system.pretrained import load_pretrained
 
 
@@ -115,24 +116,19 @@ class Policy:
     def device(self) -> torch.device:
         return self.language_model.device
 
-    def log_q(self, pieces: Sequence[Packed], terminable_N: Sequence[np.ndarray]) -> list[tuple[Tensor, Tensor]]:
-        """Per tree: float32 [N] log q of the edge into each node, and [N] log q(stop | node), nats, with gradients.
-
-        The first is 0 at the root and where the policy had no choice. The second is wanted, and given, where
-        `terminable_N`; it is 0 elsewhere and where the stop is forced.
-        """
+    def log_q(self, pieces: Sequence[Piece]) -> list[NodeLogQ]:
+        """Of pieces in one row, for each: float32, with gradients."""
         model, constraints = self.language_model, self.constraints
-        hidden_LH = model.hidden(pieces)
+        hidden_LH = model.hidden([piece.packed for piece in pieces])
         positions, tokens, may_stop, wanted, offset = [], [], [], [], 0
-        for piece, terminable in zip(pieces, terminable_N, strict=True):
+        for piece in pieces:
             tree = piece.tree
-            may_stop_N, chosen_N = constraints.of_tree(tree)
-            actions = np.flatnonzero(chosen_N)
-            stops = np.flatnonzero(terminable & may_stop_N & ~constraints.must_stop(tree.depth_N))
+            actions = np.flatnonzero(piece.chosen_N)
+            stops = np.flatnonzero(piece.wanted_N & ~constraints.must_stop(tree.depth_N))
             at = np.concatenate([tree.parent_N[actions], stops])
-            positions.append(piece.start_N[at] + offset)
+            positions.append(piece.packed.start_N[at] + offset)
             tokens.append(np.concatenate([tree.token_N[actions], np.full(len(stops), constraints.stop_token)]))
-            may_stop.append(may_stop_N[at])
+            may_stop.append(piece.may_stop_N[at])
             wanted.append((actions, stops))
             offset += len(piece)
         log_q_Q = model.log_probs(
@@ -146,7 +142,7 @@ class Policy:
                 done += len(nodes)
                 index = torch.from_numpy(nodes).to(self.device)
                 pair.append(values.new_zeros(len(piece.tree)).index_put((index,), values))
-            result.append((pair[0], pair[1]))
+            result.append(NodeLogQ(*pair))
         return result
 
     @contextmanager

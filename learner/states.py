@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,18 +23,25 @@ def node_log_reward(tree: PrefixTree, group: Group) -> np.ndarray:
     return log_reward_N
 
 
-def states_of(
-    tree: PrefixTree, log_reward_N: np.ndarray, edge_log_q_N: Tensor, stop_log_q_N: Tensor, temperature: float
-) -> States:
+class NodeLogQ(NamedTuple):
+    """What a policy says at the nodes of a prefix tree, nats."""
+
+    edge_N: Tensor
+    """Log q of the action that leads to a node; 0 at the root, where the policy had no choice, and where the environment wrote
+    the token."""
+    stop_N: Tensor
+    """log q(stop | node) where it is wanted; 0 elsewhere, and where the stop is forced."""
+
+
+def states_of(tree: PrefixTree, log_reward_N: np.ndarray, log_q: NodeLogQ, temperature: float) -> States:
     """u(s) = log R(s) / T - log q(stop | s) - C(s) along every trajectory.
 
     Args:
         log_reward_N: untempered, nats, NaN where unknown.
-        edge_log_q_N: [N] log q of the action that leads to a node; 0 at the root and where the environment wrote it.
-        stop_log_q_N: [N] log q(stop | node); meaningful where log_reward_N is finite.
+        log_q: with that of the stop where log_reward_N is finite.
         temperature: T.
     """
-    device = edge_log_q_N.device
+    device = log_q.edge_N.device
     lengths_K = np.array([len(nodes_T) for nodes_T in tree.nodes_K])
     node_KT = np.zeros((len(lengths_K), lengths_K.max()), np.int64)
     inside_KT = np.arange(lengths_K.max()) < lengths_K[:, None]
@@ -46,7 +55,7 @@ def states_of(
     nodes = torch.from_numpy(node_KT).to(device)
     log_reward = torch.from_numpy(np.nan_to_num(log_reward_N) / temperature).to(device, torch.float32)
     # Padding points at the root, whose edge adds 0 to the path.
-    path_KT = edge_log_q_N[nodes].cumsum(1)
-    u_KT = (log_reward - stop_log_q_N)[nodes] - path_KT
+    path_KT = log_q.edge_N[nodes].cumsum(1)
+    u_KT = (log_reward - log_q.stop_N)[nodes] - path_KT
     put = torch.from_numpy
     return States(u_KT, put(terminable_KT).to(device), put(distinct_KT).to(device), put(lengths_K - 1).to(device))

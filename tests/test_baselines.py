@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from learner.baselines import TRUNCATION, Actions, actions_of, build, grpo, mle, ppo, rloo
+from learner.states import NodeLogQ
 from system.learner_config import GRPO, PPO, RLOO
 from system.prefix_tree import PrefixTree
 from system.trajectory import Group, Prompt, Trajectory, sampled
@@ -32,7 +33,7 @@ def test_actions_leave_out_padding_tool_tokens_and_forced_stops() -> None:
     group = Group(PROMPT, (tool, forced, short), rewards, 0, 0)
     tree = PrefixTree.of(group.trajectories_K)
     edge_N, stop_N = -torch.arange(len(tree)).float(), -100.0 - torch.arange(len(tree)).float()
-    result = actions_of(tree, tree.is_action_N, group, edge_N, stop_N, (edge_N * 2, stop_N * 2), temperature=2.0)
+    result = actions_of(tree, tree.is_action_N, group, NodeLogQ(edge_N, stop_N), NodeLogQ(edge_N * 2, stop_N * 2), 2.0)
     at = [nodes_T.tolist() for nodes_T in tree.nodes_K]
     expected = [
         [-at[0][1], 0, -at[0][3], -100 - at[0][3]],
@@ -151,19 +152,19 @@ class OnPolicy:
         group = replace(group, trajectories_K=trajectories)
         tree = PrefixTree.of(trajectories)
         log_q, log_base = (self.nodes(tree, table) for table in tables)
-        return actions_of(tree, tree.is_action_N, group, *log_q, log_base, temperature=1.0)
+        return actions_of(tree, tree.is_action_N, group, log_q, log_base, 1.0)
 
     @staticmethod
     def steps(table: torch.Tensor, string: tuple[int, ...]) -> torch.Tensor:
         return torch.stack([table[INDEX[string[:t]], a] for t, a in enumerate([*string, STOP])]).clamp(min=-1e4)
 
     @staticmethod
-    def nodes(tree: PrefixTree, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def nodes(tree: PrefixTree, table: torch.Tensor) -> NodeLogQ:
         strings: list[tuple[int, ...]] = [()]
         for node in range(1, len(tree)):
             strings.append((*strings[tree.parent_N[node]], int(tree.token_N[node])))
         edge = [table.new_zeros(())] + [table[INDEX[s[:-1]], s[-1]] for s in strings[1:]]
-        return torch.stack(edge), torch.stack([table[INDEX[s], STOP] for s in strings])
+        return NodeLogQ(torch.stack(edge), torch.stack([table[INDEX[s], STOP] for s in strings]))
 
 
 def test_rloo_with_a_kl_to_the_base_ends_at_the_tilted_base() -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from actors.decoding import Decoder, Draws
+from actors import decoding
+from actors.decoder import Decoder, Draws
 from deploy import baselines, compare
 from deploy.prepare import prepare
 from learner.learner import Learner
@@ -317,8 +318,8 @@ def test_weights_and_bounds_are_of_what_is_held_out_at_the_last_temperature_over
         log_q.update(zip(draws.tokens_K, draws.log_q_K.tolist(), strict=True))
         return draws
 
-    whole = Decoder.draw
-    monkeypatch.setattr(Decoder, "draw", draw)
+    whole = decoding.draw
+    monkeypatch.setattr(decoding, "draw", draw)
     subject = baselines.Baselines(config_file.parse(tiny_config.model_dump() | sections), {}, None)
     metrics, rows = subject.measure("ancestral", 64)
     assert {row["prompt"] for row in rows} == {"line-2"}

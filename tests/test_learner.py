@@ -123,7 +123,7 @@ def test_a_group_longer_than_a_row_is_cut_and_its_update_is_that_of_the_whole(
         tiny.perturb(subject.policy.parameters.values())
         whole = subject.policy.log_q
         monkeypatch.setattr(
-            subject.policy, "log_q", lambda packed, at, whole=whole: rows.append(sum(map(len, packed))) or whole(packed, at)
+            subject.policy, "log_q", lambda pieces, whole=whole: rows.append(sum(map(len, pieces))) or whole(pieces)
         )
         rows.clear()
         # The second has two samples with a tool's output, in parts that are not the same.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from learner.piece import Piece
 from learner.policy import Policy
 from system import tree_attention
 from system.config import ConfigError, Lora
@@ -37,8 +38,14 @@ def row(seed: int, pieces: int = 3, suffix: tuple[int, ...] = (11, 12, 13)) -> l
 
 def log_q(policy: Policy) -> torch.Tensor:
     """Of a row's edges and stops, end to end."""
-    pieces = row(1, suffix=())
-    pairs = policy.log_q(pieces, [np.ones(len(piece.tree), bool) for piece in pieces])
+    rng = np.random.default_rng(1)
+    trees = [PrefixTree.of(random_samples(rng, 12)) for _ in range(3)]
+    contexts = [CONTEXTS[number % 2] for number in range(3)]
+    pieces = [
+        Piece.of(tree, context, policy.constraints, np.ones(len(tree), bool))
+        for tree, context in zip(trees, contexts, strict=True)
+    ]
+    pairs = policy.log_q(pieces)
     return torch.cat([values for pair in pairs for values in pair])
 
 

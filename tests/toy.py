@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from learner.losses import States
-from learner.states import node_log_reward, states_of
+from learner.states import NodeLogQ, node_log_reward, states_of
 from system.prefix_tree import PrefixTree
 from system.trajectory import Group, Prompt, Trajectory
 
@@ -101,7 +101,7 @@ class Toy:
         edges = table[row_N[tree.parent_N[1:]], tree.token_N[1:].astype(np.int64)]
         edge_N = torch.cat([table.new_zeros(1), edges])
         stop_N = table[row_N, STOP].masked_fill(self._closed[row_N, STOP], 0.0)
-        return states_of(tree, node_log_reward(tree, group), edge_N, stop_N, temperature)
+        return states_of(tree, node_log_reward(tree, group), NodeLogQ(edge_N, stop_N), temperature)
 
     def set_to_posterior(self) -> None:
         """The logits of the exact posterior: flow of each child, and the reward as the flow into the stop."""
