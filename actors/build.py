@@ -14,7 +14,6 @@ from actors.sampler import Sampler
 from actors.settings import BLOCK, EngineSettings
 from system.config import Config, ConfigError
 from system.language_model import LanguageModel
-from system.learner_config import USES_PREFIX_REWARDS
 from system.models import locate
 from system.pretrained import load_pretrained, load_tokenizer, resolve_device
 from system.reward_config import at_ends
@@ -30,7 +29,7 @@ def build_reward(
 ) -> rewards.Reward:
     """At the prefixes that the loss makes use of. Raises ConfigError if a function of the config cannot be imported."""
     return rewards.build(
-        config.task.reward if config.loss.kind in USES_PREFIX_REWARDS else at_ends(config.task.reward),
+        config.task.reward if config.loss.prefix_rewards != "unused" else at_ends(config.task.reward),
         model=model,
         stop=problem.reward_stop,
         decode=lambda tokens: decode(tokenizer, tokens),

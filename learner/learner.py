@@ -130,7 +130,7 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             self._parameters, lr=self.config.lr, betas=self.config.betas, weight_decay=self.config.weight_decay, fused=True
         )
-        self.objective = baselines.build(config.loss) or losses.build(config.loss.kind, getattr(config.loss, "decay", 1.0))
+        self.objective = baselines.build(config.loss) or losses.build(config.loss)
         self._needs_base = isinstance(self.objective, Baseline) and self.objective.needs_base
         self.step = 0
         self.timeline = Timeline()

@@ -17,9 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from system.learner_config import DetailedBalance, Pooled, SubTB, TrajectoryBalance, VarGrad
+from system.learner_config import Loss as LossSection
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,15 +129,18 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
-def build(kind: str, decay: float = 1.0) -> Loss:
-    """The loss of a config section `loss`. Raises ValueError for an unknown kind."""
-    losses: dict[str, Loss] = {
-        "pooled": pooled,
-        "vargrad": vargrad,
-        "tb": trajectory_balance,
-        "db": detailed_balance,
-        "subtb": lambda states: subtrajectory_balance(states, decay),
-    }
-    if kind not in losses:
-        raise ValueError(f"loss.kind={kind!r}: there is no such loss; there is {', '.join(losses)}")
-    return losses[kind]
+def build(section: LossSection) -> Loss:
+    """The loss of a config section `loss`. Raises ValueError for one that is none of these."""
+    match section:
+        case Pooled():
+            return pooled
+        case VarGrad():
+            return vargrad
+        case TrajectoryBalance():
+            return trajectory_balance
+        case DetailedBalance():
+            return detailed_balance
+        case SubTB(decay=decay):
+            return partial(subtrajectory_balance, decay=decay)
+        case _:
+            raise ValueError(f"loss.kind={section.kind!r} is no loss on states")

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from system.learner_config import MLE, NEEDS_PREFIX_REWARDS, Learner, Loss, PolicyGradient, Pooled, Replay
+from system.learner_config import MLE, Learner, Loss, PolicyGradient, Pooled, Replay
 from system.reward_config import ProductReward
 from system.sampler_config import Actors, Sampler
 from system.section import ConfigError, Section
@@ -173,7 +173,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _the_loss_has_its_rewards(self) -> Config:
-        if self.loss.kind in NEEDS_PREFIX_REWARDS and not self.task.reward.every_prefix:
+        if self.loss.prefix_rewards == "needed" and not self.task.reward.every_prefix:
             raise ValueError(
                 f"loss.kind={self.loss.kind} compares states inside a trajectory, but task.reward.kind="
                 f"{self.task.reward.kind} gives a reward at the end alone; use loss.kind=vargrad or pooled, "

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from system.section import Section
-
-NEEDS_PREFIX_REWARDS = ("db", "subtb", "tb")
-"""Losses whose pairs include states inside a trajectory, so that each needs a reward of its own."""
-USES_PREFIX_REWARDS = (*NEEDS_PREFIX_REWARDS, "pooled")
-"""Those that learn from a reward inside a trajectory where there is one."""
 
 
 class Replay(Section):
@@ -46,29 +41,38 @@ class Replay(Section):
         return self
 
 
-class Pooled(Section):
+class LossSection(Section):
+    prefix_rewards: ClassVar[Literal["needed", "used", "unused"]] = "unused"
+    """Whether the loss learns from rewards inside a trajectory: it cannot do without, or does where there are some."""
+
+
+class Pooled(LossSection):
+    prefix_rewards = "used"
     kind: Literal["pooled"] = "pooled"
 
 
-class VarGrad(Section):
+class VarGrad(LossSection):
     kind: Literal["vargrad"] = "vargrad"
 
 
-class TrajectoryBalance(Section):
+class TrajectoryBalance(LossSection):
+    prefix_rewards = "needed"
     kind: Literal["tb"] = "tb"
 
 
-class DetailedBalance(Section):
+class DetailedBalance(LossSection):
+    prefix_rewards = "needed"
     kind: Literal["db"] = "db"
 
 
-class SubTB(Section):
+class SubTB(LossSection):
+    prefix_rewards = "needed"
     kind: Literal["subtb"] = "subtb"
     decay: float = Field(default=1.0, gt=0, le=1)
     """λ: a pair of states of one sample weighs λ^(d-1), d counting the states from one to the other that can stop."""
 
 
-class PolicyGradient(Section):
+class PolicyGradient(LossSection):
     """What GRPO, PPO and RLOO share: they maximise the reward instead of sampling in proportion to it, from own samples."""
 
     kl: float = Field(default=0.0, ge=0)
@@ -98,7 +102,7 @@ class RLOO(PolicyGradient):
     kind: Literal["rloo"] = "rloo"
 
 
-class MLE(Section):
+class MLE(LossSection):
     """A baseline: supervised fine-tuning on the task's demonstrations. Samplers draw for evaluations alone."""
 
     kind: Literal["mle"] = "mle"

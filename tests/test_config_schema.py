@@ -17,7 +17,6 @@ import pytest
 
 from system.config import Config, ConfigError
 from system.config_file import parse
-from system.learner_config import NEEDS_PREFIX_REWARDS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = Config.model_json_schema()
@@ -120,7 +119,7 @@ def contradictions() -> Iterator[tuple[list[str], dict[str, Any]]]:
     function = {"kind": "function"} | REQUIRED
     for branch in branches(SCHEMA["properties"]["task"]):
         task = smallest(branch)
-        for kind in NEEDS_PREFIX_REWARDS:
+        for kind in ("db", "subtb", "tb"):
             yield (
                 [f"loss.kind={kind}", "task.reward.kind=function", "use"],
                 {"task": task | {"reward": function}, "loss": {"kind": kind}},

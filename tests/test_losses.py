@@ -9,11 +9,16 @@ import pytest
 import torch
 
 from learner import losses
-from learner.losses import States
-from system.learner_config import USES_PREFIX_REWARDS
+from learner.losses import Loss, States
+from system.learner_config import PPO, DetailedBalance, Pooled, SubTB, TrajectoryBalance, VarGrad
 from tests.toy import STRINGS, Toy
 
-KINDS = ["pooled", "vargrad", "tb", "db", "subtb"]
+SECTIONS = {"pooled": Pooled, "vargrad": VarGrad, "tb": TrajectoryBalance, "db": DetailedBalance, "subtb": SubTB}
+KINDS = list(SECTIONS)
+
+
+def built(kind: str, decay: float = 1.0) -> Loss:
+    return losses.build(SubTB(decay=decay) if kind == "subtb" else SECTIONS[kind]())
 
 
 def brute_force(states: States, pairs: list[tuple[tuple[int, int], tuple[int, int], float]]) -> float:
@@ -42,7 +47,7 @@ def test_loss_and_gradient_vanish_at_the_exact_posterior(kind: str, min_tokens: 
     toy.set_to_posterior()
     for prompt in range(2):
         group = toy.group(prompt, [s for s in STRINGS if toy.terminable(s)])
-        loss = losses.build(kind)(toy.states(prompt, group))
+        loss = built(kind)(toy.states(prompt, group))
         (gradient,) = torch.autograd.grad(loss, toy.logits)
         assert loss.item() == pytest.approx(0.0, abs=1e-10)
         assert gradient.abs().max().item() == pytest.approx(0.0, abs=1e-5)
@@ -62,7 +67,7 @@ def test_u_equals_log_z_at_every_state_of_the_posterior(min_tokens: int) -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_reaches_the_posterior_of_both_prompts_whoever_samples(kind: str, drawn_by: str, min_tokens: int) -> None:
     toy, rng = Toy(min_tokens), np.random.default_rng(0)
-    loss_of = losses.build(kind)
+    loss_of = built(kind)
     optimizer = torch.optim.Adam([toy.logits], lr=0.1)
     steps = 250
     for step in range(steps):
@@ -154,7 +159,7 @@ def test_the_estimate_at_a_root_that_cannot_stop_is_a_constant_to_the_gradient(k
         u_KT=torch.cat([fixed.u_KT[:, :1].detach(), states.u_KT[:, 1:]], 1),
         terminable_KT=torch.cat([torch.ones_like(states.terminable_KT[:, :1]), states.terminable_KT[:, 1:]], 1),
     )
-    found, expected = (torch.autograd.grad(losses.build(kind)(each), toy.logits, retain_graph=True) for each in (states, fixed))
+    found, expected = (torch.autograd.grad(built(kind)(each), toy.logits, retain_graph=True) for each in (states, fixed))
     torch.testing.assert_close(found, expected)
 
 
@@ -179,21 +184,21 @@ def test_terminal_rewards_alone_suffice_for_the_losses_across_a_group(kind: str)
             group = toy.group(prompt, toy.sample(prompt, 24, rng, uniform=True))
             ends = tuple(np.where(np.arange(len(v)) == len(v) - 1, v, np.nan) for v in group.log_reward_K)
             states = toy.states(prompt, type(group)(group.prompt, group.trajectories_K, ends, 0, 0))
-            losses.build(kind)(states).backward()
+            built(kind)(states).backward()
         optimizer.step()
     assert max(toy.total_variation(prompt) for prompt in range(2)) < 0.01
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_group_with_no_pair_costs_nothing_and_has_a_gradient(kind: str, toy: Toy) -> None:
-    loss = losses.build(kind)(toy.states(0, toy.group(0, [()])))
+    loss = built(kind)(toy.states(0, toy.group(0, [()])))
     loss.backward()
     assert loss.item() == 0.0
 
 
-def test_an_unknown_loss_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"'ppo'.*pooled"):
-        losses.build("ppo")
+def test_a_policy_gradient_is_no_loss_on_states() -> None:
+    with pytest.raises(ValueError, match="'ppo' is no loss on states"):
+        losses.build(PPO())
 
 
 def test_each_kind_is_its_own_loss(toy: Toy) -> None:
@@ -206,7 +211,7 @@ def test_each_kind_is_its_own_loss(toy: Toy) -> None:
         "subtb": losses.subtrajectory_balance(states, 0.5),
     }
     values = {kind: loss.item() for kind, loss in expected.items()}
-    assert {kind: losses.build(kind, 0.5)(states).item() for kind in KINDS} == values
+    assert {kind: built(kind, decay=0.5)(states).item() for kind in KINDS} == values
     assert len({round(value, 6) for value in values.values()}) == len(KINDS)
 
 
@@ -215,5 +220,5 @@ def test_losses_that_learn_from_states_inside_samples_are_known_for_it(toy: Toy)
     group = toy.group(0, [(0, 1, 1), (1, 0), (1,)])
     ends = tuple(np.append(np.full(len(values) - 1, np.nan), values[-1]) for values in group.log_reward_K)
     known, unknown = toy.states(0, group), toy.states(0, replace(group, log_reward_K=ends))
-    learns = [kind for kind in KINDS if losses.build(kind)(known).item() != losses.build(kind)(unknown).item()]
-    assert sorted(learns) == sorted(USES_PREFIX_REWARDS)
+    learns = [kind for kind in KINDS if built(kind)(known).item() != built(kind)(unknown).item()]
+    assert sorted(learns) == sorted(kind for kind, section in SECTIONS.items() if section.prefix_rewards != "unused")
