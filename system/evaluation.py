@@ -185,7 +185,8 @@ def sampled(
     drawn = _draw(requests, samplers, samples, round_, behaviour)
     groups = [group for group in drawn if len(group) >= ENOUGH]
     if not groups:
-        raise RunError("no prompt of the evaluation has two samples with a reward; the log has the reasons")
+        first = next((fault for group in drawn for fault in group.faults), "the samplers drew none")
+        raise RunError(f"no prompt of the evaluation has two samples with a reward; the first without one: {first}")
     scores = _in_parts(groups, scorer)
     bounds_G, per_prompt, table = [], [], []
     for group, score in zip(groups, scores, strict=True):

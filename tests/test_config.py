@@ -480,6 +480,37 @@ def test_a_check_reads_the_tokenizer_and_the_data_and_starts_nothing(
         assert output.out == "" and message in output.err
 
 
+REWARD = "task.reward={{kind: function, path: 'mine:score', batch: {}, seconds: 2}}"
+
+
+@pytest.mark.parametrize(
+    ("code", "batch", "status", "said"),
+    [
+        ("def score(text): return 0.0", False, 2, "cannot be called with (prompt, text, tokens), as it is score(text)"),
+        ("def score(*_): return 'good'", False, 2, "function 'score' returned 'good' for prompt 'line-1', text "),
+        ("def score(*_): return 1.0", True, 2, "returned 1.0, which is no list, for prompt 'line-1', 2 texts; return one"),
+        ("def score(*_): return [1.0]", True, 2, "returned 1 values for prompt 'line-1', 2 texts; return one for each"),
+        ("def score(prompt, *_): return prompt.meta['x']", False, 0, "KeyError: 'x'; a sample without a reward is left out"),
+        ("def score(*_): import time; time.sleep(9)", False, 0, "no answer after 2 s; a sample without a reward is left out"),
+        ("def score(prompt, texts, _): return [len(prompt.meta['text'] + text) for text in texts]", True, 0, ""),
+    ],
+)
+def test_a_check_calls_the_reward_once_on_the_first_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
+    code: str, batch: bool, status: int, said: str,
+) -> None:  # fmt: skip
+    (tmp_path / "prompts.txt").write_text("one\n")
+    (tmp_path / "mine.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config, reward = str(ROOT / "deploy/configs/continuation.yaml"), REWARD.format(str(batch).lower())
+    few = ("task.prompts=prompts.txt", f"model.path={tiny.folder(tmp_path)}", "replay={fresh: 1, prioritised: 0, uniform: 0}")
+    assert main(["--check", config, *few, reward]) == status
+    told = capsys.readouterr().err if status else caplog.text
+    assert said in told
+    assert ("task.reward.path='mine:score'" in told) == bool(said)
+
+
 def test_a_tracking_uri_that_is_refused_or_passes_away_is_named_before_anything_starts(tmp_path: Path) -> None:
     config = str(ROOT / "deploy/configs/random_number.yaml")
     done = job("--dry-run", config, "tracking.uri=./mlruns", cwd=tmp_path)

@@ -14,6 +14,7 @@ from system import evaluation
 from system.evaluation import Evaluation, Judge
 from system.posterior import log_mean_exp
 from system.requests import Requests
+from system.run_error import RunError
 from system.sampler_config import Exploration
 from system.trajectory import Group, sampled
 from tests.fakes import PROMPTS, FakeSamplers
@@ -61,6 +62,11 @@ def test_a_prompt_with_a_single_sample_left_has_no_bounds_and_what_is_lost_count
 def test_a_prompt_without_any_sample_left_counts_for_the_task() -> None:
     result = evaluated(Lossy({-1: 4}), judge=lambda group: {"right": len(group) / group.drawn})
     assert result.metrics["task/right"] == pytest.approx(2 / 3)
+
+
+def test_an_evaluation_without_rewards_ends_with_the_first_fault() -> None:
+    with pytest.raises(RunError, match="has two samples with a reward; the first without one: log of zero"):
+        evaluated(Lossy({-1: 4, -2: 4, -3: 4}))
 
 
 def test_what_factors_of_the_reward_say_is_told_of_samples_prompts_and_all() -> None:

@@ -282,8 +282,10 @@ def test_a_reward_that_keeps_failing_ends_the_job_with_its_cause_and_no_process(
 
     reward = "task.reward={kind: function, path: 'tests.faulty:always', seconds: 2}"
     assert runner.ended(runner.start("config.json", reward, "sampler.max_reward_faults=5")) == 1
-    assert "no prompt of the evaluation has two samples with a reward; the log has the reasons" in runner.logs()
-    assert "ArithmeticError: log of zero" in runner.logs()
+    assert (
+        "no prompt of the evaluation has two samples with a reward; the first without one: reward function 'always' failed"
+        in runner.logs()
+    )
 
 
 @pytest.mark.chaos
