@@ -5,13 +5,15 @@ Every mistake becomes a ConfigError that names the field, the value and the fix.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from system.config import Config, ConfigError
 from system.learner_config import Loss
@@ -44,16 +46,54 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     return tree
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`. A section whose kind changes starts afresh: the old kind's fields mean nothing to it."""
+def _merged(base: dict[str, Any], over: dict[str, Any], field: str = "") -> dict[str, Any]:
+    """`over` laid on `base`. A section whose kind changes starts afresh: the old kind's fields mean nothing to it. Numbers for
+    keys are those of a list's entries. Raises ConfigError for an entry that there is not."""
     result = dict(base)
     for key, value in over.items():
-        old = result.get(key)
-        if isinstance(value, dict) and isinstance(old, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
-            result[key] = _merged(old, value)
+        old, name = result.get(key), f"{field}{key}"
+        numbered = isinstance(value, dict) and value and all(str(number).isdecimal() for number in value)
+        if isinstance(old, list) and numbered:
+            entries = {str(number): entry for number, entry in enumerate(old)}
+            if unknown := [number for number in value if number not in entries]:
+                raise ConfigError(
+                    f"override {name}.{unknown[0]}: {name} has {len(old)} entries, of which the first is 0; name one of them, "
+                    "or set the whole list"
+                )
+            result[key] = list(_merged(entries, value, f"{name}.").values())
+        elif isinstance(value, dict) and isinstance(old, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
+            result[key] = _merged(old, value, f"{name}.")
         else:
             result[key] = value
     return result
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """What may stand at a field of this type, however deep in it."""
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]
+
+
+def _completed(annotation: Any, node: Any) -> Any:
+    """What stands at a field of this type, with the defaults of what is left out; as it is where it is no section of a kind."""
+    if isinstance(node, list):
+        return [_completed(annotation, entry) if isinstance(entry, dict) else entry for entry in node]
+    sections = _sections(annotation) if isinstance(node, dict) else []
+    if len(sections) > 1:
+        sections = [section for section in sections if section.model_fields["kind"].default == node.get("kind")]
+    if not sections:
+        return node
+    return node | {
+        name: _completed(field.annotation, node[name] if name in node else _default(field))
+        for name, field in sections[0].model_fields.items()
+        if name in node or not field.is_required()
+    }
+
+
+def _default(field: FieldInfo) -> Any:
+    """As YAML says it."""
+    return TypeAdapter(Any).dump_python(field.get_default(call_default_factory=True), mode="json")
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -166,7 +206,8 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"config {str(path)!r} is a {type(tree).__name__}, but must be a mapping of sections")
-    return parse(_merged(tree, parse_overrides(overrides)))
+    # On the defaults too, as --dry-run prints them: a field of a section that the file leaves out can be overridden alone.
+    return parse(_merged(_completed(Config, tree), parse_overrides(overrides)))
 
 
 def dump(config: Config) -> str:
