@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
@@ -79,16 +80,25 @@ def _completed(annotation: Any, node: Any) -> Any:
     """What stands at a field of this type, with the defaults of what is left out; as it is where it is no section of a kind."""
     if isinstance(node, list):
         return [_completed(annotation, entry) if isinstance(entry, dict) else entry for entry in node]
-    sections = _sections(annotation) if isinstance(node, dict) else []
-    if len(sections) > 1:
-        sections = [section for section in sections if section.model_fields["kind"].default == node.get("kind")]
-    if not sections:
+    if (section := _section(annotation, node)) is None:
         return node
     return node | {
         name: _completed(field.annotation, node[name] if name in node else _default(field))
-        for name, field in sections[0].model_fields.items()
+        for name, field in section.model_fields.items()
         if name in node or not field.is_required()
     }
+
+
+def _section(annotation: Any, node: Any) -> type[BaseModel] | None:
+    """What `node` means at a field of this type; None where it is no section, or of no kind that there is."""
+    sections = _sections(annotation) if isinstance(node, dict) else []
+    if len(sections) > 1:
+        sections = [section for section in sections if _kind(section) == node.get("kind")]
+    return sections[0] if sections else None
+
+
+def _kind(section: type[BaseModel]) -> str:
+    return section.model_fields["kind"].default
 
 
 def _default(field: FieldInfo) -> Any:
@@ -116,7 +126,6 @@ def _where(error: Exception) -> str:
 
 
 MESSAGES = {
-    "extra_forbidden": "no such field; check the spelling (--dry-run prints all fields)",
     "missing": "must be set",
     "model_type": "must be a section, a mapping of fields; leave it out for the defaults",
     "model_attributes_type": "must be a section, a mapping of fields with a kind",
@@ -149,18 +158,44 @@ def _field(location: Iterable[int | str], tree: Any) -> str:
 
 
 def _kinds(union: Any) -> str:
-    return ", ".join(section.model_fields["kind"].default for section in get_args(get_args(union)[0]))
+    return ", ".join(map(_kind, _sections(union)))
+
+
+def _meant(field: str, tree: dict[str, Any]) -> str:
+    """What a field that there is not may be meant to be."""
+    *path, name = field.split(".")
+    annotation: Any = Config
+    node: Any = tree
+    for part in path:
+        if (section := _section(annotation, node)) and part in section.model_fields:
+            annotation = section.model_fields[part].annotation
+        node = _child(node, int(part) if part.isdecimal() else part)
+    others = _sections(annotation)
+    if kinds := [_kind(other) for other in others if len(others) > 1 and name in other.model_fields]:
+        return f"no field of this kind, but of kind={' or '.join(kinds)}; check the kind, or leave the field out"
+    section = _section(annotation, node)
+    near = get_close_matches(name, section.model_fields if section else ())
+    meant = [".".join([*path, match]) for match in near]
+    for leaf in leaves(_completed(Config, tree)):
+        before, found, _ = f".{leaf}.".partition(f".{name}.")
+        if found:
+            meant.append(f"{before}.{name}".removeprefix("."))
+    meant = [other for other in dict.fromkeys(meant) if other != field]
+    hint = f": {' or '.join(meant[:3])}?" if meant else ""
+    return f"no such field; check the spelling{hint} (--dry-run prints all fields)"
 
 
 def _readable(error: ValidationError, tree: dict[str, Any]) -> str:
     lines = []
-    for problem in error.errors():
-        kind, field, value = problem["type"], _field(problem["loc"], tree), problem["input"]
+    problems = [(problem, _field(problem["loc"], tree)) for problem in error.errors()]
+    for problem, field in problems:
+        kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
         message = MESSAGES.get(kind, problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be"))
-        context = problem.get("ctx", {})
         about_section = isinstance(value, (dict, BaseModel)) and (kind == "value_error" or kind.startswith("union_tag"))
         shown = "" if about_section or kind == "missing" else f"={_short(repr(value))}"
-        if kind == "union_tag_invalid":
+        if kind == "extra_forbidden":
+            message = _meant(field, tree)
+        elif kind == "union_tag_invalid":
             field, shown = f"{field}.kind", f"={context['tag']!r}"
             message = f"must be one of {context['expected_tags']}"
         elif kind == "union_tag_not_found" or (kind == "missing" and field == "task"):

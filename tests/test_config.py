@@ -104,7 +104,10 @@ def refusal(tree: Any) -> str:
         ("learner", 3, "must be a section"),
         ("learner", None, "leave it out for the defaults"),
         ("loss", "pooled", "a mapping of fields with a kind"),
-        ("learner.lrr", 1, "check the spelling"),
+        ("learner.lrr", 1, "check the spelling: learner.lr? "),
+        ("learner.low", 1, "check the spelling: task.low? "),
+        ("exploration", {}, "check the spelling: sampler.exploration? "),
+        ("task.keywords", [], "no field of this kind, but of kind=constrained; check the kind"),
         ("foo", 1, "check the spelling"),
     ],
 )
@@ -117,6 +120,8 @@ def test_a_bad_value_is_refused_by_field_value_and_fix(field: str, value: Any, f
     ("tree", "expected"),
     [
         (with_field("learner.warmup_steps", 100), ["learner: warmup_steps=100", "steps=100", "lower warmup_steps"]),
+        ({"task": NUMBER, "loss": {"kind": "tb", "decay": 0.5}}, ["loss.decay=0.5: no field of this kind, but of kind=subtb"]),
+        ({"task": NUMBER, "learner.lr": 0.5}, ["learner.lr=0.5: no such field"]),
         (with_field("learner.shard_base", True), ["learner: shard_base=true", "ranks=1", "raise ranks"]),
         (with_field("learner.gpus", 4), ["learner: gpus=4", "one rank", "ranks=4 and gpus=1"]),
         (with_field("learner.ranks", 2), ["learner: ranks=2", "groups_per_update=1", "set groups_per_update >= 2"]),
