@@ -16,10 +16,10 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from system.config import Config, ConfigError
-from system.learner_config import Loss
-from system.reward_config import Factor, Reward
-from system.task_config import Task
+from system.config import NAME, Config, ConfigError
+from system.learner_config import DEVICE, Loss
+from system.reward_config import FUNCTION_PATH, Factor, Reward
+from system.task_config import TRIMMED, Task
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -133,6 +133,13 @@ MESSAGES = {
     "tuple_type": "must be a list, such as [a, b]",
 }
 """By pydantic's type of error, where its own message does not say what to do."""
+PATTERNS = {
+    NAME: "must be of letters, digits, `_`, `.` and `-`, with a letter or digit first",
+    FUNCTION_PATH: "must be module:function, such as my_rewards:score (without .py, and with dots between folders)",
+    DEVICE: "must be auto, cpu, cuda, or one GPU, such as cuda:0",
+    TRIMMED: "must be a text that is not empty, without spaces around it",
+}
+"""What a text must be, by the expression that says so in a section."""
 
 
 def _child(node: Any, part: int | str) -> Any:
@@ -186,23 +193,37 @@ def _meant(field: str, tree: dict[str, Any]) -> str:
 
 
 def _readable(error: ValidationError, tree: dict[str, Any]) -> str:
-    lines = []
+    """A line for each field that is wrong."""
+    said: dict[str, dict[str, None]] = {}
     problems = [(problem, _field(problem["loc"], tree)) for problem in error.errors()]
     for problem, field in problems:
+        # A list whose entries are wrong is too short without them, and no other type that it might have been.
+        if any(other.startswith(f"{field}.") for _, other in problems):
+            continue
         kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
-        message = MESSAGES.get(kind, problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be"))
+        message = MESSAGES.get(kind, problem["msg"].removeprefix("Value error, "))
+        for theirs, ours in (("Input should be", "must be"), ("Tuple should have", "must have"), (" after validation", "")):
+            message = message.replace(theirs, ours)
         about_section = isinstance(value, (dict, BaseModel)) and (kind == "value_error" or kind.startswith("union_tag"))
         shown = "" if about_section or kind == "missing" else f"={_short(repr(value))}"
         if kind == "extra_forbidden":
             message = _meant(field, tree)
+        elif kind == "string_pattern_mismatch":
+            message = PATTERNS[context["pattern"]]
+        elif kind == "missing" and isinstance(problem["loc"][-1], int):
+            field, shown = field.rpartition(".")[0], f"={_short(repr(value))}"
+            message = "must have as many entries as its default (--dry-run prints it)"
+        elif field == "model" and isinstance(value, str):
+            message = f"must be a section; write model.path={value}"
         elif kind == "union_tag_invalid":
             field, shown = f"{field}.kind", f"={context['tag']!r}"
             message = f"must be one of {context['expected_tags']}"
         elif kind == "union_tag_not_found" or (kind == "missing" and field == "task"):
             union = {"task": Task, "loss": Loss, "task.reward": Reward}.get(field, Factor)
             field, message = f"{field}.kind", f"must be set, to one of {_kinds(union)}"
-        lines.append(f"{field or 'config'}{shown}: {message}")
-    return "\n".join(lines)
+        said.setdefault(f"{field or 'config'}{shown}", {})[message] = None
+    # Of the types that a value might have, each has its say, once.
+    return "\n".join(f"{what}: {' or '.join(messages).replace(' or must ', ' or ')}" for what, messages in said.items())
 
 
 def _short(text: str) -> str:

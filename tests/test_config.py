@@ -66,15 +66,18 @@ def refusal(tree: Any) -> str:
         ("seed", -1, "greater than or equal to 0"),
         ("seed", 2**32, "less than 4294967296"),
         ("actors.gpus", 2, "less than or equal to 1"),
-        ("name", "a/b", "pattern"),
-        ("name", "../up", "pattern"),
+        ("name", "a/b", "must be of letters, digits, `_`, `.` and `-`"),
+        ("name", "../up", "with a letter or digit first"),
+        ("tracking.model", "a b", "must be of letters"),
+        ("model", "gpt2", "write model.path=gpt2"),
+        ("learner.betas", [0.9], "must have as many entries as its default"),
         ("name", 7, "put it in quotes"),
         ("model.path", "", "at least 1 character"),
         ("model.path", None, "put it in quotes"),
         ("lora.rank", 0, "greater than or equal to 1"),
         ("lora.alpha", 0, "greater than 0"),
-        ("lora.targets", [], "at least 1 item"),
-        ("lora.targets", "q_proj", "must be a list"),
+        ("lora.targets", "q_proj", "must be 'all-linear' or be a list, such as [a, b]"),
+        ("lora.targets", [], "must be 'all-linear' or have at least 1 item"),
         ("task.floor", -1, "less than or equal to -10"),
         ("task.high", 10000, "less than or equal to 9999"),
         ("task.stop", "", "at least 1 character"),
@@ -95,7 +98,7 @@ def refusal(tree: Any) -> str:
         ("learner.steps", 1.5, "valid integer"),
         ("learner.betas", [0.9, 1.0], "each of the two must be in [0, 1)"),
         ("learner.decay", "exp", "'constant', 'linear' or 'cosine'"),
-        ("learner.device", "tpu", "auto|cpu|cuda"),
+        ("learner.device", "tpu", "must be auto, cpu, cuda"),
         ("learner.reward_temperature.start", 0, "greater than 0"),
         ("cluster.dashboard", "maybe", "valid boolean"),
         ("tracking.experiment", "", "at least 1 character"),
@@ -159,8 +162,8 @@ def test_a_bad_value_is_refused_by_field_value_and_fix(field: str, value: Any, f
             ["task: rationales='a.json'", "questions=generated", "set rationales=null"],
         ),
         (with_field("task.min_tokens", 31, CONTINUATION), ["task: min_tokens=31", "max_tokens=30", "lower min_tokens"]),
-        ({"task": NUMBER | {"reward": FUNCTION | {"path": "a.b"}}}, ["task.reward.path='a.b'", "pattern"]),
-        ({"task": NUMBER | {"reward": {"kind": "product", "of": [FUNCTION]}}}, ["task.reward.of=", "at least 2 items"]),
+        ({"task": NUMBER | {"reward": FUNCTION | {"path": "a.b"}}}, ["task.reward.path='a.b': must be module:function"]),
+        ({"task": NUMBER | {"reward": {"kind": "product", "of": [FUNCTION]}}}, ["task.reward.of=", "have at least 2 items"]),
         ({"task": NUMBER | {"reward": CONTRAST}}, ["kind=contrast", "task.kind=random_number has none", "stage=reason"]),
         ({"task": {"kind": "subjectivity", "stage": "label"}}, ["task.stage=label with loss.kind=pooled", "set loss.kind=mle"]),
         ({"task": {"kind": "subjectivity", "prompt": "hello"}}, ["prompt='hello' is the same for every text", "write {text}"]),
@@ -221,6 +224,16 @@ def test_a_loss_across_the_group_takes_terminal_rewards(loss: str) -> None:
 def test_every_wrong_field_has_a_line() -> None:
     message = refusal({"task": NUMBER, "seed": -1, "learner": {"lr": -1, "stepz": 3}, "actors": {"count": 0}})
     assert {line.split("=")[0] for line in message.splitlines()} == {"seed", "actors.count", "learner.lr", "learner.stepz"}
+
+
+def test_a_mistake_inside_a_list_or_section_has_one_line() -> None:
+    factor = {"kind": "function", "path": "my_rewards:score", "beta": 0}
+    product = {"kind": "product", "of": [{"kind": "lm_posterior"}, factor]}
+    assert refusal(with_field("task.reward", product)) == "task.reward.of.1.beta=0: must be greater than 0"
+    factor |= {"path": "my_rewards.py:score", "beta": 1}
+    fix = "must be a module and not a file; leave .py out: my_rewards:score"
+    assert refusal(with_field("task.reward", product)) == f"task.reward.of.1.path='my_rewards.py:score': {fix}"
+    assert refusal(with_field("lora.targets", [3])) == "lora.targets.0=3: must be a text; put it in quotes"
 
 
 def test_a_long_value_is_shortened_in_the_message() -> None:
