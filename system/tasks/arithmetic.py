@@ -67,7 +67,8 @@ def build(section: Arithmetic, tokenizer: PreTrainedTokenizerBase) -> Problem:
     front = "".join(question.worked for question in shown[: section.examples])
     constraints = support(section, tokenizer, stop, sorted(rationale_tokens(tokenizer)))
     _check_room(section, tokenizer, tool, [question for _, question in questions])
-    prompts, demonstrations, refused = [], {}, []
+    prompts, demonstrations = [], {}
+    refused: list[tuple[str, Sequence[int]]] = []
     for number, question in questions:
         context = context_tokens(tokenizer, front + question.text)
         answer = tokenizer.encode(f" The answer is {question.answer}.", add_special_tokens=False)

@@ -100,7 +100,7 @@ def demonstrated(
 ) -> dict[str, Any]:
     """Those fields of a problem, from tokens of known good samples, without their stop, by prompt id."""
     kept: dict[str, list[Trajectory]] = {}
-    refused = []
+    refused: list[tuple[str, Sequence[int]]] = []
     for name, tokens_K in samples.items():
         for tokens in tokens_K:
             if constraints.admits(tokens):
