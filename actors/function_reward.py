@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -12,6 +12,10 @@ import numpy as np
 from system.config import ConfigError
 from system.scores import Scores
 from system.trajectory import Prompt, Trajectory
+
+
+class NoReward(str):
+    """The fault of a function that gave a value which is no reward, and not of one that gave none: no text excuses it."""
 
 
 class Function:
@@ -94,7 +98,8 @@ class Function:
         prefixes = self._prefixes(trajectories_K)
         texts = [self.decode(list(prefix)) for prefix in prefixes]
         try:
-            values = list(self.function(prompt, texts, [list(prefix) for prefix in prefixes]))
+            values = self.function(prompt, texts, [list(prefix) for prefix in prefixes])
+            values = list(values) if isinstance(values, Iterable) else values
         except ConfigError:
             raise
         # The same border: of one call for all of them nothing is known that could be kept.
@@ -103,11 +108,10 @@ class Function:
             return dict.fromkeys(prefixes, fault)
         finally:
             self.progress += 1
-        if len(values) != len(texts):
-            fault = (
-                f"{self._name} returned {len(values)} values for prompt {prompt.id!r}, {len(texts)} texts; return one for each"
-            )
-            return dict.fromkeys(prefixes, fault)
+        if not isinstance(values, list) or len(values) != len(texts):
+            returned = f"{len(values)} values" if isinstance(values, list) else f"{values!r}, which is no list,"
+            fault = f"{self._name} returned {returned} for prompt {prompt.id!r}, {len(texts)} texts; return one for each"
+            return dict.fromkeys(prefixes, NoReward(fault))
         return {p: self._log_reward(prompt, text, value) for p, text, value in zip(prefixes, texts, values, strict=True)}
 
     @property
@@ -117,7 +121,7 @@ class Function:
     def _log_reward(self, prompt: Prompt, text: str, value: Any) -> float | str:
         is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
         if not is_number or not np.isfinite(value):
-            return (
+            return NoReward(
                 f"{self._name} returned {value!r} for prompt {prompt.id!r}, text {text!r}; "
                 "return a finite number (a floor, not -inf, for the impossible)"
             )

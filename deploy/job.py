@@ -64,7 +64,7 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, argparse.Namespace]:
     parser.add_argument("config", nargs="?", help="a YAML file, such as deploy/configs/random_number.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as actors.count=2")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
-    parser.add_argument("--check", action="store_true", help="read data and weights and import rewards too, and stop")
+    parser.add_argument("--check", action="store_true", help="read data and weights and call rewards once too, and stop")
     parser.add_argument(
         "--resume", metavar="RUN", help="folder of a run, or its name under runs/, with its own config; key=value may follow"
     )
@@ -111,13 +111,13 @@ class Job:
     def check(self) -> str:
         """What the task has, as a run would find it. Raises ConfigError for what would be refused of it, and CheckpointError
         for a checkpoint that cannot be gone on from."""
-        from system.function_process import FunctionProcess
+        from actors.trial import trial
+        from system.text import decode
 
-        problem = self._begin().prepared.problem
-        for field, factor in factors(self.config.task.reward):
-            if isinstance(factor, FunctionReward):
-                with contextlib.closing(FunctionProcess(factor.path, f"{field}.path", 1.0, factor.start_seconds)) as function:
-                    function.start()
+        prepared = self._begin().prepared
+        problem = prepared.problem
+        for warning in trial(self.config.task.reward, problem, lambda tokens: decode(prepared.tokenizer, tokens)):
+            logger.warning(warning)
         kept = f", {len(problem.held_out)} of them held out" if problem.held_out else ""
         return (
             f"{len(problem.prompts)} prompts{kept}, contexts of up to {problem.longest_prompt} tokens; nothing is left running"

@@ -59,7 +59,10 @@ def read_latest(folder: Path, step: int | None = None) -> dict[str, bytes]:
     """
     there = _folders(folder)
     if not there:
-        raise CheckpointError(f"{folder} holds no checkpoint to resume from; start the run anew, without --resume")
+        raise CheckpointError(
+            f"{folder} holds no checkpoint to go on from: the run ended before its first (learner.checkpoint_every updates); "
+            f"start it anew: python deploy/job.py {folder.parent}/config.yaml"
+        )
     chosen = there[-1] if step is None else folder / _name(step)
     if chosen not in there:
         raise CheckpointError(f"{chosen} is not there: {_offer(folder)}")

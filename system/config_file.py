@@ -5,18 +5,21 @@ Every mistake becomes a ConfigError that names the field, the value and the fix.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
-from system.config import Config, ConfigError
-from system.learner_config import Loss
-from system.reward_config import Factor, Reward
-from system.task_config import Task
+from system.config import NAME, Config, ConfigError
+from system.learner_config import DEVICE, Loss
+from system.reward_config import FUNCTION_PATH, Factor, Reward
+from system.task_config import TRIMMED, Task
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -44,16 +47,63 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     return tree
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`. A section whose kind changes starts afresh: the old kind's fields mean nothing to it."""
+def _merged(base: dict[str, Any], over: dict[str, Any], field: str = "") -> dict[str, Any]:
+    """`over` laid on `base`. A section whose kind changes starts afresh: the old kind's fields mean nothing to it. Numbers for
+    keys are those of a list's entries. Raises ConfigError for an entry that there is not."""
     result = dict(base)
     for key, value in over.items():
-        old = result.get(key)
-        if isinstance(value, dict) and isinstance(old, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
-            result[key] = _merged(old, value)
+        old, name = result.get(key), f"{field}{key}"
+        numbered = isinstance(value, dict) and value and all(str(number).isdecimal() for number in value)
+        if isinstance(old, list) and numbered:
+            entries = {str(number): entry for number, entry in enumerate(old)}
+            if unknown := [number for number in value if number not in entries]:
+                raise ConfigError(
+                    f"override {name}.{unknown[0]}: {name} has {len(old)} entries, of which the first is 0; name one of them, "
+                    "or set the whole list"
+                )
+            result[key] = list(_merged(entries, value, f"{name}.").values())
+        elif isinstance(value, dict) and isinstance(old, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
+            result[key] = _merged(old, value, f"{name}.")
         else:
             result[key] = value
     return result
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """What may stand at a field of this type, however deep in it."""
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]
+
+
+def _completed(annotation: Any, node: Any) -> Any:
+    """What stands at a field of this type, with the defaults of what is left out; as it is where it is no section of a kind."""
+    if isinstance(node, list):
+        return [_completed(annotation, entry) if isinstance(entry, dict) else entry for entry in node]
+    if (section := _section(annotation, node)) is None:
+        return node
+    return node | {
+        name: _completed(field.annotation, node[name] if name in node else _default(field))
+        for name, field in section.model_fields.items()
+        if name in node or not field.is_required()
+    }
+
+
+def _section(annotation: Any, node: Any) -> type[BaseModel] | None:
+    """What `node` means at a field of this type; None where it is no section, or of no kind that there is."""
+    sections = _sections(annotation) if isinstance(node, dict) else []
+    if len(sections) > 1:
+        sections = [section for section in sections if _kind(section) == node.get("kind")]
+    return sections[0] if sections else None
+
+
+def _kind(section: type[BaseModel]) -> str:
+    return section.model_fields["kind"].default
+
+
+def _default(field: FieldInfo) -> Any:
+    """As YAML says it."""
+    return TypeAdapter(Any).dump_python(field.get_default(call_default_factory=True), mode="json")
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -76,7 +126,6 @@ def _where(error: Exception) -> str:
 
 
 MESSAGES = {
-    "extra_forbidden": "no such field; check the spelling (--dry-run prints all fields)",
     "missing": "must be set",
     "model_type": "must be a section, a mapping of fields; leave it out for the defaults",
     "model_attributes_type": "must be a section, a mapping of fields with a kind",
@@ -84,6 +133,13 @@ MESSAGES = {
     "tuple_type": "must be a list, such as [a, b]",
 }
 """By pydantic's type of error, where its own message does not say what to do."""
+PATTERNS = {
+    NAME: "must be of letters, digits, `_`, `.` and `-`, with a letter or digit first",
+    FUNCTION_PATH: "must be module:function, such as my_rewards:score (without .py, and with dots between folders)",
+    DEVICE: "must be auto, cpu, cuda, or one GPU, such as cuda:0",
+    TRIMMED: "must be a text that is not empty, without spaces around it",
+}
+"""What a text must be, by the expression that says so in a section."""
 
 
 def _child(node: Any, part: int | str) -> Any:
@@ -109,25 +165,65 @@ def _field(location: Iterable[int | str], tree: Any) -> str:
 
 
 def _kinds(union: Any) -> str:
-    return ", ".join(section.model_fields["kind"].default for section in get_args(get_args(union)[0]))
+    return ", ".join(map(_kind, _sections(union)))
+
+
+def _meant(field: str, tree: dict[str, Any]) -> str:
+    """What a field that there is not may be meant to be."""
+    *path, name = field.split(".")
+    annotation: Any = Config
+    node: Any = tree
+    for part in path:
+        if (section := _section(annotation, node)) and part in section.model_fields:
+            annotation = section.model_fields[part].annotation
+        node = _child(node, int(part) if part.isdecimal() else part)
+    others = _sections(annotation)
+    if kinds := [_kind(other) for other in others if len(others) > 1 and name in other.model_fields]:
+        return f"no field of this kind, but of kind={' or '.join(kinds)}; check the kind, or leave the field out"
+    section = _section(annotation, node)
+    near = get_close_matches(name, section.model_fields if section else ())
+    meant = [".".join([*path, match]) for match in near]
+    for leaf in leaves(_completed(Config, tree)):
+        before, found, _ = f".{leaf}.".partition(f".{name}.")
+        if found:
+            meant.append(f"{before}.{name}".removeprefix("."))
+    meant = [other for other in dict.fromkeys(meant) if other != field]
+    hint = f": {' or '.join(meant[:3])}?" if meant else ""
+    return f"no such field; check the spelling{hint} (--dry-run prints all fields)"
 
 
 def _readable(error: ValidationError, tree: dict[str, Any]) -> str:
-    lines = []
-    for problem in error.errors():
-        kind, field, value = problem["type"], _field(problem["loc"], tree), problem["input"]
-        message = MESSAGES.get(kind, problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be"))
-        context = problem.get("ctx", {})
+    """A line for each field that is wrong."""
+    said: dict[str, dict[str, None]] = {}
+    problems = [(problem, _field(problem["loc"], tree)) for problem in error.errors()]
+    for problem, field in problems:
+        # A list whose entries are wrong is too short without them, and no other type that it might have been.
+        if any(other.startswith(f"{field}.") for _, other in problems):
+            continue
+        kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
+        message = MESSAGES.get(kind, problem["msg"].removeprefix("Value error, "))
+        for theirs, ours in (("Input should be", "must be"), ("Tuple should have", "must have"), (" after validation", "")):
+            message = message.replace(theirs, ours)
         about_section = isinstance(value, (dict, BaseModel)) and (kind == "value_error" or kind.startswith("union_tag"))
         shown = "" if about_section or kind == "missing" else f"={_short(repr(value))}"
-        if kind == "union_tag_invalid":
+        if kind == "extra_forbidden":
+            message = _meant(field, tree)
+        elif kind == "string_pattern_mismatch":
+            message = PATTERNS[context["pattern"]]
+        elif kind == "missing" and isinstance(problem["loc"][-1], int):
+            field, shown = field.rpartition(".")[0], f"={_short(repr(value))}"
+            message = "must have as many entries as its default (--dry-run prints it)"
+        elif field == "model" and isinstance(value, str):
+            message = f"must be a section; write model.path={value}"
+        elif kind == "union_tag_invalid":
             field, shown = f"{field}.kind", f"={context['tag']!r}"
             message = f"must be one of {context['expected_tags']}"
         elif kind == "union_tag_not_found" or (kind == "missing" and field == "task"):
             union = {"task": Task, "loss": Loss, "task.reward": Reward}.get(field, Factor)
             field, message = f"{field}.kind", f"must be set, to one of {_kinds(union)}"
-        lines.append(f"{field or 'config'}{shown}: {message}")
-    return "\n".join(lines)
+        said.setdefault(f"{field or 'config'}{shown}", {})[message] = None
+    # Of the types that a value might have, each has its say, once.
+    return "\n".join(f"{what}: {' or '.join(messages).replace(' or must ', ' or ')}" for what, messages in said.items())
 
 
 def _short(text: str) -> str:
@@ -166,7 +262,8 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"config {str(path)!r} is a {type(tree).__name__}, but must be a mapping of sections")
-    return parse(_merged(tree, parse_overrides(overrides)))
+    # On the defaults too, as --dry-run prints them: a field of a section that the file leaves out can be overridden alone.
+    return parse(_merged(_completed(Config, tree), parse_overrides(overrides)))
 
 
 def dump(config: Config) -> str:

@@ -28,9 +28,10 @@ def shown(problem: Problem) -> list[Prompt]:
     """The prompts that have demonstrations. Raises ConfigError if none has."""
     prompts = [prompt for prompt in problem.trained if problem.demonstrations.get(prompt.id)]
     if not prompts:
+        lost = f" ({problem.undrawable} cannot be drawn; the first: {problem.why_undrawable})" if problem.undrawable else ""
         raise ConfigError(
             "task: no prompt has a demonstration that the policy could draw, which loss.kind=mle and "
-            "replay.demonstrations=true need; see the task's fields for where they come from"
+            f"replay.demonstrations=true need{lost}; see the task's fields for where they come from"
         )
     return prompts
 
@@ -42,8 +43,8 @@ def scored(problem: Problem, rewards: Rewards) -> list[Group]:
     if problem.undrawable:
         drawable = sum(len(problem.demonstrations[prompt.id]) for prompt in prompts)
         logger.warning(
-            "%d demonstrations are left out, and %d kept: the policy cannot draw them with this task.max_tokens, these allowed "
-            "tokens, or what must be in a sample", problem.undrawable, drawable,
+            "%d demonstrations are left out, and %d kept: the policy cannot draw them; the first: %s",
+            problem.undrawable, drawable, problem.why_undrawable,
         )  # fmt: skip
     answers = [asked(partial(rewards.log_reward, prompt, problem.demonstrations[prompt.id])) for prompt in prompts]
     groups: list[Group] = []

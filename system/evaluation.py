@@ -185,9 +185,10 @@ def sampled(
     drawn = _draw(requests, samplers, samples, round_, behaviour)
     groups = [group for group in drawn if len(group) >= ENOUGH]
     if not groups:
+        first = next((fault for group in drawn for fault in group.faults), "the samplers drew none")
         raise RunError(
-            "no prompt of the evaluation has two samples with a reward; the log has the reasons: mend the reward, or draw more "
-            "samples (learner.evaluation_samples, or --samples)"
+            "no prompt of the evaluation has two samples with a reward; mend the reward, or draw more samples "
+            f"(learner.evaluation_samples, or --samples); the first without one: {first}"
         )
     scores = _in_parts(groups, scorer)
     bounds_G, per_prompt, table = [], [], []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,8 @@ from system.section import ConfigError
 
 @functools.cache
 def import_function(path: str, field: str) -> Callable[..., Any]:
-    """The function at `package.module:function`. Raises ConfigError, naming the config's field, if there is none."""
+    """The function at `package.module:function`. Raises ConfigError, naming the config's field, if there is none, or it cannot
+    be called as each is: with a prompt, a text and its tokens."""
     module_name, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), name)
@@ -22,6 +24,17 @@ def import_function(path: str, field: str) -> Callable[..., Any]:
         raise ConfigError(f"{field}={path!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise ConfigError(f"{field}={path!r} is a {type(function).__name__}, not a function")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # not every builtin has one
+        return function
+    try:
+        signature.bind(None, "", [])
+    except TypeError as error:
+        raise ConfigError(
+            f"{field}={path!r} cannot be called with (prompt, text, tokens), as it is {name}{signature} ({error}); write "
+            f"def {name}(prompt, text, tokens)"
+        ) from error
     return function
 
 

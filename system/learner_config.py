@@ -8,6 +8,8 @@ from pydantic import Field, field_validator, model_validator
 
 from system.section import Section
 
+DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
+
 
 class Replay(Section):
     """Each update mixes fresh samples with replayed ones of the same prompt. Shares add up to 1."""
@@ -153,7 +155,7 @@ class Learner(Section):
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
     reward_temperature: RewardTemperature = RewardTemperature()
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: str = Field(default="auto", pattern=DEVICE)
     """auto: CUDA where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the base weights and activations. LoRA weights are kept, and the loss computed, in float32."""

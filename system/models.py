@@ -102,7 +102,7 @@ def _from_hub(model: Model) -> Path:
     # The hub client raises many kinds of error for one meaning: these files cannot be had.
     except (OSError, ValueError, RuntimeError, HFValidationError) as error:
         # The client says what is missing, a licence to be agreed to or a token, on its later lines.
-        reason = " ".join((str(error) or repr(error)).split())[:REASON]
+        reason = " ".join((str(error) or repr(error)).split())[:REASON].rstrip(".")
         raise ConfigError(
             f"model.path={model.path!r} cannot be loaded: {reason}. It is neither a folder here nor a hub id "
             f"that can be reached; name a folder in Hugging Face format; set HF_HUB_OFFLINE=0, HF_TOKEN where the model asks "

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from system.section import Section
 
 FUNCTION_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+
+
+def _is_no_file(path: str) -> str:
+    module, _, function = path.partition(":")
+    if module.endswith(".py"):
+        raise ValueError(f"must be a module and not a file; leave .py out: {module.removesuffix('.py')}:{function}")
+    return path
+
+
+FunctionPath = Annotated[str, Field(pattern=FUNCTION_PATH), AfterValidator(_is_no_file)]
 
 
 class LMPosterior(Section):
@@ -33,7 +43,7 @@ class FunctionReward(Section):
     """A python function `f(prompt: Prompt, text: str, tokens: list[int]) -> float` as log R = f / beta, in nats."""
 
     kind: Literal["function"] = "function"
-    path: str = Field(pattern=FUNCTION_PATH)
+    path: FunctionPath
     """Import path, `package.module:function`."""
     beta: float = Field(default=1.0, gt=0)
     """Strength of the pull towards the prior, as in p(Z | X) exp(r / beta)."""

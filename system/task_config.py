@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from system.reward_config import FUNCTION_PATH, FunctionReward, LMPosterior, ProductReward, Reward
+from system.reward_config import FunctionPath, FunctionReward, LMPosterior, ProductReward, Reward
 from system.section import Section
 
 
@@ -24,6 +24,7 @@ def _check_template(field: str, text: str, /, needed: bool = True, **values: obj
             raise ValueError(f"{field}={text!r} is the same for every {name}; write {{{name}}} where it belongs")
 
 
+TRIMMED = r"^\S(.*\S)?$"
 NUMBER_REWARD = "system.tasks.random_number:log_reward"
 PAPERS_NUMBER_REWARD = "system.tasks.random_number:paper_log_reward"
 LAST_NUMBER = "system.tasks.verifiable:last_number"
@@ -131,7 +132,7 @@ class Constrained(NextSentence):
     """The next sentence, from p(Z . | X) among those that satisfy all that is asked for."""
 
     kind: Literal["constrained"] = "constrained"
-    keywords: tuple[Annotated[str, Field(pattern=r"^\S(.*\S)?$")], ...] = ()
+    keywords: tuple[Annotated[str, Field(pattern=TRIMMED)], ...] = ()
     """Words that must be there, in any order and case, each without spaces around it."""
     guided: bool = False
     """A sentence stops only once all keywords are there, and at the last places what is missing comes for certain: it is a
@@ -139,7 +140,7 @@ class Constrained(NextSentence):
     and a predicate nothing is known before the end, nor of a keyword that cannot be drawn as it is written here."""
     pattern: str | None = None
     """A regular expression that must be found in the sentence."""
-    predicate: str | None = Field(default=None, pattern=FUNCTION_PATH)
+    predicate: FunctionPath | None = None
     """Import path of a function `f(prompt: Prompt, text: str, tokens: list[int]) -> bool` that must be true. Evaluations ask it
     once more, for the share of samples that satisfy it."""
     seconds: float = Field(default=10.0, gt=0)

@@ -72,7 +72,8 @@ def test_the_same_step_can_be_written_again(tmp_path: Path) -> None:
 
 def test_without_a_checkpoint_the_folder_is_named(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(CheckpointError, match=f"{folder} holds no checkpoint.*; start the run anew"):
+        anew = f"start it anew: python deploy/job.py {folder.parent}/config.yaml"
+        with pytest.raises(CheckpointError, match=rf"{folder} holds no checkpoint.*; {anew}"):
             read_latest(folder)
 
 

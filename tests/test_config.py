@@ -66,15 +66,18 @@ def refusal(tree: Any) -> str:
         ("seed", -1, "greater than or equal to 0"),
         ("seed", 2**32, "less than 4294967296"),
         ("actors.gpus", 2, "less than or equal to 1"),
-        ("name", "a/b", "pattern"),
-        ("name", "../up", "pattern"),
+        ("name", "a/b", "must be of letters, digits, `_`, `.` and `-`"),
+        ("name", "../up", "with a letter or digit first"),
+        ("tracking.model", "a b", "must be of letters"),
+        ("model", "gpt2", "write model.path=gpt2"),
+        ("learner.betas", [0.9], "must have as many entries as its default"),
         ("name", 7, "put it in quotes"),
         ("model.path", "", "at least 1 character"),
         ("model.path", None, "put it in quotes"),
         ("lora.rank", 0, "greater than or equal to 1"),
         ("lora.alpha", 0, "greater than 0"),
-        ("lora.targets", [], "at least 1 item"),
-        ("lora.targets", "q_proj", "must be a list"),
+        ("lora.targets", "q_proj", "must be 'all-linear' or be a list, such as [a, b]"),
+        ("lora.targets", [], "must be 'all-linear' or have at least 1 item"),
         ("task.floor", -1, "less than or equal to -10"),
         ("task.high", 10000, "less than or equal to 9999"),
         ("task.stop", "", "at least 1 character"),
@@ -95,7 +98,7 @@ def refusal(tree: Any) -> str:
         ("learner.steps", 1.5, "valid integer"),
         ("learner.betas", [0.9, 1.0], "each of the two must be in [0, 1)"),
         ("learner.decay", "exp", "'constant', 'linear' or 'cosine'"),
-        ("learner.device", "tpu", "auto|cpu|cuda"),
+        ("learner.device", "tpu", "must be auto, cpu, cuda"),
         ("learner.reward_temperature.start", 0, "greater than 0"),
         ("cluster.dashboard", "maybe", "valid boolean"),
         ("tracking.experiment", "", "at least 1 character"),
@@ -104,7 +107,10 @@ def refusal(tree: Any) -> str:
         ("learner", 3, "must be a section"),
         ("learner", None, "leave it out for the defaults"),
         ("loss", "pooled", "a mapping of fields with a kind"),
-        ("learner.lrr", 1, "check the spelling"),
+        ("learner.lrr", 1, "check the spelling: learner.lr? "),
+        ("learner.low", 1, "check the spelling: task.low? "),
+        ("exploration", {}, "check the spelling: sampler.exploration? "),
+        ("task.keywords", [], "no field of this kind, but of kind=constrained; check the kind"),
         ("foo", 1, "check the spelling"),
     ],
 )
@@ -117,6 +123,8 @@ def test_a_bad_value_is_refused_by_field_value_and_fix(field: str, value: Any, f
     ("tree", "expected"),
     [
         (with_field("learner.warmup_steps", 100), ["learner: warmup_steps=100", "steps=100", "lower warmup_steps"]),
+        ({"task": NUMBER, "loss": {"kind": "tb", "decay": 0.5}}, ["loss.decay=0.5: no field of this kind, but of kind=subtb"]),
+        ({"task": NUMBER, "learner.lr": 0.5}, ["learner.lr=0.5: no such field"]),
         (with_field("learner.shard_base", True), ["learner: shard_base=true", "ranks=1", "raise ranks"]),
         (with_field("learner.gpus", 4), ["learner: gpus=4", "one rank", "ranks=4 and gpus=1"]),
         (with_field("learner.ranks", 2), ["learner: ranks=2", "groups_per_update=1", "set groups_per_update >= 2"]),
@@ -154,8 +162,8 @@ def test_a_bad_value_is_refused_by_field_value_and_fix(field: str, value: Any, f
             ["task: rationales='a.json'", "questions=generated", "set rationales=null"],
         ),
         (with_field("task.min_tokens", 31, CONTINUATION), ["task: min_tokens=31", "max_tokens=30", "lower min_tokens"]),
-        ({"task": NUMBER | {"reward": FUNCTION | {"path": "a.b"}}}, ["task.reward.path='a.b'", "pattern"]),
-        ({"task": NUMBER | {"reward": {"kind": "product", "of": [FUNCTION]}}}, ["task.reward.of=", "at least 2 items"]),
+        ({"task": NUMBER | {"reward": FUNCTION | {"path": "a.b"}}}, ["task.reward.path='a.b': must be module:function"]),
+        ({"task": NUMBER | {"reward": {"kind": "product", "of": [FUNCTION]}}}, ["task.reward.of=", "have at least 2 items"]),
         ({"task": NUMBER | {"reward": CONTRAST}}, ["kind=contrast", "task.kind=random_number has none", "stage=reason"]),
         ({"task": {"kind": "subjectivity", "stage": "label"}}, ["task.stage=label with loss.kind=pooled", "set loss.kind=mle"]),
         ({"task": {"kind": "subjectivity", "prompt": "hello"}}, ["prompt='hello' is the same for every text", "write {text}"]),
@@ -218,6 +226,16 @@ def test_every_wrong_field_has_a_line() -> None:
     assert {line.split("=")[0] for line in message.splitlines()} == {"seed", "actors.count", "learner.lr", "learner.stepz"}
 
 
+def test_a_mistake_inside_a_list_or_section_has_one_line() -> None:
+    factor = {"kind": "function", "path": "my_rewards:score", "beta": 0}
+    product = {"kind": "product", "of": [{"kind": "lm_posterior"}, factor]}
+    assert refusal(with_field("task.reward", product)) == "task.reward.of.1.beta=0: must be greater than 0"
+    factor |= {"path": "my_rewards.py:score", "beta": 1}
+    fix = "must be a module and not a file; leave .py out: my_rewards:score"
+    assert refusal(with_field("task.reward", product)) == f"task.reward.of.1.path='my_rewards.py:score': {fix}"
+    assert refusal(with_field("lora.targets", [3])) == "lora.targets.0=3: must be a text; put it in quotes"
+
+
 def test_a_long_value_is_shortened_in_the_message() -> None:
     assert len(refusal(with_field("learner.decay", "x" * 10_000))) < 300
 
@@ -274,6 +292,25 @@ def test_another_kind_starts_a_section_afresh(tmp_path: Path) -> None:
     assert load(path, ["loss.kind=subtb"]).loss == load(path).loss
     assert load(path, ["loss.kind=pooled"]).loss.kind == "pooled"  # subtb's decay would be an unknown field
     assert load(path, ["task.kind=random_number", "task.high=7"]).task.max_tokens == 1
+
+
+def test_an_override_of_one_field_keeps_the_rest_of_a_section_or_list_at_its_default(tmp_path: Path) -> None:
+    path = write(tmp_path, "task: {kind: verifiable}\n")
+    kept = load(path).task.reward.model_dump(mode="json")
+    kept["of"][1]["beta"] = 0.05
+    assert load(path, ["task.reward.of.1.beta=0.05"]).task.reward.model_dump(mode="json") == kept
+    changed = load(path, ["task.reward.of.1={kind: lm_posterior}"]).task.reward.model_dump()
+    assert [factor["kind"] for factor in changed["of"]] == ["lm_posterior", "lm_posterior"]
+    assert load(path, ["learner.betas.1=0.5"]).learner.betas == (0.9, 0.5)
+    path = write(tmp_path, "task: {kind: continuation}\n")
+    assert not load(path, ["task.reward.every_prefix=false", "loss.kind=vargrad"]).task.reward.every_prefix
+
+
+def test_overrides_count_from_the_entries_of_the_files_own_list(tmp_path: Path) -> None:
+    path = write(tmp_path, "task: {kind: continuation, illegal: [a, b]}\n")
+    assert load(path, ["task.illegal.1=c"]).task.model_dump()["illegal"] == ("a", "c")
+    with pytest.raises(ConfigError, match=r"override task.illegal.2: task.illegal has 2 entries, of which the first is 0"):
+        load(path, ["task.illegal.2=c"])
 
 
 def test_an_override_through_a_plain_value_of_the_file_is_refused(tmp_path: Path) -> None:
@@ -478,6 +515,37 @@ def test_a_check_reads_the_tokenizer_and_the_data_and_starts_nothing(
         assert main(["--check", config, *few, override, "replay={fresh: 1, prioritised: 0, uniform: 0}"]) == 2
         output = capsys.readouterr()
         assert output.out == "" and message in output.err
+
+
+REWARD = "task.reward={{kind: function, path: 'mine:score', batch: {}, seconds: 2}}"
+
+
+@pytest.mark.parametrize(
+    ("code", "batch", "status", "said"),
+    [
+        ("def score(text): return 0.0", False, 2, "cannot be called with (prompt, text, tokens), as it is score(text)"),
+        ("def score(*_): return 'good'", False, 2, "function 'score' returned 'good' for prompt 'line-1', text "),
+        ("def score(*_): return 1.0", True, 2, "returned 1.0, which is no list, for prompt 'line-1', 2 texts; return one"),
+        ("def score(*_): return [1.0]", True, 2, "returned 1 values for prompt 'line-1', 2 texts; return one for each"),
+        ("def score(prompt, *_): return prompt.meta['x']", False, 0, "KeyError: 'x'; a sample without a reward is left out"),
+        ("def score(*_): import time; time.sleep(9)", False, 0, "no answer after 2 s; a sample without a reward is left out"),
+        ("def score(prompt, texts, _): return [len(prompt.meta['text'] + text) for text in texts]", True, 0, ""),
+    ],
+)
+def test_a_check_calls_the_reward_once_on_the_first_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
+    code: str, batch: bool, status: int, said: str,
+) -> None:  # fmt: skip
+    (tmp_path / "prompts.txt").write_text("one\n")
+    (tmp_path / "mine.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config, reward = str(ROOT / "deploy/configs/continuation.yaml"), REWARD.format(str(batch).lower())
+    few = ("task.prompts=prompts.txt", f"model.path={tiny.folder(tmp_path)}", "replay={fresh: 1, prioritised: 0, uniform: 0}")
+    assert main(["--check", config, *few, reward]) == status
+    told = capsys.readouterr().err if status else caplog.text
+    assert said in told
+    assert ("task.reward.path='mine:score'" in told) == bool(said)
 
 
 def test_a_tracking_uri_that_is_refused_or_passes_away_is_named_before_anything_starts(tmp_path: Path) -> None:

@@ -141,9 +141,19 @@ def test_completions_are_demonstrations_where_the_policy_can_draw_them(tmp_path:
     assert known == {"line-1": [" two", " eight"], "line-2": [" four", " six"]}
     assert len(task.prompts) == 3
     assert task.undrawable == 1
+    why = "'line-2', ' fi?ve': the token '?' may not be drawn (task.illegal, or a special token)"
+    assert task.why_undrawable == why
+    short = problem("continuation", prompts=str(path), illegal=[], max_tokens=4)
+    assert (short.undrawable, short.why_undrawable.partition(": ")[2]) == (
+        3, "6 tokens are not between task.min_tokens=1 and task.max_tokens=4"
+    )  # fmt: skip
     asks = problem("constrained", prompts=str(path), keywords=["six"], guided=True)
     assert [decode(TOKENIZER, known.tokens_T.tolist()) for known in asks.demonstrations["line-2"]] == [" six"]
-    assert (set(asks.demonstrations), asks.undrawable) == ({"line-2"}, 4)
+    assert (set(asks.demonstrations), asks.undrawable, asks.why_undrawable) == ({"line-2"}, 4, why)
+    stops = problem("continuation", prompts=str(path), illegal=["?", "."], stop="w")
+    assert stops.why_undrawable == "'line-1', ' two.': the token 'w' is task.stop, which ends a sample"
+    asks = problem("constrained", prompts=str(path), keywords=["six"], guided=True, illegal=[], stop="z")
+    assert asks.why_undrawable.endswith("it is without what task.guided=true puts into every sample")
     path.write_text('{"prompt": "one", "completion": ["two"]}')
     with pytest.raises(ConfigError, match=r'line 1: "completion" is a text, and "completions" a list of texts'):
         problem("continuation", prompts=str(path))

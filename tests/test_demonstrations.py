@@ -60,8 +60,11 @@ def test_a_demonstration_without_a_reward_is_left_out_and_named(caplog: pytest.L
 def test_how_many_demonstrations_are_left_out_is_said(caplog: pytest.LogCaptureFixture) -> None:
     demonstrations.scored(PROBLEM, Lengths())
     assert not caplog.text
-    demonstrations.scored(replace(PROBLEM, undrawable=3), Lengths())
-    assert "3 demonstrations are left out, and 3 kept" in caplog.text
+    lossy = replace(PROBLEM, undrawable=3, why_undrawable="'line-1', 'a?': too odd")
+    demonstrations.scored(lossy, Lengths())
+    assert "3 demonstrations are left out, and 3 kept: the policy cannot draw them; the first: 'line-1', 'a" in caplog.text
+    with pytest.raises(ConfigError, match=r"no prompt has a demonstration .* \(3 cannot be drawn; the first: 'line-1'"):
+        demonstrations.scored(replace(lossy, demonstrations={}), Lengths())
 
 
 def test_a_task_without_demonstrations_is_refused() -> None:

@@ -73,8 +73,9 @@ def test_a_prompt_without_any_sample_left_counts_for_the_task() -> None:
     assert result.metrics["task/right"] == pytest.approx(2 / 3)
 
 
-def test_an_evaluation_without_two_samples_of_any_prompt_says_what_to_do() -> None:
-    with pytest.raises(RunError, match=r"mend the reward, or draw more samples \(learner\.evaluation_samples, or --samples\)"):
+def test_an_evaluation_without_two_samples_of_any_prompt_says_why_and_what_to_do() -> None:
+    message = r"mend the reward, or draw more samples .*; the first without one: log of zero"
+    with pytest.raises(RunError, match=message):
         evaluated(Lossy({-1: 3, -2: 4, -3: 3}))
 
 

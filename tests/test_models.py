@@ -59,6 +59,7 @@ def test_a_hub_id_that_cannot_be_reached_says_what_to_do(path: str, tmp_path: Pa
     monkeypatch.chdir(tmp_path)
     message = refusal(path)
     assert "neither a folder here nor a hub id that can be reached" in message
+    assert ".. It is" not in message
     assert "check the network" in message
     assert "\n" not in message
 

@@ -287,7 +287,7 @@ def test_a_function_of_a_batch_is_called_once_for_all_distinct_texts_of_a_group(
     [
         ([1.0], [0, 1], "returned 1 values for prompt 'p', 2 texts; return one for each"),
         (ValueError("no model"), [0, 1], "failed for prompt 'p', 2 texts: ValueError: no model"),
-        (3.0, [0, 1], "TypeError"),
+        (3.0, [0, 1], "returned 3.0, which is no list, for prompt 'p', 2 texts; return one for each"),
         ([1.0, float("nan")], [1], "returned nan for prompt 'p', text 'd'; return a finite number"),
     ],
 )

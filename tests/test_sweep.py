@@ -77,6 +77,18 @@ def test_each_run_is_a_job_under_one_sweep_and_a_failure_is_named_at_the_end(
     assert capsys.readouterr().err.splitlines()[-1].endswith("failed: seed=1")
 
 
+def test_a_sweep_may_go_over_an_entry_of_a_list_that_the_file_leaves_at_its_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep.Jobs, "run", lambda *_: True)
+    config = tmp_path / "config.yaml"
+    config.write_text("task: {kind: verifiable}\n")
+    assert sweep.main([str(config), "--over", "task.reward.of.1.beta=0.05,0.1"]) == 0
+    assert "run 2 of 2: task.reward.of.1.beta=0.1" in capsys.readouterr().err
+    assert sweep.main([str(config), "--over", "task.reward.of.2.beta=0.05,0.1"]) == 2
+    assert "task.reward.of has 2 entries" in capsys.readouterr().err
+
+
 class Process:
     """In place of Popen: a job that ends with a status, after it was interrupted or before."""
 

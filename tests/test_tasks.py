@@ -16,8 +16,8 @@ from system import tasks
 from system.config import ConfigError
 from system.config_file import parse
 from system.evaluation import means
-from system.task_config import Task
-from system.tasks.continuation import variety
+from system.task_config import Continuation, Task
+from system.tasks.continuation import read_prompts, variety
 from system.tasks.infilling import overlap
 from system.tasks.problem import Problem, context_tokens, single_token
 from system.tasks.verifiable import correctness
@@ -83,13 +83,16 @@ def test_a_stop_is_the_token_that_it_is_inside_a_text() -> None:
             first = {"a": [11], ".": [12], "\n": [13, 3], "?": [13, 4, 4]}[text[0]]
             return first + [inner[letter] for letter in text[1:]]
 
+        def decode(self, tokens: list[int]) -> str:
+            return f"<{tokens[0]}>"
+
     assert [single_token(Spaced(), text, "task.stop") for text in (".", "\n")] == [2, 3]  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"task\.stop='\.\.' is 2 tokens for this tokenizer, but must be exactly one"):
+    with pytest.raises(ConfigError, match=r"task\.stop='\.\.' is 2 tokens for this tokenizer, \['<2>', '<2>'\]: it must be"):
         single_token(Spaced(), "..", "task.stop")  # type: ignore[arg-type]
 
 
 def test_a_stop_of_several_tokens_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"task\.stop='\.\.' is 2 tokens for this tokenizer, but must be exactly one"):
+    with pytest.raises(ConfigError, match=r"task\.stop='\.\.' is 2 tokens for this tokenizer, \['\.', '\.'\]: it must be"):
         problem("random_number", stop="..")
     with pytest.raises(ConfigError, match=r"task\.stop='ab' is 2 tokens"):
         problem("continuation", stop="ab")
@@ -136,6 +139,22 @@ def test_records_may_be_one_list_and_lines_under_another_name_are_told_apart(tmp
     lines = written(tmp_path / "lines.json", {"question": "a", "answer": 1}, {"question": "b", "answer": 1})
     with pytest.raises(ConfigError, match=r"no JSON \(Extra data, line 2\); a file with a record in each line is called"):
         problem("verifiable", questions=lines)
+
+
+def test_a_table_of_prompts_is_refused_and_a_text_that_is_called_jsonl_too(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"task\.prompts='a\.csv' is a table.*make it a text with one prompt a line"):
+        problem("continuation", prompts="a.csv")
+    (tmp_path / "a.jsonl").write_text("one\n")
+    with pytest.raises(ConfigError, match=r"line 1: no JSON \(Expecting value\); write one record a line; .* is called \.txt"):
+        problem("continuation", prompts=str(tmp_path / "a.jsonl"))
+
+
+def test_a_role_that_chat_templates_do_not_know_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "prompts.jsonl"
+    said = [{"messages": [{"role": role, "content": "Hi"}]} for role in ("user", "human")]
+    assert len(read_prompts(Continuation(prompts=written(path, *said)))) == 2
+    [warning] = caplog.messages
+    assert "prompts.jsonl', line 2: the role 'human' is none of system, user, assistant, tool" in warning
 
 
 def test_messages_are_written_by_the_models_chat_template(tmp_path: Path, smollm2: PreTrainedTokenizerBase) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from system.config import ConfigError
 from system.task_config import Arithmetic
 from system.tasks.files import choose, read_records
-from system.tasks.problem import Problem, context_tokens, single_token, support
+from system.tasks.problem import Problem, context_tokens, single_token, support, why_undrawable
 from system.tools import Calculator, play
 from system.trajectory import Prompt, sampled
 from system.voting import wins
@@ -67,7 +67,8 @@ def build(section: Arithmetic, tokenizer: PreTrainedTokenizerBase) -> Problem:
     front = "".join(question.worked for question in shown[: section.examples])
     constraints = support(section, tokenizer, stop, sorted(rationale_tokens(tokenizer)))
     _check_room(section, tokenizer, tool, [question for _, question in questions])
-    prompts, demonstrations, undrawable = [], {}, 0
+    prompts, demonstrations = [], {}
+    refused: list[tuple[str, Sequence[int]]] = []
     for number, question in questions:
         context = context_tokens(tokenizer, front + question.text)
         answer = tokenizer.encode(f" The answer is {question.answer}.", add_special_tokens=False)
@@ -76,7 +77,7 @@ def build(section: Arithmetic, tokenizer: PreTrainedTokenizerBase) -> Problem:
         prompts.append(prompt)
         actions = encode_steps(tokenizer, question.steps or ())
         if question.steps and not constraints.admits(actions):
-            undrawable += 1
+            refused.append((prompt.id, actions))
         elif question.steps:
             demonstrations[prompt.id] = (sampled(*play(tool, section.tool_tokens, actions), max_tokens=constraints.max_tokens),)
     return Problem(
@@ -84,7 +85,8 @@ def build(section: Arithmetic, tokenizer: PreTrainedTokenizerBase) -> Problem:
         constraints=constraints,
         reward_stop=(stop,),
         demonstrations=demonstrations,
-        undrawable=undrawable,
+        undrawable=len(refused),
+        why_undrawable=why_undrawable(*refused[0], constraints, tokenizer) if refused else "",
         tool=tool,
         judge=judge,
     )

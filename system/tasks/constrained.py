@@ -18,7 +18,7 @@ from system.function_process import FunctionFault, function_process
 from system.required import Required, has_word
 from system.task_config import Constrained
 from system.tasks import continuation
-from system.tasks.problem import Problem
+from system.tasks.problem import Problem, demonstrated
 from system.text import decode
 from system.trajectory import Prompt
 
@@ -72,19 +72,17 @@ def build(section: Constrained, tokenizer: PreTrainedTokenizerBase) -> Problem:
         except ValueError as error:
             raise ConfigError(f"task.keywords: {error}; raise task.max_tokens") from error
         constraints = replace(constraints, required=required)
-        problem = _admitted(problem, constraints)
+        problem = _admitted(problem, constraints, tokenizer)
     return replace(problem, prompts=prompts, constraints=constraints, judge=validity)
 
 
-def _admitted(problem: Problem, constraints: Constraints) -> Problem:
+def _admitted(problem: Problem, constraints: Constraints, tokenizer: PreTrainedTokenizerBase) -> Problem:
     """With the demonstrations alone that the constraints admit."""
-    kept = {
-        name: tuple(known for known in known_K if constraints.admits(known.tokens_T))
-        for name, known_K in problem.demonstrations.items()
-    }
-    lost = sum(map(len, problem.demonstrations.values())) - sum(map(len, kept.values()))
-    demonstrations = {name: known_K for name, known_K in kept.items() if known_K}
-    return replace(problem, demonstrations=demonstrations, undrawable=problem.undrawable + lost)
+    tokens = {name: [known.tokens_T.tolist() for known in known_K] for name, known_K in problem.demonstrations.items()}
+    admitted = demonstrated(tokens, constraints, tokenizer)
+    admitted["undrawable"] += problem.undrawable
+    admitted["why_undrawable"] = problem.why_undrawable or admitted["why_undrawable"]
+    return replace(problem, **admitted)
 
 
 def _check_characters(keywords: Sequence[str], drawable: set[str]) -> None:

@@ -8,6 +8,7 @@ the target's doing, and `task.min_tokens` is the way to ask for longer ones.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,13 @@ from system.tasks.problem import (
 from system.text import special_tokens
 from system.trajectory import Prompt
 
+logger = logging.getLogger(__name__)
+
 JSON = (".jsonl", ".ndjson", ".json")
 """How the names of files end that hold records, and not a prompt in each line."""
+TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
+ROLES = ("system", "user", "assistant", "tool")
+"""Those that chat templates have words for."""
 PACKAGED_PROMPTS = Path(__file__).with_name("prompts.txt")
 
 
@@ -49,14 +55,12 @@ def build(section: NextSentence, tokenizer: PreTrainedTokenizerBase) -> Problem:
             text, context = chat_context(tokenizer, record["messages"], where)
         prompts.append(Prompt(f"line-{number}", context, context, meta=record | {"text": text}))
         known[f"line-{number}"] = completions(record, tokenizer, section.stop, where)
-    demonstrations, undrawable = demonstrated(known, constraints)
     return Problem(
         prompts=tuple(prompts),
         constraints=constraints,
         reward_stop=(stop,),
-        demonstrations=demonstrations,
-        undrawable=undrawable,
         judge=variety,
+        **demonstrated(known, constraints, tokenizer),
     )
 
 
@@ -76,6 +80,11 @@ def read_prompts(section: NextSentence) -> list[tuple[int, dict[str, Any]]]:
     path = PACKAGED_PROMPTS if section.prompts == "packaged" else Path(section.prompts)
     if path.suffix in JSON:
         records = _records(path)
+    elif path.suffix in TABLES:
+        raise ConfigError(
+            f"task.prompts={section.prompts!r} is a table, whose lines would be the prompts as they stand there; make it a "
+            'text with one prompt a line, or a .jsonl file with {"prompt": text} in each'
+        )
     else:
         lines = read_lines(path, "task.prompts")
         if _is_record(lines[0][1]):
@@ -105,6 +114,12 @@ def _records(path: Path) -> list[tuple[int, dict[str, Any]]]:
                 prompts.append((number, record))
             case {"messages": [{"role": str(), "content": str()}, *_]}:
                 prompts.append((number, {name: value for name, value in record.items() if name != "prompt"}))
+                roles = [message.get("role") for message in record["messages"] if isinstance(message, dict)]
+                if unknown := [role for role in roles if role not in ROLES]:
+                    logger.warning(
+                        "task.prompts=%r, line %d: the role %r is none of %s, and a chat template may leave the message out",
+                        str(path), number, unknown[0], ", ".join(ROLES),
+                    )  # fmt: skip
             case _:
                 raise ConfigError(
                     f'task.prompts={str(path)!r}, line {number}: needs {{"prompt": text}}, and not an empty text, or '

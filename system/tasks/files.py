@@ -94,7 +94,10 @@ def read_records(path: Path, field: str) -> list[tuple[int, Any]]:
         try:
             records.append((number, json.loads(line)))
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{field}={str(path)!r}, line {number}: no JSON ({error.msg})") from error
+            text = "; a file with a prompt in each line is called .txt" if field == "task.prompts" else ""
+            raise ConfigError(
+                f"{field}={str(path)!r}, line {number}: no JSON ({error.msg}); write one record a line{text}"
+            ) from error
     return records
 
 

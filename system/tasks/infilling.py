@@ -66,7 +66,7 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
             if story.told and constraints.is_within(story.told["support"]):
                 told.add(story.id)
         prompts.append(Prompt(story.id, policy, context_tokens(tokenizer, story.before), tuple(tokens["after"]), meta))
-    demonstrations, undrawable = demonstrated(middles, constraints)
+    known = demonstrated(middles, constraints, tokenizer)
     if unsigned := sum(bool(story.tokens and not story.told) for story in stories):
         logger.warning(
             "task.stories=%r: %d stories have tokens and not by whom they were told; for a bound from above tell them anew",
@@ -76,10 +76,9 @@ def build(section: Infilling, tokenizer: PreTrainedTokenizerBase) -> Problem:
         prompts=tuple(prompts),
         constraints=constraints,
         reward_stop=(stop,),
-        demonstrations=demonstrations,
-        undrawable=undrawable,
-        exact=frozenset(told & demonstrations.keys()),
+        exact=frozenset(told & known["demonstrations"].keys()),
         judge=overlap,
+        **known,
     )
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from system.config import ConfigError
 from system.constraints import Constraints
-from system.text import special_tokens
+from system.text import decode, special_tokens
 from system.tools import Tool
 from system.trajectory import Prompt, Trajectory, sampled
 
@@ -45,6 +45,8 @@ class Problem:
     rationale. What `loss.kind=mle` imitates and `replay.demonstrations` starts the buffer with."""
     undrawable: int = 0
     """Demonstrations that are left out: too long for the policy to draw, or with tokens that are not allowed."""
+    why_undrawable: str = ""
+    """Of the first of them."""
     held_out: frozenset[str] = frozenset()
     """Ids of prompts that are for evaluations alone."""
     exact: frozenset[str] = frozenset()
@@ -116,15 +118,36 @@ class Problem:
 
 
 def demonstrated(
-    samples: Mapping[str, Sequence[Sequence[int]]], constraints: Constraints
-) -> tuple[dict[str, tuple[Trajectory, ...]], int]:
-    """(`demonstrations`, `undrawable`) of a problem, from tokens of known good samples, without their stop, by prompt id."""
-    drawable = {
-        name: tuple(sampled(tokens, max_tokens=constraints.max_tokens) for tokens in tokens_K if constraints.admits(tokens))
-        for name, tokens_K in samples.items()
+    samples: Mapping[str, Sequence[Sequence[int]]], constraints: Constraints, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Those fields of a problem, from tokens of known good samples, without their stop, by prompt id."""
+    kept: dict[str, list[Trajectory]] = {}
+    refused: list[tuple[str, Sequence[int]]] = []
+    for name, tokens_K in samples.items():
+        for tokens in tokens_K:
+            if constraints.admits(tokens):
+                kept.setdefault(name, []).append(sampled(tokens, max_tokens=constraints.max_tokens))
+            else:
+                refused.append((name, tokens))
+    return {
+        "demonstrations": {name: tuple(samples_K) for name, samples_K in kept.items()},
+        "undrawable": len(refused),
+        "why_undrawable": why_undrawable(*refused[0], constraints, tokenizer) if refused else "",
     }
-    undrawable = sum(len(samples[name]) - len(kept) for name, kept in drawable.items())
-    return {name: kept for name, kept in drawable.items() if kept}, undrawable
+
+
+def why_undrawable(name: str, tokens: Sequence[int], constraints: Constraints, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What keeps the policy from drawing these tokens for prompt `name`."""
+    shown = f"{name!r}, {decode(tokenizer, tokens)!r}"
+    for token in tokens:
+        if not constraints.allows([token]):
+            is_stop = token == constraints.stop_token
+            what = "is task.stop, which ends a sample" if is_stop else "may not be drawn (task.illegal, or a special token)"
+            return f"{shown}: the token {decode(tokenizer, [token])!r} {what}"
+    if not constraints.min_tokens <= len(tokens) <= constraints.max_tokens:
+        within = f"task.min_tokens={constraints.min_tokens} and task.max_tokens={constraints.max_tokens}"
+        return f"{shown}: {len(tokens)} tokens are not between {within}"
+    return f"{shown}: it is without what task.guided=true puts into every sample"
 
 
 def completions(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, stop: str, where: str) -> list[list[int]]:
@@ -164,7 +187,11 @@ def single_token(tokenizer: PreTrainedTokenizerBase, text: str, field: str) -> i
     letter, both = encode("a"), encode(f"a{text}")
     ids = both[len(letter) :] if both[: len(letter)] == letter else encode(text)
     if len(ids) != 1:
-        raise ConfigError(f"{field}={text!r} is {len(ids)} tokens for this tokenizer, but must be exactly one")
+        pieces = [tokenizer.decode([token]) for token in ids]
+        raise ConfigError(
+            f"{field}={text!r} is {len(ids)} tokens for this tokenizer, {pieces}: it must be exactly one; take one of "
+            "them, or another text"
+        )
     return ids[0]
 
 

@@ -53,14 +53,12 @@ def build(section: Verifiable, tokenizer: PreTrainedTokenizerBase) -> Problem:
                 _answer(prompt)
             except ValueError as error:
                 raise ConfigError(f"task.questions={section.questions!r}: {error}") from error
-    demonstrations, undrawable = demonstrated(known, constraints)
     return Problem(
         prompts=tuple(prompts),
         constraints=constraints,
         reward_stop=(stop,),
-        demonstrations=demonstrations,
-        undrawable=undrawable,
         judge=correctness,
+        **demonstrated(known, constraints, tokenizer),
     )
 
 
