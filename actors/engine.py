@@ -13,10 +13,11 @@ import math
 import os
 import tempfile
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
 
 
+CANARY = "canary"
 LORAS = 2
 """Versions that draw beside the base at a time: the newest, and the one before it until its groups are complete."""
 
@@ -44,6 +46,15 @@ class _Group:
     lora: Any
     """The adapter beside the base that draws it; None where versions are merged."""
     trajectories: dict[int, Trajectory] = field(default_factory=dict)
+
+
+class _Sample(NamedTuple):
+    """What is asked of vLLM."""
+
+    name: str
+    tokens: Sequence[int]
+    params: Any
+    lora: Any
 
 
 class Engine:
@@ -76,9 +87,13 @@ class Engine:
         self._loras: list[Any] = []
         """In vLLM beside the base, the one of `installed` last."""
         self._salt = ""
-        """Of the keys and values that `installed` computes: vLLM shares them between requests of one salt alone."""
+        """Of the keys and values that the merged weights compute: vLLM shares them between requests of one salt alone."""
         self._tickets, self._installs = itertools.count(1), itertools.count(1)
         self._groups: dict[int, _Group] = {}
+        self._waiting: deque[_Sample] = deque()
+        """For a place in the batch. They are held back here, so that a canary never waits for one."""
+        self._in_vllm = 0
+        """Samples that have one."""
         self._early: list[RequestOutput] = []
         """Samples that were complete while a canary was computed."""
         self._drawn: dict[str, list[tuple[int, float]]] = {}
@@ -102,13 +117,13 @@ class Engine:
             }  # fmt: skip
         self._llm = vllm.LLM(
             str(folder), skip_tokenizer_init=True, dtype=settings.dtype, max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_num_seqs, seed=settings.seed, enforce_eager=settings.enforce_eager or not gpu,
+            # A place more, for the canary.
+            max_num_seqs=settings.max_num_seqs + 1, seed=settings.seed, enforce_eager=settings.enforce_eager or not gpu,
             generation_config="vllm", load_format="safetensors", logits_processors=[_processor(constraints, tool, self._drawn)],
             # A prompt is computed in one step: after half of it there is nothing to draw.
             enable_chunked_prefill=False, max_num_batched_tokens=max(4096, settings.max_model_len),
             # The processor reads the tokens drawn so far, and an asynchronous scheduler would be a step ahead of them.
-            enable_prefix_caching=True, async_scheduling=False,
-            scheduling_policy="priority", **memory,
+            enable_prefix_caching=True, async_scheduling=False, **memory,
         )  # fmt: skip
         self._engine = self._llm.llm_engine
         self._merging = Merging(self._llm.apply_model(lambda model: model)[0], self._base, settings.rounding)
@@ -177,7 +192,7 @@ class Engine:
                 extra_args={"name": name, "behaviour": behaviour, "seed": (request.seed, k)},
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )  # fmt: skip
-            self._submit(name, request.prompt.policy_tokens, params, lora)
+            self._waiting.append(_Sample(name, request.prompt.policy_tokens, params, lora))
         return ticket
 
     def step(self) -> list[tuple[int, tuple[Trajectory, ...]]]:
@@ -198,12 +213,19 @@ class Engine:
         return complete
 
     def _finished(self) -> list[RequestOutput]:
-        return [output for output in cast("list[RequestOutput]", self._engine.step()) if output.finished]
+        """What is complete after one step of vLLM, in which the samples have all places but the canary's."""
+        while self._waiting and self._in_vllm < self.settings.max_num_seqs:
+            self._submit(self._waiting.popleft())
+            self._in_vllm += 1
+        done = [output for output in cast("list[RequestOutput]", self._engine.step()) if output.finished]
+        self._in_vllm -= sum(output.request_id != CANARY for output in done)
+        return done
 
-    def _submit(self, name: str, tokens: Sequence[int], params: Any, lora: Any) -> None:
-        prompt: Any = {"prompt_token_ids": list(tokens), "cache_salt": self._salt}
-        # The canary before all: an install waits for it.
-        self._engine.add_request(name, prompt, params, lora_request=lora, priority=0 if name == "canary" else 1)
+    def _submit(self, sample: _Sample) -> None:
+        # By its own version beside the base, else by the weights that there are now.
+        salt = sample.lora.lora_name if sample.lora else self._salt
+        prompt: Any = {"prompt_token_ids": list(sample.tokens), "cache_salt": salt}
+        self._engine.add_request(sample.name, prompt, sample.params, lora_request=sample.lora)
 
     def _trajectory(self, output: CompletionOutput, drawn: list[tuple[int, float]], behaviour: Behaviour) -> Trajectory:
         tokens, logp = list(output.token_ids), np.array([value for _, value in drawn], np.float32)
@@ -288,12 +310,10 @@ class Engine:
             path = adapter.materialise(Path(folder) / "adapter")
             lora = LoRARequest(f"version-{adapter.version}-{number}", number, str(path))
             self._engine.add_lora(lora)
-        before, self._salt = self._salt, lora.lora_name
         try:
             error = self._canary(adapter, lora)
         except AdapterError:
             self._engine.remove_lora(number)
-            self._salt = before
             raise
         self._loras.append(lora)
         self._unload()
@@ -310,9 +330,9 @@ class Engine:
         """They have tokens of weights that are not what they should be."""
         names = [f"{ticket}/{k}" for ticket, group in self._groups.items() for k in range(len(group.behaviours_K))]
         self._engine.abort_request(names)
-        self._groups.clear()
-        self._drawn.clear()
-        self._early.clear()
+        self._in_vllm = 0
+        for kept in (self._groups, self._drawn, self._waiting, self._early):
+            kept.clear()
 
     def _canary(self, adapter: Adapter, lora: Any) -> float:
         """Mean distance, nats a token, between the engine's log-probs of the canary and the learner's.
@@ -327,11 +347,11 @@ class Engine:
             return math.nan
         tokens = adapter.canary.tokens_T
         params = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, temperature=0.0)
-        self._submit("canary", tokens, params, lora)
+        self._submit(_Sample(CANARY, tokens, params, lora))
         scored: RequestOutput | None = None
         while scored is None:
             for output in self._finished():
-                if output.request_id == "canary":
+                if output.request_id == CANARY:
                     scored = output
                 else:
                     self._early.append(output)

@@ -15,7 +15,7 @@ from system.trajectory import Prompt, Trajectory
 
 
 class NoReward(str):
-    """The fault of a function that gave a value which is no reward, and not of one that gave none: no text excuses it."""
+    """The fault of a function that gave what is no number at all: no text excuses it."""
 
 
 class Function:
@@ -121,8 +121,9 @@ class Function:
     def _log_reward(self, prompt: Prompt, text: str, value: Any) -> float | str:
         is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
         if not is_number or not np.isfinite(value):
-            return NoReward(
+            fault = (
                 f"{self._name} returned {value!r} for prompt {prompt.id!r}, text {text!r}; "
                 "return a finite number (a floor, not -inf, for the impossible)"
             )
+            return fault if is_number else NoReward(fault)
         return float(value) / self.beta

@@ -35,12 +35,13 @@ class Posterior:
     def __init__(
         self, model: LanguageModel, stop: Sequence[int], token_budget: int | None = None, every_prefix: bool = True
     ) -> None:
-        """`token_budget` is by default 1,024 on a CPU and 16,384 elsewhere. Without `every_prefix`, log R is known where a
-        trajectory of the group ends, and NaN elsewhere."""
+        """`token_budget` is by default 16,384 with block attention and 1,024 with dense masks. Without `every_prefix`, log R is
+        known where a trajectory of the group ends, and NaN elsewhere."""
         self.model = model
         self.every_prefix = every_prefix
         self.stop = tuple(stop)
-        self.token_budget = token_budget or (1024 if model.device.type == "cpu" else 16_384)
+        # With dense masks the cost of attention, and of the mask, grows with the row's square.
+        self.token_budget = token_budget or (16_384 if model.attention == "block" else 1024)
         self.tokens_forwarded = 0
 
     @property
@@ -85,7 +86,7 @@ class Posterior:
         parts, longest = [], max(self.token_budget, 2 * before)
         for tree, members in split(trajectories_K, lambda tree: tokens(tree) <= longest):
             alone, at = before + len(tree), np.flatnonzero(branches(tree))
-            fit = len(at) if not inputs or tokens(tree) <= longest else max(1, max(longest - alone, alone) // inputs)
+            fit = max(1, len(at)) if not inputs or tokens(tree) <= longest else max(1, max(longest - alone, alone) // inputs)
             for first in range(0, len(at), fit):
                 branch_N = np.zeros(len(tree), bool)
                 branch_N[at[first : first + fit]] = bool(suffix)

@@ -9,21 +9,22 @@ import numpy as np
 
 from actors.function_reward import Function, NoReward
 from system.config import ConfigError
+from system.constraints import Constraints
 from system.function_process import FunctionProcess
 from system.reward_config import FunctionReward, Reward, factors
 from system.tasks.problem import Problem
-from system.trajectory import Prompt, Trajectory, sampled
+from system.trajectory import Trajectory, sampled
 
 
 def trial(reward: Reward, problem: Problem, decode: Callable[[list[int]], str]) -> list[str]:
-    """What functions of the reward raise, or take too long for, on the first prompt: a warning, since some text may be nothing
-    that a function can judge, and a run goes on without that sample.
+    """What functions of the reward raise, take too long for, or have no finite number for, on the first prompt: a warning,
+    since some text may be nothing that a function can judge, and a run goes on without that sample.
 
     Raises:
-        ConfigError: a function cannot be had or be called, or returned what is no finite number.
+        ConfigError: a function cannot be had or be called, or returned what is no number.
     """
     prompt, found = problem.trained[0], []
-    sample = _sample(problem, prompt)
+    samples = problem.demonstrations.get(prompt.id) or problem.outcomes or _drawable(problem.constraints)
     for field, factor in factors(reward):
         if not isinstance(factor, FunctionReward):
             continue
@@ -31,10 +32,8 @@ def trial(reward: Reward, problem: Problem, decode: Callable[[list[int]], str]) 
         with contextlib.closing(FunctionProcess(factor.path, f"{field}.path", limit, factor.start_seconds)) as process:
             process.start()
             function = Function(process, decode, factor.beta, batch=factor.batch)
-            # Two texts of a batch: a value for each has to come back.
-            longer = [sampled(np.append(sample.tokens_T, sample.tokens_T[-1:]))] if factor.batch else []
-            samples = [sample, *longer]
-            faults = function.score(prompt, samples).faults.values()
+            # Of a batch a value for each has to come back, so that two say more than one.
+            faults = function.score(prompt, samples[: 1 + factor.batch]).faults.values()
         for fault in list(faults)[:1]:
             message = f"{field}.path={factor.path!r}: {fault}"
             if isinstance(fault, NoReward):
@@ -43,12 +42,10 @@ def trial(reward: Reward, problem: Problem, decode: Callable[[list[int]], str]) 
     return found
 
 
-def _sample(problem: Problem, prompt: Prompt) -> Trajectory:
-    """One that the policy could draw: a good one where one is known."""
-    if known := problem.demonstrations.get(prompt.id) or problem.outcomes:
-        return known[0]
-    constraints = problem.constraints
+def _drawable(constraints: Constraints) -> tuple[Trajectory, ...]:
+    """Some tokens of the support, and fewer of them."""
     allowed = constraints.columns[constraints.columns != constraints.stop_token]
     length = min(max(3, constraints.min_tokens), constraints.max_tokens)
     # From the middle of the vocabulary: byte-pair tokenizers begin with single bytes, and words come later.
-    return sampled(np.resize(allowed[len(allowed) // 2 :], length))
+    tokens_T = np.resize(allowed[len(allowed) // 2 :], length)
+    return sampled(tokens_T), sampled(tokens_T[:-1])

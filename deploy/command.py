@@ -14,7 +14,7 @@ from system.run_error import RunError
 FAILED, REFUSED = 1, 2
 """Exit statuses: of what went wrong, and of what the user asked for and cannot be."""
 LESS_MEMORY = (
-    "To need less: in the learner lower learner.token_budget or task.max_tokens, set "
+    "To need less: in the learner lower learner.token_budget, sampler.samples_per_prompt or task.max_tokens, set "
     "learner.gradient_checkpointing=true, lora.layers below 1 or learner.dtype=bfloat16; in what scores lower "
     "sampler.token_budget or set sampler.reward_dtype=bfloat16; sampler.gpu_memory_utilization is the engine's share"
 )

@@ -190,7 +190,10 @@ class Learner:
     def score(self, groups: Sequence[Group]) -> list[Score]:
         """log q of the trajectories under the current policy."""
         packed = [self._pack(group) for group in groups]
-        packed = [each._replace(piece=replace(each.piece, wanted_N=each.piece.tree.is_end_N)) for each in packed]
+        packed = [
+            each._replace(piece=replace(each.piece, wanted_N=each.piece.tree.is_end_N & each.piece.may_stop_N))
+            for each in packed
+        ]
         scores: dict[int, Score] = {}
         for row in rows_by_budget([len(each.piece) for each in packed], self.config.token_budget):
             with torch.no_grad():

@@ -47,12 +47,17 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     return tree
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any], field: str = "") -> dict[str, Any]:
-    """`over` laid on `base`. A section whose kind changes starts afresh: the old kind's fields mean nothing to it. Numbers for
-    keys are those of a list's entries. Raises ConfigError for an entry that there is not."""
+def _merged(own: dict[str, Any], base: dict[str, Any], over: dict[str, Any], field: str = "") -> dict[str, Any]:
+    """`over` laid on `base`, which is what the file has of its `own` and the defaults. A section whose kind changes starts
+    afresh: the old kind's fields mean nothing to it. So does one whose kind is named, but for what the file has of that kind: a
+    default section, of a task's own reward say, is not what is meant then. Numbers for keys are those of a list's entries.
+
+    Raises:
+        ConfigError: there is no such entry.
+    """
     result = dict(base)
     for key, value in over.items():
-        old, name = result.get(key), f"{field}{key}"
+        old, mine, name = result.get(key), own.get(key), f"{field}{key}"
         numbered = isinstance(value, dict) and value and all(str(number).isdecimal() for number in value)
         if isinstance(old, list) and numbered:
             entries = {str(number): entry for number, entry in enumerate(old)}
@@ -61,9 +66,11 @@ def _merged(base: dict[str, Any], over: dict[str, Any], field: str = "") -> dict
                     f"override {name}.{unknown[0]}: {name} has {len(old)} entries, of which the first is 0; name one of them, "
                     "or set the whole list"
                 )
-            result[key] = list(_merged(entries, value, f"{name}.").values())
+            of_file = {str(number): entry for number, entry in enumerate(mine)} if isinstance(mine, list) else {}
+            result[key] = list(_merged(of_file, entries, value, f"{name}.").values())
         elif isinstance(value, dict) and isinstance(old, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
-            result[key] = _merged(old, value, f"{name}.")
+            mine = mine if isinstance(mine, dict) else {}
+            result[key] = _merged(mine, mine if "kind" in value else old, value, f"{name}.")
         else:
             result[key] = value
     return result
@@ -263,7 +270,7 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
     if not isinstance(tree, dict):
         raise ConfigError(f"config {str(path)!r} is a {type(tree).__name__}, but must be a mapping of sections")
     # On the defaults too, as --dry-run prints them: a field of a section that the file leaves out can be overridden alone.
-    return parse(_merged(_completed(Config, tree), parse_overrides(overrides)))
+    return parse(_merged(tree, _completed(Config, tree), parse_overrides(overrides)))
 
 
 def dump(config: Config) -> str:

@@ -74,6 +74,7 @@ class GroupFlow:
     _last_cause: str = field(default="", init=False)
     _recent: deque[tuple[int, int]] = field(default_factory=deque, init=False)
     """Of the groups of the last FAULT_WINDOW samples: (samples drawn, those of them without a reward)."""
+    _recently_drawn: int = field(default=0, init=False)
 
     def begin(self) -> None:
         """What the pool lost before the loop ran does not count."""
@@ -201,20 +202,20 @@ class GroupFlow:
     def _usable(self, group: Group) -> bool:
         """Tolerated on purpose, up to a limit: samples without a reward. A group that they leave fewer than two is given up."""
         self._recent.append((group.drawn, len(group.faults)))
+        self._recently_drawn += group.drawn
+        while self._recently_drawn - self._recent[0][0] >= FAULT_WINDOW:
+            self._recently_drawn -= self._recent.popleft()[0]
         if not group.faults:
             return True
         counters, limit = self.counters, self.config.sampler.max_reward_faults
         logger.warning("group %d: %d samples have no reward; the first: %s", group.group_id, len(group.faults), group.faults[0])
-        drawn, faults = (sum(values) for values in zip(*self._recent, strict=True))
-        while drawn - self._recent[0][0] >= FAULT_WINDOW:
-            samples, without = self._recent.popleft()
-            drawn, faults = drawn - samples, faults - without
-        if faults > limit:
+        if (faults := sum(without for _, without in self._recent)) > limit:
             # With a mended reward the run goes on from here, and this group is sampled again.
             self._reissue.append(group.group_id)
             raise RunError(
-                f"{faults} of the last {drawn} samples had no reward, more than sampler.max_reward_faults={limit}; mend the "
-                f"reward or raise the limit, and resume; the last: {group.faults[-1]}"
+                f"{faults} of the last {self._recently_drawn} samples had no reward, more than "
+                f"sampler.max_reward_faults={limit}; mend the reward or raise the limit, and resume; the last: "
+                f"{group.faults[-1]}"
             )
         counters.reward_faults += len(group.faults)
         # A demonstration is alone by its nature.

@@ -168,7 +168,7 @@ class Packed:
 def rows_by_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Indices of pieces packed into rows of at most `budget` tokens, longest first (first fit).
 
-    A piece that is longer than the budget gets a row of its own: it cannot be cut.
+    A piece that is longer than the budget gets a row of its own.
     """
     rows: list[list[int]] = []
     room: list[int] = []

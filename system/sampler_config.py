@@ -54,8 +54,9 @@ class Sampler(Section):
     with dtype=bfloat16 (vLLM's LoRA kernels there take no float32), merged elsewhere."""
     drain: bool = False
     """True: a sampler finishes what it draws before it takes a version, so that each group is of one version. Else it takes it
-    at the next token: what is being drawn goes on by its own adapter or, where versions are merged, by the new weights. No loss
-    minds, since the learner computes log q itself, and those with ratios know the log-prob that each token was drawn with."""
+    at the next token: what is being drawn goes on by its own adapter (beside the base two versions draw at a time, and a third
+    waits) or, where versions are merged, by the new weights. No loss minds, since the learner computes log q itself, and those
+    with ratios know the log-prob that each token was drawn with."""
     rounding: Literal["nearest", "stochastic"] = "stochastic"
     """Of weights that are merged in bfloat16. To the nearest, small updates are lost; `stochastic` keeps them on average."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -63,8 +64,8 @@ class Sampler(Section):
     reward_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen model that scores."""
     token_budget: int | None = Field(default=None, ge=64)
-    """Most tokens in one row of the scoring pass, by default 1,024 on a CPU, where the cost of attention grows with its square,
-    and 16,384 on a GPU."""
+    """Most tokens in one row of the scoring pass, by default 16,384 with block attention (learner.attention), and 1,024 with
+    dense masks, with which the cost of attention grows with a row's square."""
     max_num_seqs: int = Field(default=64, ge=1)
     """Sequences that the engine decodes at once."""
     kv_cache_mb: int = Field(default=512, ge=16)

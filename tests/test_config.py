@@ -306,6 +306,22 @@ def test_an_override_of_one_field_keeps_the_rest_of_a_section_or_list_at_its_def
     assert not load(path, ["task.reward.every_prefix=false", "loss.kind=vargrad"]).task.reward.every_prefix
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [["task.reward.kind=function", "task.reward.path=a.b:f"], ["task.reward={kind: function, path: 'a.b:f'}"]],
+    ids=["by field", "whole"],
+)
+def test_a_reward_that_is_named_by_its_kind_has_nothing_of_the_tasks_own(tmp_path: Path, overrides: list[str]) -> None:
+    given = load(write(tmp_path, "task: {kind: random_number}\nloss: {kind: vargrad}\n"), overrides).task.reward
+    assert given == load(write(tmp_path, f"task: {{{REWARD_OF_A_FILE}}}\nloss: {{kind: vargrad}}\n")).task.reward
+    assert given.model_dump()["seconds"] == 10
+    path = write(tmp_path, f"task: {{{REWARD_OF_A_FILE.replace('}', ', beta: 0.3}')}}}\nloss: {{kind: vargrad}}\n")
+    assert load(path, overrides).task.reward.model_dump()["beta"] == 0.3, "what the file says of the same kind stays"
+
+
+REWARD_OF_A_FILE = "kind: random_number, reward: {kind: function, path: 'a.b:f'}"
+
+
 def test_overrides_count_from_the_entries_of_the_files_own_list(tmp_path: Path) -> None:
     path = write(tmp_path, "task: {kind: continuation, illegal: [a, b]}\n")
     assert load(path, ["task.illegal.1=c"]).task.model_dump()["illegal"] == ("a", "c")

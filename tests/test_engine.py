@@ -338,6 +338,19 @@ def test_a_version_is_installed_between_two_tokens_of_what_is_drawn(case: Case) 
     assert case.largest_error(third_model) < 1e-3
 
 
+def test_an_install_waits_for_no_sample(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    case.engine.install(case.version(1)[0])
+    case.engine.add(Request(0, SHORT, BEHAVIOURS * 20, 0))
+    case.engine.step()
+    steps: list[None] = []
+    step = case.engine._engine.step
+    monkeypatch.setattr(case.engine._engine, "step", lambda: steps.append(None) or step())
+    case.engine.install(case.version(2)[0])
+    assert len(steps) == 1
+    while case.engine.busy:
+        case.engine.step()
+
+
 def test_with_drain_a_version_waits_for_what_is_drawn(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(case.engine, "settings", replace(case.engine.settings, drain=True))
     adapter = case.version(1)[0]
@@ -354,8 +367,10 @@ def test_with_drain_a_version_waits_for_what_is_drawn(case: Case, monkeypatch: p
 def test_a_wrong_canary_costs_what_merged_weights_were_drawing_and_nothing_beside_the_base(case: Case) -> None:
     good, model = case.version(1)
     case.engine.install(good)
-    ticket = case.engine.add(Request(0, SHORT, BEHAVIOURS, 0))
-    assert case.engine.step() == []
+    # More than the engine draws at a time; some stop at the canary's step.
+    ticket = case.engine.add(Request(0, SHORT, BEHAVIOURS * 20, 0))
+    for _ in range(3):
+        assert case.engine.step() == []
     with pytest.raises(AdapterError, match="version 3"):
         case.engine.install(replace(case.version(3)[0], canary=case.version(2)[0].canary))
     if case.engine.settings.install == "merged":

@@ -274,6 +274,7 @@ def test_a_reward_that_fails_now_and_then_does_not_stop_a_long_run(
     else:
         loop.train()
         assert loop.counters.reward_faults == 3
+    assert len(loop.flow._recent) <= window // 3, "it grows with the window, not with the run"
 
 
 def test_groups_that_were_issued_and_not_used_are_issued_again_after_a_resume(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ class Problem:
 
     @property
     def outline(self) -> Outline:
-        """What actors are sent: it is small, however many prompts there are."""
+        """What actors are sent: no prompts, but for the evidences of those that have several."""
         return Outline(self.constraints, self.reward_stop, self.tool, self.evidences, self.longest_prompt, self.canary)
 
     @property
