@@ -209,7 +209,8 @@ class Engine:
             if len(group.trajectories) == len(group.behaviours_K):
                 del self._groups[ticket]
                 complete.append((ticket, tuple(group.trajectories[k] for k in range(len(group.behaviours_K)))))
-        self._unload()
+        if complete:
+            self._unload()
         return complete
 
     def _finished(self) -> list[RequestOutput]:

@@ -78,15 +78,14 @@ class Posterior:
         inputs = max(0, len(suffix) - 1)
 
         def branches(tree: PrefixTree) -> np.ndarray:
-            return np.ones(len(tree), bool) if self.every_prefix else tree.is_end_N
-
-        def tokens(tree: PrefixTree) -> int:
-            return before + len(tree) + int(branches(tree).sum()) * inputs
+            return np.arange(len(tree)) if self.every_prefix else np.unique(tree.ends_K)
 
         parts, longest = [], max(self.token_budget, 2 * before)
-        for tree, members in split(trajectories_K, lambda tree: tokens(tree) <= longest):
-            alone, at = before + len(tree), np.flatnonzero(branches(tree))
-            fit = max(1, len(at)) if not inputs or tokens(tree) <= longest else max(1, max(longest - alone, alone) // inputs)
+        for tree, members in split(trajectories_K, lambda tree: before + len(tree) + len(branches(tree)) * inputs <= longest):
+            alone, at = before + len(tree), branches(tree)
+            whole = alone + len(at) * inputs <= longest
+            # Branches without inputs cost nothing, however many there are.
+            fit = max(1, len(at) if whole or not inputs else max(longest - alone, alone) // inputs)
             for first in range(0, len(at), fit):
                 branch_N = np.zeros(len(tree), bool)
                 branch_N[at[first : first + fit]] = bool(suffix)

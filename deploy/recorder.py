@@ -67,7 +67,7 @@ class Recorder:
         PROMPT_ROWS of them at most, those of the evaluations first."""
         prompts, digest = self.problem.prompts, hashlib.sha256()
         for prompt in prompts:
-            digest.update(json.dumps([prompt.id, self._text(prompt.policy_tokens)]).encode())
+            digest.update(json.dumps([prompt.id, prompt.policy_tokens]).encode())
         evaluated = evaluation.evenly(self.problem.evaluated, self.config.learner.evaluation_prompts)
         shown = {prompt.id: prompt for prompt in (*evaluated, *prompts)}
         rows = [{"id": prompt.id, "text": self._text(prompt.policy_tokens)} for prompt in islice(shown.values(), PROMPT_ROWS)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -189,21 +189,21 @@ class Learner:
 
     def score(self, groups: Sequence[Group]) -> list[Score]:
         """log q of the trajectories under the current policy."""
-        packed = [self._pack(group) for group in groups]
-        packed = [
-            each._replace(piece=replace(each.piece, wanted_N=each.piece.tree.is_end_N & each.piece.may_stop_N))
-            for each in packed
+        trees = [PrefixTree.of(group.trajectories_K) for group in groups]
+        pieces = [
+            Piece.of(tree, group.prompt.policy_tokens, self.constraints, tree.is_end_N)
+            for tree, group in zip(trees, groups, strict=True)
         ]
         scores: dict[int, Score] = {}
-        for row in rows_by_budget([len(each.piece) for each in packed], self.config.token_budget):
+        for row in rows_by_budget([len(piece) for piece in pieces], self.config.token_budget):
             with torch.no_grad():
-                if parts := self._parts(packed[row[0]]):
+                if parts := self._parts(pieces[row[0]], groups[row[0]]):
                     log_q = [self._joined(parts)]
                 else:
-                    log_q = self.policy.log_q([packed[index].piece for index in row])
+                    log_q = self.policy.log_q([pieces[index] for index in row])
             for index, (edge, stop) in zip(row, log_q, strict=True):
                 edge_N, stop_N = edge.double().cpu().numpy(), stop.double().cpu().numpy()
-                tree = packed[index].piece.tree
+                tree = trees[index]
                 stop_K = stop_N[tree.ends_K]
                 path_K = np.array([edge_N[nodes_T].sum() for nodes_T in tree.nodes_K])
                 reward_K = np.array([log_reward_T[-1] for log_reward_T in groups[index].log_reward_K])
@@ -224,7 +224,7 @@ class Learner:
         packed = [self._pack(group) for group in groups]
         lengths = [len(each.piece) for each in packed]
         for row in self.ranks.rows(lengths, self.config.token_budget):
-            if row and (parts := self._parts(packed[row[0]])):
+            if row and (parts := self._parts(packed[row[0]].piece, groups[row[0]])):
                 [index] = row
                 for loss, facts in self._in_parts(packed[index], parts, temperature):
                     yield loss / len(groups), {index: facts} if facts else {}
@@ -260,13 +260,13 @@ class Learner:
 
     # --------------------------------------------------------------------------- a group that is longer than a row
 
-    def _parts(self, packed: PackedGroup) -> list[Part]:
+    def _parts(self, piece: Piece, group: Group) -> list[Part]:
         """None where it is whole: it fits a row, or is one sample, or ranks compute in lockstep, which one with more to compute
         would break."""
-        context, budget = packed.group.prompt.policy_tokens, self.config.token_budget
-        if len(packed.group) == 1 or self.ranks.in_lockstep or len(packed.piece) <= longest_row(context, budget):
+        context, budget = group.prompt.policy_tokens, self.config.token_budget
+        if len(group) == 1 or self.ranks.in_lockstep or len(piece) <= longest_row(context, budget):
             return []
-        return cut(packed.piece, packed.group.trajectories_K, context, budget)
+        return cut(piece, group.trajectories_K, context, budget)
 
     def _joined(self, parts: Sequence[Part]) -> NodeLogQ:
         """log q at the nodes of the whole tree."""

@@ -113,7 +113,7 @@ class Orchestrator:
 
     def _collect(self) -> bool:
         """Waits for the groups of an update; False if a stop was asked for meanwhile."""
-        with self._clock.waiting(), self.timeline.span("wait for groups", "loop", step=self.counters.step):
+        with self._clock.spending("wait"), self.timeline.span("wait for groups", "loop", step=self.counters.step):
             return self.flow.collect(self.config.learner.groups_per_update, self.should_stop)
 
     def _batch(self) -> list[Group]:
@@ -135,7 +135,7 @@ class Orchestrator:
         if self._due(settings.checkpoint_every) or evaluation_is_due:
             self.checkpoint()
         if evaluation_is_due and self._stands():
-            with self._clock.settling():
+            with self._clock.spending("settle"):
                 self.flow.settle(self.should_stop)
             if self._stands():
                 self._evaluate()
@@ -179,7 +179,7 @@ class Orchestrator:
             raise
 
     def _evaluate(self) -> None:
-        with self._clock.paused(), self.timeline.span("evaluate", "loop", step=self.counters.step):
+        with self._clock.spending("pause"), self.timeline.span("evaluate", "loop", step=self.counters.step):
             self.with_learner(lambda: self.evaluate(self))
 
     def _evaluation_is_due(self) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -22,36 +24,22 @@ class StepSeconds:
         return self.wait + self.settle
 
 
-@dataclass
 class StepClock:
-    """Steps follow one another without a gap, but for what is `paused`."""
+    """Steps follow one another without a gap, but for pauses, which are no part of any."""
 
-    _began: float = field(default_factory=time.perf_counter)
-    _wait: float = 0.0
-    _settle: float = 0.0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._wait += time.perf_counter() - started
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._spent: dict[str, float] = defaultdict(float)
 
     @contextmanager
-    def settling(self) -> Iterator[None]:
+    def spending(self, on: Literal["wait", "settle", "pause"]) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self._settle += time.perf_counter() - started
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """This is no part of a step."""
-        started = time.perf_counter()
-        yield
-        self._began += time.perf_counter() - started
+        self._spent[on] += time.perf_counter() - started
 
     def lap(self) -> StepSeconds:
         """Ends a step and begins the next."""
-        now = time.perf_counter()
-        step = StepSeconds(now - self._began, self._wait, self._settle)
-        self._began, self._wait, self._settle = now, 0.0, 0.0
+        now, spent = time.perf_counter(), self._spent
+        step = StepSeconds(now - self._began - spent["pause"], spent["wait"], spent["settle"])
+        self._began, self._spent = now, defaultdict(float)
         return step

@@ -281,8 +281,8 @@ class Held:
         self.gate.release(steps)
 
 
-def test_a_newer_version_is_installed_while_groups_run_and_each_names_the_one_that_it_was_begun_with() -> None:
-    held = Held()
+def log_of_two_versions(held: Held) -> list[str]:
+    """What the engine did while two groups of a version ran, one of the next came, and one of the first again."""
     futures = [held.sample(0, 1)]
     assert held.reached.acquire(timeout=SECONDS)
     futures += [held.sample(1, 1), held.sample(2, 2), held.sample(3, 1)]
@@ -290,7 +290,11 @@ def test_a_newer_version_is_installed_while_groups_run_and_each_names_the_one_th
     versions = [future.result(SECONDS).adapter_version for future in futures]
     held.sampler.close()
     assert versions == [1, 1, 2, 2]
-    log = held.engine.log
+    return held.engine.log
+
+
+def test_a_newer_version_is_installed_while_groups_run_and_each_names_the_one_that_it_was_begun_with() -> None:
+    log = log_of_two_versions(Held())
     assert log.index("start 1 on 1") < log.index("install 2") < log.index("end 1")
 
 
@@ -310,14 +314,7 @@ def test_what_is_dropped_with_a_refused_version_fails_by_its_error() -> None:
 
 def test_with_drain_running_groups_finish_before_a_newer_version_is_installed() -> None:
     held = Held(drain=True)
-    futures = [held.sample(0, 1)]
-    assert held.reached.acquire(timeout=SECONDS)
-    futures += [held.sample(1, 1), held.sample(2, 2), held.sample(3, 1)]
-    held.release()
-    versions = [future.result(SECONDS).adapter_version for future in futures]
-    held.sampler.close()
-    assert versions == [1, 1, 2, 2]
-    log = held.engine.log
+    log = log_of_two_versions(held)
     assert log.index("install 2") > max(log.index("end 0"), log.index("end 1"))
     assert log.index("start 2 on 2") > log.index("install 2")
     assert held.engine.closed
