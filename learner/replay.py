@@ -7,12 +7,13 @@ day, so what is stored stays true while the temperature anneals. A rare mode tha
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from system.learner_config import Replay as ReplayConfig
-from system.trajectory import Behaviour, Group, Trajectory
+from system.trajectory import Behaviour, Columns, Group, Trajectory
 
 
 class Entry(NamedTuple):
@@ -84,29 +85,17 @@ class Replay:
 
     def save(self) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
         """(arrays, records): ragged arrays end to end, and a JSON-serialisable record for each trajectory."""
-        records, tokens, actions, logp, reward = [], [], [], [], []
-        for prompt_id, entries in self._prompts.items():
-            for trajectory, log_reward_T, _ in entries.values():
-                behaviour = trajectory.behaviour
-                records.append(
-                    {
-                        "prompt": prompt_id,
-                        "length": len(trajectory),
-                        "stop": trajectory.stop,
-                        "temperature": behaviour.temperature,
-                        "epsilon": behaviour.epsilon,
-                        "planted": behaviour.planted,
-                    }
-                )
-                tokens.append(trajectory.tokens_T)
-                actions.append(trajectory.is_action_T)
-                logp.append(trajectory.logp_T)
-                reward.append(log_reward_T)
+        kept = [(prompt_id, entry) for prompt_id, entries in self._prompts.items() for entry in entries.values()]
+        records = [
+            {"prompt": prompt_id, "length": len(trajectory), "stop": trajectory.stop, **asdict(trajectory.behaviour)}
+            for prompt_id, (trajectory, _, _) in kept
+        ]
+        columns = Columns.of([entry.trajectory for _, entry in kept], [entry.log_reward_T for _, entry in kept])
         arrays = {
-            "tokens": np.concatenate([*tokens, np.zeros(0, np.int32)]).astype(np.int32),
-            "is_action": np.concatenate([*actions, np.zeros(0, bool)]).astype(bool),
-            "logp": np.concatenate([*logp, np.zeros(0, np.float32)]).astype(np.float32),
-            "log_reward": np.concatenate([*reward, np.zeros(0)]).astype(np.float64),
+            "tokens": columns.tokens_S,
+            "is_action": columns.is_action_S,
+            "logp": columns.logp_P,
+            "log_reward": columns.log_reward_P,
         }
         return arrays, records
 
@@ -114,24 +103,21 @@ class Replay:
         self._prompts = {}
         if not self._draws:
             return
-        at = after = 0
-        for record in records:
-            length = record["length"]
-            trajectory = Trajectory(
-                arrays["tokens"][at : at + length],
-                arrays["is_action"][at : at + length],
-                arrays["logp"][after : after + length + 1],
-                record["stop"],
-                Behaviour(
-                    record["temperature"],
-                    record["epsilon"],
-                    tuple((depth, token) for depth, token in record.get("planted", ())),
-                ),
-            )
-            log_reward_T = arrays["log_reward"][after : after + length + 1].copy()
-            entry = Entry(_owned(trajectory), log_reward_T, float(log_reward_T[-1]))
+        columns = Columns(
+            [record["length"] for record in records],
+            [record["stop"] for record in records],
+            [
+                Behaviour(record["temperature"], record["epsilon"], tuple((depth, token) for depth, token in record["planted"]))
+                for record in records
+            ],
+            arrays["tokens"],
+            arrays["is_action"],
+            arrays["logp"],
+            arrays["log_reward"],
+        )
+        for record, (trajectory, log_reward_T) in zip(records, columns.samples(), strict=True):
+            entry = Entry(_owned(trajectory), log_reward_T.copy(), float(log_reward_T[-1]))
             self._prompts.setdefault(record["prompt"], {})[trajectory.key] = entry
-            at, after = at + length, after + length + 1
 
 
 def _owned(trajectory: Trajectory) -> Trajectory:

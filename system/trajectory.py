@@ -6,9 +6,10 @@ Suffixes name the axes everywhere: `_G` groups, `_K` samples of one prompt, `_T`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -113,6 +114,58 @@ def sampled(
     return Trajectory(np.array(tokens, np.int32), is_action_T, logp_T, "forced" if forced else "sampled")
 
 
+class Columns(NamedTuple):
+    """Trajectories with their log-rewards end to end in a few arrays: how they travel between processes, and are saved. Samples
+    are ragged, and a small array costs whoever sends or receives it as much as a large one.
+
+    `_S` are the tokens of all K, `_P` all their prefixes, one more than tokens for each trajectory."""
+
+    lengths_K: Sequence[int]
+    """Tokens."""
+    stops_K: Sequence[Stop]
+    behaviours_K: Sequence[Behaviour]
+    tokens_S: np.ndarray
+    """int32."""
+    is_action_S: np.ndarray
+    """bool."""
+    logp_P: np.ndarray
+    """float32."""
+    log_reward_P: np.ndarray
+    """float64."""
+
+    @classmethod
+    def of(cls, trajectories_K: Sequence[Trajectory], log_reward_K: Sequence[np.ndarray]) -> Columns:
+        return cls(
+            [len(trajectory) for trajectory in trajectories_K],
+            [trajectory.stop for trajectory in trajectories_K],
+            [trajectory.behaviour for trajectory in trajectories_K],
+            _end_to_end((trajectory.tokens_T for trajectory in trajectories_K), np.int32),
+            _end_to_end((trajectory.is_action_T for trajectory in trajectories_K), np.bool_),
+            _end_to_end((trajectory.logp_T for trajectory in trajectories_K), np.float32),
+            _end_to_end(log_reward_K, np.float64),
+        )
+
+    def samples(self) -> Iterator[tuple[Trajectory, np.ndarray]]:
+        """(trajectory, its log-rewards float64 [T + 1]), in order: views of these arrays."""
+        ends = np.cumsum([0, *self.lengths_K]).tolist()
+        for k, (begin, end) in enumerate(pairwise(ends)):
+            tokens, prefixes = slice(begin, end), slice(begin + k, end + k + 1)
+            yield (
+                Trajectory(
+                    self.tokens_S[tokens],
+                    self.is_action_S[tokens],
+                    self.logp_P[prefixes],
+                    self.stops_K[k],
+                    self.behaviours_K[k],
+                ),
+                self.log_reward_P[prefixes],
+            )
+
+
+def _end_to_end(arrays: Iterable[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *arrays], dtype=dtype, casting="same_kind")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
     """K samples of one prompt with the log-reward of stopping at every prefix."""
@@ -143,6 +196,15 @@ class Group:
         for name, value_K in self.factors_K.items():
             if len(value_K) != len(self.trajectories_K):
                 raise ValueError(f"{len(self.trajectories_K)} trajectories but {len(value_K)} values of the factor {name!r}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        columns = Columns.of(self.trajectories_K, self.log_reward_K)
+        return Group._of, (self.prompt, columns, self.adapter_version, self.group_id, self.faults, self.factors_K)
+
+    @classmethod
+    def _of(cls, prompt: Prompt, columns: Columns, *others: Any) -> Group:
+        trajectories_K, log_reward_K = zip(*columns.samples(), strict=True) if columns.lengths_K else ((), ())
+        return cls(prompt, trajectories_K, log_reward_K, *others)
 
     def __len__(self) -> int:
         return len(self.trajectories_K)

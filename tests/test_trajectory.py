@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,42 @@ def test_a_group_whose_rewards_do_not_fit_is_refused_by_prompt_and_length() -> N
     for length in (2, 4):
         with pytest.raises(ValueError, match=f"group 9, prompt 'x': .* of 2 tokens needs 3 log-rewards, got {length}"):
             Group(prompt, (sample,), (np.zeros(length),), 0, 9)
+
+
+def ragged(faults: tuple[str, ...] = ()) -> Group:
+    """Of an empty trajectory, a long one with a tool's output, and one that was forced to stop."""
+    rng = np.random.default_rng(0)
+    planted = Behaviour(0.7, 0.1, ((0, 5), (2, 6)))
+    trajectories = (
+        sampled([]),
+        Trajectory(
+            np.arange(3, dtype=np.int32), np.array([True, False, True]), rng.normal(size=4).astype(np.float32), "sampled"
+        ),
+        Trajectory(np.array([7], np.int32), np.array([True]), rng.normal(size=2).astype(np.float32), "forced", planted),
+    )
+    log_reward = tuple(
+        np.where(rng.random(len(each) + 1) < 0.3, np.nan, rng.normal(size=len(each) + 1)) for each in trajectories
+    )
+    prompt = Prompt("a", (1, 2), (3,), (4,), {"answer": 5})
+    return Group(prompt, trajectories, log_reward, 3, 9, faults, {"length": np.array([0.0, 3.0, 1.0])})
+
+
+@pytest.mark.parametrize("group", [ragged(), ragged(("too late",)), Group(Prompt("b", (1,), (1,)), (), (), 0, 1, ("all",))])
+def test_a_group_is_the_same_in_another_process_and_sent_as_few_arrays(group: Group) -> None:
+    buffers: list[pickle.PickleBuffer] = []
+    content = pickle.dumps(group, protocol=5, buffer_callback=buffers.append)
+    same = pickle.loads(content, buffers=buffers)
+    assert len(buffers) == 4 + len(group.factors_K)
+    for name in ("prompt", "adapter_version", "group_id", "faults"):
+        assert getattr(same, name) == getattr(group, name)
+    np.testing.assert_equal(dict(same.factors_K), dict(group.factors_K))
+    assert len(same) == len(group)
+    for got, sent in zip(same.trajectories_K, group.trajectories_K, strict=True):
+        assert (got.stop, got.behaviour) == (sent.stop, sent.behaviour)
+        for array in ("tokens_T", "is_action_T", "logp_T"):
+            np.testing.assert_array_equal(getattr(got, array), getattr(sent, array))
+            assert getattr(got, array).dtype == getattr(sent, array).dtype
+    np.testing.assert_equal(list(same.log_reward_K), list(group.log_reward_K))
 
 
 def test_keys_tell_token_sequences_apart_and_nothing_else() -> None:
