@@ -41,8 +41,10 @@ TICK_SECONDS = 0.5
 """Longest time between two looks at the deadlines."""
 ROOM_SECONDS = 8.0
 """Until what a killed process held is free; a stopped one takes 5 s to go."""
-SPARE_THREADS = 8
-"""Of an actor, besides those for groups: for scores, statistics and signs of life."""
+SCORES = 4
+"""Calls for rewards alone that a sampler is given at a time: it scores one after the other."""
+SPARE_THREADS = 4
+"""Of an actor, besides those for groups and scores: for statistics and signs of life."""
 QUESTIONS = 4
 """To a silent sampler that has work, how far it is, before it is given up."""
 LONGEST_PAUSE = 60.0
@@ -53,19 +55,21 @@ LONGEST_PAUSE = 60.0
 class _Call:
     """Something that any sampler may do."""
 
-    method: str
-    arguments: tuple[Any, ...]
+    ask: Callable[[Any, Any], Any]
+    """Of (actor, adapter) Ray's reference to the answer."""
+    request: Request | None = None
+    """What is to be drawn."""
     future: Future[Any] = field(default_factory=Future)
 
     @property
     def trains(self) -> bool:
         """It is a group of the training; those of an evaluation have negative numbers."""
-        return self.method == "sample" and self.arguments[0].group_id >= 0
+        return self.request is not None and self.request.group_id >= 0
 
     @property
     def samples(self) -> int:
         """That the engine is to draw for it."""
-        return len(self.arguments[0].behaviours_K) if self.method == "sample" else 0
+        return len(self.request.behaviours_K) if self.request else 0
 
 
 @dataclass(eq=False)
@@ -83,9 +87,11 @@ class _Member:
     is_built: bool = False
     calls: list[_Call] = field(default_factory=list)
 
-    @property
-    def samples(self) -> int:
-        return sum(call.samples for call in self.calls)
+    def is_full(self, call: _Call, max_num_seqs: int) -> bool:
+        """With another call like that its engine or its threads would have more than they can take."""
+        if call.samples:
+            return sum(call.samples for call in self.calls) >= max_num_seqs + call.samples
+        return sum(not call.samples for call in self.calls) >= SCORES
 
 
 class RaySamplers:
@@ -116,7 +122,7 @@ class RaySamplers:
         self._size = PoolSize(config.actors.fewest, config.actors.most)
         self._failed_starts, self._failed_at, self._start_after = 0, 0.0, 0.0
         smallest = min(config.sampler.samples_per_prompt, config.learner.evaluation_samples)
-        self._threads = config.sampler.groups_at_once(smallest) + SPARE_THREADS
+        self._threads = config.sampler.groups_at_once(smallest) + SCORES + SPARE_THREADS
         self.deaths = 0
         """Samplers that died, with work or without; not those that the pool itself ended."""
         self._paused = self._closed = False
@@ -134,11 +140,11 @@ class RaySamplers:
     def sample(self, request: Request) -> Future[Group]:
         if self._adapter is None:
             raise RuntimeError("publish an adapter before asking for samples")
-        return self._submit(_Call("sample", (request,)))
+        return self._submit(_Call(lambda actor, adapter: actor.sample.remote(request, adapter), request))
 
     def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[Scores]:
         """log R at every prefix of trajectories that may come from anywhere."""
-        return self._submit(_Call("score", (prompt, trajectories_K)))
+        return self._submit(_Call(lambda actor, adapter: actor.score.remote(prompt, trajectories_K)))
 
     def fit(self, learner_idle: float) -> None:
         """After a step: another sampler, if there may be more, the learner waited for `learner_idle` of the step and there is
@@ -244,7 +250,7 @@ class RaySamplers:
                 self._when_done(member.actor.progress.remote(), lambda source, member=member: self._told(member, source))
             elif member.is_built and silent > actors.answer_seconds:
                 # One that rests is asked for a sign of life: it may be needed soon.
-                self._give(member, _Call("ready", ()))
+                self._give(member, _Call(lambda actor, adapter: actor.ready.remote()))
 
     def _told(self, member: _Member, source: Future[Any]) -> None:
         """How far a busy sampler is. What is wrong with one that cannot say shows elsewhere."""
@@ -288,14 +294,19 @@ class RaySamplers:
             self._lose(member, first_line(source.exception() or RuntimeError("its process ended")))
 
     def _failed(self, member: _Member, error: BaseException) -> None:
-        """A start that failed. Those who wait are told if there have been too many and no sampler is left."""
+        """A start that failed. After too many a sampler that need not be there is no longer wanted, and those who wait are told
+        if none is left."""
         self._lose(member, first_line(error))
         # Those that were begun before the last failure failed with it: a node that is gone counts once.
         if member.heard > self._failed_at:
             self._failed_starts += 1
             self._failed_at = time.monotonic()
         self._start_after = time.monotonic() + min(LONGEST_PAUSE, 2.0**self._failed_starts)
-        if self._failed_starts > self.config.actors.max_deaths and not self._built():
+        if self._failed_starts <= self.config.actors.max_deaths:
+            return
+        if self._built():
+            self._size.give_up()
+        else:
             message = (
                 f"samplers could not be started {self._failed_starts} times in a row (actors.max_deaths="
                 f"{self.config.actors.max_deaths}) and none is left; the last cause: {first_line(error)}"
@@ -325,7 +336,7 @@ class RaySamplers:
         while self._waiting and built:
             # Of those with the least work, the one that has rested longest: one that hangs is found when it has work.
             member, call = min(built, key=lambda member: (len(member.calls), member.heard)), self._waiting[0]
-            if call.samples and member.samples >= self.config.sampler.max_num_seqs + call.samples:
+            if member.is_full(call, self.config.sampler.max_num_seqs):
                 break
             self._give(member, self._waiting.popleft())
 
@@ -333,9 +344,7 @@ class RaySamplers:
         if not member.calls:
             member.heard = time.monotonic()
         member.calls.append(call)
-        arguments = (*call.arguments, self._adapter) if call.method == "sample" else call.arguments
-        answer = getattr(member.actor, call.method).remote(*arguments)
-        self._when_done(answer, lambda source: self._answered(member, call, source))
+        self._when_done(call.ask(member.actor, self._adapter), lambda source: self._answered(member, call, source))
 
     def _answered(self, member: _Member, call: _Call, source: Future[Any]) -> None:
         if call not in member.calls:

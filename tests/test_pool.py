@@ -30,10 +30,10 @@ from system.orchestrator import Orchestrator
 from system.requests import Requests
 from system.run_error import RunError
 from system.tasks.problem import Problem
-from system.trajectory import Group, Request
+from system.trajectory import Group, Prompt, Request, Trajectory
 from tests import nodes
 from tests.fakes import PROMPTS, FakeLearner, FakeTracker
-from tests.faults import Faults, FaultySampler, IdleLearner, assert_each_counts_once
+from tests.faults import Faults, FaultySampler, IdleLearner, assert_each_counts_once, once
 
 
 def config(folder: Path, actors: dict[str, Any], steps: int = 12, **cluster: Any) -> Config:
@@ -253,10 +253,49 @@ class TestOneNode:
         most = 0
         futures = [samplers.sample(request(number, cfg)) for number in range(8)]
         while not all(future.done() for future in futures):
-            most = max(most, member.samples)
+            most = max(most, sum(call.samples for call in list(member.calls)))
             time.sleep(0.01)
         assert [future.result().group_id for future in futures] == list(range(8))
         assert most == 3 * cfg.sampler.groups_at_once(3) == 9
+        samplers.close()
+
+    def test_a_sampler_with_many_samples_to_score_can_still_say_that_it_gets_further(self, tmp_path: Path) -> None:
+        class Scoring(FaultySampler):
+            def __init__(self, config: Config, faults: Faults) -> None:
+                super().__init__(config, faults)
+                self._one_at_a_time = threading.Lock()
+
+            def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> str:
+                with self._one_at_a_time:
+                    time.sleep(4 if prompt.id == "slow" else 0)
+                return prompt.id
+
+        samplers = pool(config(tmp_path, {"count": 1, "answer_seconds": 2}), Faults(gets_further=True), actor=Scoring)
+        wait_until_ready(samplers)
+        ids = ["slow", *(f"fast {number}" for number in range(100))]
+        answers = [samplers.log_reward(Prompt(name, (1,), (1,)), ()) for name in ids]
+        assert [answer.result(60) for answer in answers] == ids
+        assert samplers.deaths == 0
+        samplers.close()
+
+    def test_a_further_sampler_that_can_never_be_built_is_given_up(self, tmp_path: Path) -> None:
+        class OneAlone(FaultySampler):
+            def __init__(self, config: Config, faults: Faults) -> None:
+                if once(config, "first"):
+                    super().__init__(config, faults)
+                else:
+                    self.construct(int, "no number")
+
+        cfg = config(tmp_path, {"min": 1, "max": 2, "max_deaths": 1})
+        samplers = pool(cfg, Faults(), actor=OneAlone)
+        wait_until_ready(samplers)
+        samplers._inbox.put(lambda: setattr(samplers._size, "target", 2))
+        deadline = time.monotonic() + 60
+        while samplers._failed_starts < 2 or samplers._size.target != 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert samplers.complete()
+        assert samplers.sample(request(0, cfg)).result(60).group_id == 0
         samplers.close()
 
     def test_samplers_that_die_over_every_group_stop_the_run_with_the_cause(self, tmp_path: Path) -> None:
