@@ -16,7 +16,7 @@ import numpy as np
 import ray
 
 from deploy import ray_cluster
-from deploy.allocator import ONE_ARENA
+from deploy.allocator import KEEPS_MEMORY, ONE_ARENA
 from deploy.answers import first_of_all
 from deploy.placement import Resources, rank_needs
 from deploy.ray_actors import BuiltActor, LearnerActor
@@ -51,11 +51,15 @@ class RayLearner:
 
     def _start(self) -> None:
         learner = self.config.learner
-        environment = ONE_ARENA | {
-            "OMP_NUM_THREADS": str(learner.thread_count),
-            # Threads that spin while they wait would take the samplers' cores.
-            "OMP_WAIT_POLICY": "PASSIVE",
-        }
+        environment = (
+            ONE_ARENA
+            | (KEEPS_MEMORY if not learner.gpus else {})
+            | {
+                "OMP_NUM_THREADS": str(learner.thread_count),
+                # Threads that spin while they wait would take the samplers' cores.
+                "OMP_WAIT_POLICY": "PASSIVE",
+            }
+        )
         if learner.ranks > 1 and not learner.gpus:
             # All would see the same GPU, which NCCL refuses.
             environment["CUDA_VISIBLE_DEVICES"] = ""

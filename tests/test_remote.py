@@ -15,6 +15,7 @@ import safetensors.numpy
 from ray.exceptions import RayActorError
 
 from deploy import ray_cluster
+from deploy.allocator import KEEPS_MEMORY
 from deploy.pool import RaySamplers
 from deploy.prepare import prepare
 from deploy.ray_actors import SamplerActor
@@ -78,6 +79,12 @@ def test_actors_begin_with_one_arena(handles: tuple[RayLearner, RaySamplers]) ->
     learner, samplers = handles
     for pid in ray.get([*samplers.ready(), learner.ready()[-1]]):
         assert b"MALLOC_ARENA_MAX=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+
+
+def test_a_learner_on_cpus_keeps_its_memory_between_updates(handles: tuple[RayLearner, RaySamplers]) -> None:
+    pid: int = ray.get(handles[0].ready()[-1])
+    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    assert {f"{name}={value}".encode() for name, value in KEEPS_MEMORY.items()} <= set(environment)
 
 
 def test_a_killed_learner_is_replaced_by_one_that_knows_as_much(

@@ -26,6 +26,7 @@ QUICK = [
     "sampler_rate --threads 2 --dtype bfloat16",
     "update_rate",
     "update_parts",
+    "allocator_rate",
     "update_memory",
     "rank_rate",
     "publish",
