@@ -232,7 +232,7 @@ class Job:
         """The checkpoint to go on from. Raises ConfigError where the config leaves nothing to do from there."""
         from system.loop_state import LoopState
 
-        saved = LoopState.of(checkpoint.read_latest(self.run_dir / "checkpoints", self.from_step))
+        saved = LoopState.latest(self.run_dir / "checkpoints", self.from_step)
         steps, done = self.config.learner.steps, saved.counters.step
         if done >= steps and not saved.is_of(self.config.task):
             raise ConfigError(

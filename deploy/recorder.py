@@ -150,7 +150,7 @@ class Recorder:
         # Asked to stop after its last update, a run has ended all the same.
         finished = loop.counters.step >= self.config.learner.steps
         if finished:
-            adapter: Any = ray.get(loop.with_learner(lambda: self.learner.adapter(loop.counters.version)))
+            adapter: Any = ray.get(loop.lasting.ask(lambda: self.learner.adapter(loop.counters.version)))
             report.replace_folder(folder, adapter)
             self.tracker.artifact(folder)
             if name := self.config.tracking.model:

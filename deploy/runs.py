@@ -88,7 +88,7 @@ def adapter_at(run_dir: Path, config: Config, step: int | None) -> Path:
     from system.loop_state import LoopState
 
     try:
-        saved = LoopState.of(checkpoint.read_latest(run_dir / "checkpoints", step))
+        saved = LoopState.latest(run_dir / "checkpoints", step)
     except checkpoint.CheckpointError as error:
         there = ", ".join(map(str, checkpoint.steps(run_dir / "checkpoints"))) or "none"
         raise ConfigError(f"--step {step}: {run_dir} has no whole checkpoint of it; there are {there}") from error

@@ -41,8 +41,8 @@ class Issued(NamedTuple):
 
 
 def staleness_at_use(step: int, ahead: int, groups_per_update: int, published_step: int) -> int:
-    """How many updates the newest version will be behind when a group that is issued now is used, after the `ahead` groups that
-    are under way."""
+    """Staleness, in updates, that a group issued now will have when it is used, if the `ahead` groups under way are used before
+    it and nothing is published meanwhile."""
     return step + ahead // groups_per_update - published_step
 
 
@@ -56,14 +56,14 @@ class GroupFlow:
     counters: Counters = field(default_factory=Counters, init=False)
     """The loop's, which counts in them too."""
     taken: list[Group] = field(default_factory=list, init=False)
-    """For the next update."""
+    """For the next update, by number once they are all there: then a synchronous run repeats itself to the bit."""
     _reissue: deque[int] = field(default_factory=deque, init=False)
     _in_flight: dict[Future[Group], Issued] = field(default_factory=dict, init=False)
     _arrived: deque[Group] = field(default_factory=deque, init=False)
     _version_steps: dict[int, int] = field(default_factory=dict, init=False)
     """Version of an adapter -> updates that it contains."""
     _deaths_before: int = field(default=0, init=False)
-    """Those that the run counted before this pool began to."""
+    """Of the run before this pool, less those of the pool before `begin`: the pool's own come on top."""
     _dead: set[str] = field(default_factory=set, init=False)
     """Of those that died over a group, the names."""
     _waves: int = field(default=0, init=False)
@@ -129,6 +129,7 @@ class GroupFlow:
                 if isinstance(self.config.loss, PolicyGradient):
                     continue
             self.taken.append(group)
+        self.taken.sort(key=lambda group: group.group_id)
         return True
 
     def settle(self, should_stop: Callable[[], bool]) -> None:

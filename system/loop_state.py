@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
 
+from system import checkpoint
 from system.checkpoint import CheckpointError
 from system.task_config import Task, is_same
 
@@ -71,6 +73,12 @@ class LoopState:
             REPLAY: safetensors.numpy.save(arrays),
             STATE: json.dumps(state).encode(),
         }
+
+    @classmethod
+    def latest(cls, folder: Path, step: int | None = None) -> LoopState:
+        """Of the last checkpoint in a folder, or that of `step`. Raises CheckpointError if there is none that is whole, or as
+        `of` does."""
+        return cls.of(checkpoint.read_latest(folder, step))
 
     @classmethod
     def of(cls, files: dict[str, bytes]) -> LoopState:

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -20,15 +19,14 @@ from system.checkpoint import CheckpointError
 from system.config import Config
 from system.group_flow import GroupFlow
 from system.handles import Buffer, LearnerDied, LearnerHandle, Pool, Tracker
+from system.lasting_learner import LastingLearner
 from system.loop_state import Counters, LoopState
 from system.requests import Requests
-from system.run_error import RunError
 from system.step_clock import StepClock
 from system.timeline import Timeline
 from system.trajectory import Group, merge_by_prompt
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 @dataclass
@@ -45,21 +43,16 @@ class Orchestrator:
     on_step: Callable[[Orchestrator, dict[str, float], list[Group]], None] = lambda loop, metrics, fresh: None
     """Called after each update, with its metrics and the fresh groups it used: progress and tables."""
     evaluate: Callable[[Orchestrator], None] = lambda loop: None
-    """Called before the first update, every evaluate_every updates and after the last; what was learned is in a checkpoint, and
-    nothing is in flight, unless a stop was asked for."""
+    """Called before the first update, every evaluate_every updates, and after the last. A checkpoint has been written; unless a
+    stop was asked for, no group is in flight."""
     evaluation_draws: bool = True
     """Evaluations draw from the samplers, to which the learner's weights are published first."""
     should_stop: Callable[[], bool] = lambda: False
     timeline: Timeline = field(default_factory=Timeline)
     flow: GroupFlow = field(init=False)
+    lasting: LastingLearner = field(init=False)
     _clock: StepClock = field(default_factory=StepClock, init=False)
     """Stands still for evaluations."""
-    _learner_deaths_in_a_row: int = field(default=0, init=False)
-    _learner_is_lost: bool = field(default=False, init=False)
-    _saved_step: int | None = field(default=None, init=False)
-    """Of the last checkpoint; None: a learner begins anew."""
-    _since_saved: list[list[Group]] = field(default_factory=list, init=False)
-    """The batches of the updates since then: a new learner does them again, so that a death of the old one costs time alone."""
     _new_task: bool = field(default=False, init=False)
     """The checkpoint that the run comes from is of another task, of which the learner has never been evaluated."""
     _failure: Exception | None = field(default=None, init=False)
@@ -67,6 +60,9 @@ class Orchestrator:
 
     def __post_init__(self) -> None:
         self.flow = GroupFlow(self.config, self.requests, self.samplers)
+        self.lasting = LastingLearner(
+            self.learner, self.checkpoints, self.config.actors.max_deaths, self.timeline, self._learner_died, self._publish
+        )
 
     @property
     def counters(self) -> Counters:
@@ -99,13 +95,13 @@ class Orchestrator:
         while self._goes_on() and self._collect():
             batch = self._batch()
             with self.timeline.span("update", "loop", step=self.counters.step):
-                metrics = self.with_learner(lambda batch=batch: self._update(batch))
-            self._since_saved.append(batch)
+                metrics = self.lasting.ask(lambda batch=batch: self._update(batch))
+            self.lasting.updated(batch)
             self._account(metrics | {"replay/share": self._replayed(batch)})
             if self._failure is not None:
                 raise self._failure
             self._follow_up()
-        if self._saved_step != self.counters.step:
+        if self.lasting.saved_step != self.counters.step:
             self.checkpoint()
 
     def _goes_on(self) -> bool:
@@ -118,8 +114,6 @@ class Orchestrator:
 
     def _batch(self) -> list[Group]:
         """What was taken, one group for each prompt, with replayed samples."""
-        # In the order of their numbers, not of their arrival: a synchronous run repeats itself to the bit.
-        self.flow.taken.sort(key=lambda group: group.group_id)
         for group in self.flow.taken:
             self.replay.add(group)
         rng = np.random.default_rng((self.config.seed, 4, self.counters.step))
@@ -151,7 +145,7 @@ class Orchestrator:
 
     def _keep(self, error: Exception) -> None:
         """A checkpoint before the run ends by `error`, which is what the run is to say of its end: not why there is none."""
-        if self._learner_is_lost or self._saved_step == self.counters.step or isinstance(error, CheckpointError):
+        if self.lasting.is_lost or self.lasting.saved_step == self.counters.step or isinstance(error, CheckpointError):
             return
         try:
             # Of the learner as it is: where it is gone too, a new one would have to be placed first.
@@ -180,7 +174,7 @@ class Orchestrator:
 
     def _evaluate(self) -> None:
         with self._clock.spending("pause"), self.timeline.span("evaluate", "loop", step=self.counters.step):
-            self.with_learner(lambda: self.evaluate(self))
+            self.lasting.ask(lambda: self.evaluate(self))
 
     def _evaluation_is_due(self) -> bool:
         return self._due(self.config.learner.evaluate_every or self.config.learner.steps)
@@ -190,7 +184,7 @@ class Orchestrator:
 
     def publish(self) -> None:
         """The learner's weights as a new version, which every request from now on names."""
-        self.with_learner(self._publish)
+        self.lasting.ask(self._publish)
 
     def _publish(self) -> None:
         # A number is used once, even if the learner dies over it: no version ever stands for two sets of weights.
@@ -223,45 +217,9 @@ class Orchestrator:
         self.tracker.metrics(metrics, counters.step)
         self.on_step(self, metrics, fresh)
 
-    # -------------------------------------------------------------------------------------- a learner that may die
-
-    def with_learner(self, call: Callable[[], T]) -> T:
-        """What `call` returns. If the learner dies over it, it is made again with a new one that knows as much."""
-        died = False
-        while True:
-            try:
-                if died:
-                    self._revive()
-                return call()
-            except LearnerDied as death:
-                died = self._learner_is_lost = True
-                self._count_learner_death(death)
-
-    def _count_learner_death(self, death: LearnerDied) -> None:
+    def _learner_died(self, death: LearnerDied) -> None:
         self.counters.learner_deaths += 1
-        self._learner_deaths_in_a_row += 1
         logger.warning("the learner died at step %d and is started again: %s", self.counters.step, death)
-        if self._learner_deaths_in_a_row > self.config.actors.max_deaths:
-            raise RunError(
-                f"the learner died {self._learner_deaths_in_a_row} times with no checkpoint in between (actors.max_deaths="
-                f"{self.config.actors.max_deaths}); the last cause: {death}"
-            ) from death
-
-    def _revive(self) -> None:
-        """A new learner: from the last checkpoint, and then the updates since, on the batches that they had.
-
-        The loop itself stays where it is: nothing is sampled, logged or counted again, and no group is lost.
-        """
-        with self.timeline.span("revive the learner", "loop", step=self.counters.step):
-            self.learner.restart()
-            if self._saved_step is not None:
-                files = checkpoint.read_latest(self.checkpoints, self._saved_step)
-                self.learner.restore(LoopState.of(files).learner, self._saved_step)
-            for batch in self._since_saved:
-                self.learner.update(batch).result()
-            self._learner_is_lost = False
-            # The adapter published last may have been on a node that is gone.
-            self._publish()
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 
@@ -269,13 +227,13 @@ class Orchestrator:
         """Everything that the rest of the run depends on. Groups issued and not used are noted by number alone. The learner is
         asked for its part unless that is given."""
         with self.timeline.span("checkpoint", "loop", step=self.counters.step):
-            return self._write(self.with_learner(lambda: self.learner.save().result()) if saved is None else saved)
+            return self._write(self.lasting.ask(lambda: self.learner.save().result()) if saved is None else saved)
 
     def _write(self, saved: np.ndarray) -> Path:
         task = self.config.task.model_dump(mode="json")
         state = LoopState(self.counters, self.flow.unused(), self.replay.save(), task, saved)
         path = checkpoint.write(self.checkpoints, self.counters.step, state.files(), self.config.learner.keep_checkpoints)
-        self._saved_step, self._since_saved, self._learner_deaths_in_a_row = self.counters.step, [], 0
+        self.lasting.saved(self.counters.step)
         return path
 
     def restore(self, state: LoopState) -> None:
@@ -288,4 +246,4 @@ class Orchestrator:
         elif records:
             # Of other prompts, lengths or rewards: nothing in it is true of this task.
             logger.warning("the task is another than that of the checkpoint, whose replay buffer is left out")
-        self._saved_step, self._since_saved = self.counters.step, []
+        self.lasting.saved(self.counters.step)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from learner.replay import Replay
-from system import checkpoint
 from system.config import Config
 from system.config_file import parse
 from system.loop_state import LoopState
@@ -35,7 +34,7 @@ def orchestrator(tmp_path: Path, cfg: Config, samplers: FakeSamplers, learner: F
 
 
 def resume(loop: Orchestrator, learner: FakeLearner, checkpoints: Path, step: int | None = None) -> None:
-    state = LoopState.of(checkpoint.read_latest(checkpoints, step))
+    state = LoopState.latest(checkpoints, step)
     loop.restore(state)
     learner.restore(state.learner, loop.counters.step)
 

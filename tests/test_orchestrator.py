@@ -274,7 +274,7 @@ def test_weights_that_the_caller_has_are_kept_without_asking_a_learner_that_may_
     loop = orchestrator(tmp_path, config(), FakeSamplers(), learner)
     weights = np.frombuffer(np.full(1, 7.0).tobytes(), np.uint8)
     loop.checkpoint(weights)
-    assert LoopState.of(checkpoint.read_latest(tmp_path / "checkpoints")).learner.tobytes() == weights.tobytes()
+    assert LoopState.latest(tmp_path / "checkpoints").learner.tobytes() == weights.tobytes()
 
 
 def test_a_learner_whose_checkpoint_is_damaged_is_not_restarted_from_an_older_one(tmp_path: Path) -> None:
@@ -464,7 +464,7 @@ def test_a_resume_with_another_task_leaves_the_old_buffer_out(tmp_path: Path, ca
 
 def test_a_resume_with_another_task_begins_with_an_evaluation(tmp_path: Path) -> None:
     orchestrator(tmp_path, config(steps=5), FakeSamplers(), FakeLearner()).train()
-    kept = LoopState.of(checkpoint.read_latest(tmp_path / "checkpoints"))
+    kept = LoopState.latest(tmp_path / "checkpoints")
     for task, expected in ((config().task, [8, 9]), (config().task.model_copy(update={"high": 50}), [5, 8, 9])):
         at: list[int] = []
         cfg = config(steps=9, evaluate_every=4).model_copy(update={"task": task})

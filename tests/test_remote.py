@@ -106,7 +106,7 @@ def test_a_killed_learner_is_replaced_by_one_that_knows_as_much(
             before = state(learner.save().result())
             victim: int = ray.get(learner.actors[0].ready.remote())
             os.kill(victim, signal.SIGKILL)
-            saved.append(state(loop.with_learner(lambda: learner.save().result())))
+            saved.append(state(loop.lasting.ask(lambda: learner.save().result())))
             np.testing.assert_equal(saved[-1], before)
             assert ray.get(learner.actors[0].ready.remote()) != victim
 
