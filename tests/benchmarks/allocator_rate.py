@@ -13,6 +13,7 @@ import os
 import resource
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from statistics import median
 
 import numpy as np
@@ -68,16 +69,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     arguments = parser.parse_args()
     ways = {"one arena": ONE_ARENA, "keeps memory": ONE_ARENA | KEEPS_MEMORY}
-    workers = {name: begun(environment, arguments.dtype, arguments.threads) for name, environment in ways.items()}
     seen: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
 
     def seconds(name: str) -> float:
         seen[name].append(workers[name]("measure"))
         return seen[name][-1][0]
 
-    times = in_turns({name: lambda name=name: seconds(name) for name in ways}, arguments.repeats)
-    for worker in workers.values():
-        worker.__exit__()
+    with ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(begun(environment, arguments.dtype, arguments.threads))
+            for name, environment in ways.items()
+        }
+        times = in_turns({name: lambda name=name: seconds(name) for name in ways}, arguments.repeats)
     name = f"update of continuation, {arguments.dtype}"
     report(ratio(f"{name}, one arena alone over memory that is kept", *times.values(), None, threads=arguments.threads))
     for way, found in seen.items():
