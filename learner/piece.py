@@ -48,8 +48,8 @@ class Part:
 
 
 def cut(piece: Piece, trajectories_K: Sequence[Trajectory], context: Sequence[int], budget: int) -> Piece:
-    """The piece, in parts of at most `budget` tokens, or of one sample, if it is longer. It is of these trajectories and this
-    context."""
+    """The piece, in parts of at most `budget` tokens, or of a single path, if it is longer. It is of these trajectories and
+    this context."""
     # A prompt that fills the budget would be read for nearly every sample: they have as many tokens as it has all the same.
     longest = max(budget, 2 * len(context))
     if len(piece) <= longest:

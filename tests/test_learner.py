@@ -149,6 +149,22 @@ def test_a_group_longer_than_a_row_is_cut_and_its_update_is_that_of_the_whole(
     assert np.concatenate(log_q_of_parts) == pytest.approx(np.concatenate(log_q), abs=1e-3)
 
 
+def test_copies_of_a_sample_that_is_longer_than_a_row_are_computed_once(folder: Path) -> None:
+    constraints = Constraints.of(stop_token=STOP, min_tokens=1, max_tokens=90, vocab_size=VOCAB, allowed=ALLOWED)
+    rng, (prompt, _) = np.random.default_rng(0), PROMPTS
+    batch = [Group(prompt, (sampled(rng.choice(ALLOWED, 80).tolist()),) * 16, (np.arange(81.0),) * 16, 0, 0)]
+    results = []
+    for budget in (4096, 64):
+        subject = Learner(config(token_budget=budget), folder, constraints, "base", range(40))
+        tiny.perturb(subject.policy.parameters.values())
+        results.append((subject.score(batch)[0].log_q_K, subject.update(batch)))
+    (log_q_K, whole), (same_K, long) = results
+    assert same_K == pytest.approx(log_q_K, abs=1e-3)
+    for name in ("loss", "grad_norm", "log_z", "spread", "ess"):
+        assert long[name] == pytest.approx(whole[name], rel=1e-3), name
+    assert long["tokens/forwarded"] == len(prompt.policy_tokens) + 80
+
+
 class Kept:
     """A tensor that a backward pass waits for."""
 
