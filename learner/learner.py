@@ -26,11 +26,11 @@ from learner.piece import Piece, cut
 from learner.policy import Policy
 from learner.ranks import Ranks
 from learner.states import NodeLogQ, node_log_reward, states_of
+from system import learner_config
 from system.adapters import Adapter, Canary
 from system.checkpoint import CheckpointError
 from system.config import Config
 from system.constraints import Constraints
-from system.learner_config import Learner as LearnerConfig
 from system.models import locate
 from system.posterior import Bounds
 from system.prefix_tree import Packed, PrefixTree, rows_by_budget
@@ -44,7 +44,7 @@ OTHER_MODEL = 0.2
 """Nats a token by which two models differ at least: more than bfloat16 alone makes (0.05)."""
 
 
-def lr_at(config: LearnerConfig, step: int) -> float:
+def lr_at(config: learner_config.Learner, step: int) -> float:
     """Learning rate of update `step` (from 0): linear warm-up that never starts at 0, then the decay to lr * final_lr."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
