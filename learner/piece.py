@@ -59,6 +59,6 @@ def cut(piece: Piece, trajectories_K: Sequence[Trajectory], context: Sequence[in
         node_N = np.zeros(len(tree), np.int64)
         for nodes_T, k in zip(tree.nodes_K, members, strict=True):
             node_N[nodes_T] = piece.tree.nodes_K[k]
-        own = (values_N[node_N] for values_N in (piece.may_stop_N, piece.chosen_N, piece.wanted_N))
-        parts.append(Part(Piece(Packed.of(tree, context), *own), node_N))
+        own = Piece(Packed.of(tree, context), piece.may_stop_N[node_N], piece.chosen_N[node_N], piece.wanted_N[node_N])
+        parts.append(Part(own, node_N))
     return replace(piece, parts=tuple(parts)) if len(parts) > 1 else piece
