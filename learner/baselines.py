@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner.states import NodeLogQ
+from learner.states import NodeLogQ, padded_paths
 from system.learner_config import GRPO, MLE, PPO, RLOO, Loss
 from system.prefix_tree import PrefixTree
 from system.trajectory import Group
@@ -71,18 +71,15 @@ def actions_of(
     """From log-probs at the nodes of the group's tree; arguments as in `learner.states.states_of`, and `chosen_N` as
     `Constraints.of_tree` has it."""
     device = log_q.edge_N.device
-    lengths_K = np.array([len(trajectory) for trajectory in group.trajectories_K])
-    shape = (len(group), int(lengths_K.max()) + 1)
-    node_KT, action_KT, stops_KT = np.zeros(shape, np.int64), np.zeros(shape, bool), np.zeros(shape, bool)
-    drawn_KT = np.zeros(shape, np.float32)
-    for k, (trajectory, nodes_T) in enumerate(zip(group.trajectories_K, tree.nodes_K, strict=True)):
-        length = len(trajectory)
-        # The action at t leads to the path's node t + 1; the last one is the stop at the end.
-        node_KT[k, :length], node_KT[k, length] = nodes_T[1:], nodes_T[-1]
-        action_KT[k, :length], action_KT[k, length] = chosen_N[nodes_T[1:]], trajectory.stop == "sampled"
-        stops_KT[k, length] = True
-        drawn_KT[k, : length + 1] = trajectory.logp_T
-    nodes, stops, actions = (torch.from_numpy(array).to(device) for array in (node_KT, stops_KT, action_KT))
+    node_KT, inside_KT = padded_paths(tree)
+    stop_KT = np.arange(node_KT.shape[1]) == inside_KT.sum(1)[:, None] - 1
+    # The action at t leads to the path's node t + 1; the last one is the stop, at the path's last node.
+    node_KT = np.where(stop_KT, node_KT, np.roll(node_KT, -1, 1))
+    sampled_K = np.array([trajectory.stop == "sampled" for trajectory in group.trajectories_K])
+    action_KT = inside_KT & np.where(stop_KT, sampled_K[:, None], chosen_N[node_KT])
+    drawn_KT = np.zeros(node_KT.shape, np.float32)
+    drawn_KT[inside_KT] = np.concatenate([trajectory.logp_T for trajectory in group.trajectories_K])
+    nodes, stops, actions = (torch.from_numpy(array).to(device) for array in (node_KT, stop_KT, action_KT))
 
     def along(edge_N: Tensor, stop_N: Tensor) -> Tensor:
         return torch.where(actions, torch.where(stops, stop_N[nodes], edge_N[nodes]), 0.0)

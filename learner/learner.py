@@ -22,15 +22,15 @@ from torch import Tensor
 
 from learner import baselines, losses
 from learner.baselines import Baseline
-from learner.piece import Part, Piece, cut, longest_row
+from learner.piece import Piece, cut
 from learner.policy import Policy
 from learner.ranks import Ranks
 from learner.states import NodeLogQ, node_log_reward, states_of
+from system import learner_config
 from system.adapters import Adapter, Canary
 from system.checkpoint import CheckpointError
 from system.config import Config
 from system.constraints import Constraints
-from system.learner_config import Learner as LearnerConfig
 from system.models import locate
 from system.posterior import Bounds
 from system.prefix_tree import Packed, PrefixTree, rows_by_budget
@@ -44,7 +44,7 @@ OTHER_MODEL = 0.2
 """Nats a token by which two models differ at least: more than bfloat16 alone makes (0.05)."""
 
 
-def lr_at(config: LearnerConfig, step: int) -> float:
+def lr_at(config: learner_config.Learner, step: int) -> float:
     """Learning rate of update `step` (from 0): linear warm-up that never starts at 0, then the decay to lr * final_lr."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
@@ -190,17 +190,11 @@ class Learner:
     def score(self, groups: Sequence[Group]) -> list[Score]:
         """log q of the trajectories under the current policy."""
         trees = [PrefixTree.of(group.trajectories_K) for group in groups]
-        pieces = [
-            Piece.of(tree, group.prompt.policy_tokens, self.constraints, tree.is_end_N)
-            for tree, group in zip(trees, groups, strict=True)
-        ]
+        pieces = [self._piece(tree, group, tree.is_end_N) for tree, group in zip(trees, groups, strict=True)]
         scores: dict[int, Score] = {}
         for row in rows_by_budget([len(piece) for piece in pieces], self.config.token_budget):
             with torch.no_grad():
-                if parts := self._parts(pieces[row[0]], groups[row[0]]):
-                    log_q = [self._joined(parts)]
-                else:
-                    log_q = self.policy.log_q([pieces[index] for index in row])
+                log_q = self._log_q([pieces[index] for index in row])
             for index, (edge, stop) in zip(row, log_q, strict=True):
                 edge_N, stop_N = edge.double().cpu().numpy(), stop.double().cpu().numpy()
                 tree = trees[index]
@@ -215,91 +209,53 @@ class Learner:
         log_reward_N = node_log_reward(tree, group)
         if isinstance(self.objective, Baseline):
             log_reward_N[~tree.is_end_N] = np.nan
-        piece = Piece.of(tree, group.prompt.policy_tokens, self.constraints, np.isfinite(log_reward_N))
+        piece = self._piece(tree, group, np.isfinite(log_reward_N))
         log_reward_N[~piece.may_stop_N] = np.nan
         return PackedGroup(group, piece, log_reward_N)
+
+    def _piece(self, tree: PrefixTree, group: Group, wanted_N: np.ndarray) -> Piece:
+        context = group.prompt.policy_tokens
+        piece = Piece.of(tree, context, self.constraints, wanted_N)
+        # More passes on one rank than on the others would break their step.
+        return piece if self.ranks.in_lockstep else cut(piece, group.trajectories_K, context, self.config.token_budget)
+
+    def _log_q(self, pieces: Sequence[Piece]) -> list[NodeLogQ]:
+        """Of the pieces of one row; one in parts, which is longer than a row, is alone in its own."""
+        return [self.policy.log_q_in_parts(pieces[0])] if pieces[0].parts else self.policy.log_q(pieces)
 
     def _rows(self, groups: Sequence[Group], temperature: float) -> Iterator[tuple[Tensor, dict[int, Facts]]]:
         """A row of packed trees of this rank at a time: its part of the loss, and the facts of each group in it, by index."""
         packed = [self._pack(group) for group in groups]
         lengths = [len(each.piece) for each in packed]
         for row in self.ranks.rows(lengths, self.config.token_budget):
-            if row and (parts := self._parts(packed[row[0]].piece, groups[row[0]])):
-                [index] = row
-                for loss, facts in self._in_parts(packed[index], parts, temperature):
-                    yield loss / len(groups), {index: facts} if facts else {}
-                continue
             # A row that only keeps step with the other ranks forwards the shortest group, for nothing.
             pieces = [packed[index].piece for index in row or [int(np.argmin(lengths))]]
-            log_q = self.policy.log_q(pieces)
+            log_q = self._log_q(pieces)
             base: Sequence[NodeLogQ | None] = [None] * len(pieces)
             if self._needs_base:
                 with torch.no_grad(), self.policy.base():
-                    base = self.policy.log_q(pieces)
+                    base = self._log_q(pieces)
             if not row:
                 yield 0.0 * log_q[0].edge_N.sum(), {}
                 continue
             loss_G, facts_G = [], {}
             for index, log_q_N, base_N in zip(row, log_q, base, strict=True):
-                loss, facts_G[index] = self._loss(packed[index], log_q_N, base_N, lengths[index], temperature)
+                loss, facts_G[index] = self._loss(packed[index], log_q_N, base_N, temperature)
                 loss_G.append(loss)
             yield torch.stack(loss_G).sum() / len(groups), facts_G
 
-    def _loss(
-        self, packed: PackedGroup, log_q: NodeLogQ, base: NodeLogQ | None, forwarded: int, temperature: float
-    ) -> tuple[Tensor, Facts]:
-        """Of one group, for which the policy computed so many tokens, and the base as many if it was asked."""
+    def _loss(self, packed: PackedGroup, log_q: NodeLogQ, base: NodeLogQ | None, temperature: float) -> tuple[Tensor, Facts]:
+        """Of one group."""
         group, piece, log_reward_N = packed
         states = states_of(piece.tree, log_reward_N, log_q, temperature)
         if isinstance(self.objective, Baseline):
             loss = self.objective.loss(baselines.actions_of(piece.tree, piece.chosen_N, group, log_q, base, temperature))
         else:
             loss = self.objective(states)
-        tokens = forwarded * (2 if self._needs_base else 1)
+        # Parts are computed once more for their gradients.
+        passes = 1 + bool(piece.parts) + self._needs_base
+        tokens = passes * (sum(len(part.piece) for part in piece.parts) or len(piece))
         return loss, _facts(float(loss.detach()), tokens, states, log_q.stop_N.detach()[piece.tree.ends_K.tolist()])
-
-    # --------------------------------------------------------------------------- a group that is longer than a row
-
-    def _parts(self, piece: Piece, group: Group) -> list[Part]:
-        """None where it is whole: it fits a row, or is one sample, or ranks compute in lockstep, which one with more to compute
-        would break."""
-        context, budget = group.prompt.policy_tokens, self.config.token_budget
-        if len(group) == 1 or self.ranks.in_lockstep or len(piece) <= longest_row(context, budget):
-            return []
-        return cut(piece, group.trajectories_K, context, budget)
-
-    def _joined(self, parts: Sequence[Part]) -> NodeLogQ:
-        """log q at the nodes of the whole tree."""
-        whole = [torch.zeros(1 + max(int(part.node_N.max()) for part in parts), device=self.policy.device) for _ in range(2)]
-        for part in parts:
-            [log_q] = self.policy.log_q([part.piece])
-            node_N = torch.from_numpy(part.node_N).to(self.policy.device)
-            for values_N, part_N in zip(whole, log_q, strict=True):
-                values_N[node_N] = part_N
-        return NodeLogQ(*whole)
-
-    def _in_parts(
-        self, packed: PackedGroup, parts: Sequence[Part], temperature: float
-    ) -> Iterator[tuple[Tensor, Facts | None]]:
-        """For each part a stand-in for its share of the loss, which has the same gradient; with the last one the facts."""
-        base = None
-        with torch.no_grad():
-            if self._needs_base:
-                with self.policy.base():
-                    base = self._joined(parts)
-            log_q = self._joined(parts)
-        for values_N in log_q:
-            values_N.requires_grad_()
-        forwarded = sum(len(part.piece) for part in parts)
-        loss, facts = self._loss(packed, log_q, base, forwarded, temperature)
-        facts = facts._replace(tokens=facts.tokens + forwarded)
-        slope = torch.autograd.grad(loss, log_q, materialize_grads=True)
-        for number, part in enumerate(parts, 1):
-            [log_q_part] = self.policy.log_q([part.piece])
-            # A node that several parts have is one node, of one of them.
-            node_N, first_N = (torch.from_numpy(each).to(self.policy.device) for each in (part.node_N, part.first_N))
-            shares = [(slope_N[node_N] * part_N)[first_N].sum() for slope_N, part_N in zip(slope, log_q_part, strict=True)]
-            yield shares[0] + shares[1], facts if number == len(parts) else None
 
     # ------------------------------------------------------------------------------------- what leaves the learner
 

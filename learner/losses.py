@@ -7,10 +7,13 @@ With C(s) the log-probability of the policy's actions on the path to s,
 (T here is the reward temperature) estimates log Z of the prompt at every state that can stop, and equals it at all of them
 once q is the posterior. A loss is a choice of pairs of states: it is the (weighted) mean of (u(i) - u(j))^2 over its pairs,
 in nats^2, and zero iff u agrees on every pair, whoever drew the samples. It is never taken across prompts: each has a log Z of
-its own.
+its own. Where the root cannot stop it has no u: the mean of the group's u at the ends, detached, is put in its place by the
+losses with pairs along a path (trajectory, detailed and sub-trajectory balance).
 
 The gradient reaches the policy through log q(stop) and C. There is deliberately no learned log Z, no critic, no ratio
 to the behaviour policy and no clipping: off-policy samples need none of them.
+
+`_S`: states of a path, T + 1.
 """
 
 from __future__ import annotations
@@ -22,13 +25,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from system.learner_config import DetailedBalance, Pooled, SubTB, TrajectoryBalance, VarGrad
-from system.learner_config import Loss as LossSection
+from system import learner_config
 
 
 @dataclass(frozen=True, eq=False)
 class States:
-    """The states of one group, along its K trajectories; T is the length of the longest, padding is outside `terminable_KT`."""
+    """The states of one group, along its K trajectories; T is the longest, and padding is False in `terminable_KT`."""
 
     u_KT: Tensor
     """float [K, T + 1], nats; finite everywhere, meaningful where terminable."""
@@ -39,11 +41,14 @@ class States:
     end_K: Tensor
     """int64 [K]: where each trajectory ends."""
 
+    def at_end(self, values_KT: Tensor) -> Tensor:
+        """[K]: the value of [K, T + 1] where each trajectory ends."""
+        return values_KT.gather(1, self.end_K[:, None])[:, 0]
+
     @property
     def u_end_K(self) -> Tensor:
         """[K']: u at the ends that are terminable. Its mean estimates log Z, its variance is the spread."""
-        ends = self.u_KT.gather(1, self.end_K[:, None])[:, 0]
-        return ends[self.terminable_KT.gather(1, self.end_K[:, None])[:, 0]]
+        return self.at_end(self.u_KT)[self.at_end(self.terminable_KT)]
 
 
 Loss = Callable[[States], Tensor]
@@ -83,9 +88,8 @@ def trajectory_balance(states: States) -> Tensor:
     Source: Malkin et al. 2022, arXiv:2201.13259, with F(root) = R(root) / q(stop | root).
     """
     root_K, exists_K = _root(states)
-    ends = states.terminable_KT.gather(1, states.end_K[:, None])[:, 0] & exists_K & (states.end_K > 0)
-    u_end_K = states.u_KT.gather(1, states.end_K[:, None])[:, 0]
-    return _mean((root_K - u_end_K).square(), ends)
+    pair_K = states.at_end(states.terminable_KT) & exists_K & (states.end_K > 0)
+    return _mean((root_K - states.at_end(states.u_KT)).square(), pair_K)
 
 
 def subtrajectory_balance(states: States, decay: float) -> Tensor:
@@ -129,18 +133,18 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
-def build(section: LossSection) -> Loss:
+def build(section: learner_config.Loss) -> Loss:
     """The loss of a config section `loss`. Raises ValueError for one that is none of these."""
     match section:
-        case Pooled():
+        case learner_config.Pooled():
             return pooled
-        case VarGrad():
+        case learner_config.VarGrad():
             return vargrad
-        case TrajectoryBalance():
+        case learner_config.TrajectoryBalance():
             return trajectory_balance
-        case DetailedBalance():
+        case learner_config.DetailedBalance():
             return detailed_balance
-        case SubTB(decay=decay):
+        case learner_config.SubTB(decay=decay):
             return partial(subtrajectory_balance, decay=decay)
         case _:
             raise ValueError(f"loss.kind={section.kind!r} is no loss on states")

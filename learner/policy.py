@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from learner.low_rank import LowRankLinear
 from learner.piece import Piece
@@ -144,6 +145,21 @@ class Policy:
                 pair.append(values.new_zeros(len(piece.tree)).index_put((index,), values))
             result.append(NodeLogQ(*pair))
         return result
+
+    def log_q_in_parts(self, piece: Piece) -> NodeLogQ:
+        """As `log_q` of the piece whole, a part at a time: the backward pass computes each again, so that what a part keeps for
+        its gradient is there while that is computed, and no longer."""
+        # The other kind of checkpoint would keep the logits that ChunkedLogProbs has for its backward pass, of every part; this
+        # one needs an input that has a gradient.
+        some = torch.zeros((), requires_grad=True)
+        log_q = [
+            checkpoint(lambda _, piece: self.log_q([piece])[0], some, part.piece, use_reentrant=True, preserve_rng_state=False)
+            for part in piece.parts
+        ]
+        # A node that several parts have is one node, of the first of them.
+        _, first_N = np.unique(np.concatenate([part.node_N for part in piece.parts]), return_index=True)
+        index = torch.from_numpy(first_N).to(self.device)
+        return NodeLogQ(*(torch.cat(values)[index] for values in zip(*log_q, strict=True)))
 
     @contextmanager
     def base(self) -> Iterator[None]:

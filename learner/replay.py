@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from system.learner_config import Replay as ReplayConfig
+from system import learner_config
 from system.trajectory import Behaviour, Columns, Group, Trajectory
 
 
@@ -24,7 +24,7 @@ class Entry(NamedTuple):
 
 
 class Replay:
-    def __init__(self, config: ReplayConfig) -> None:
+    def __init__(self, config: learner_config.Replay) -> None:
         self.config = config
         self._prompts: dict[str, dict[bytes, Entry]] = {}
 

@@ -33,6 +33,16 @@ class NodeLogQ(NamedTuple):
     """log q(stop | node) where it is wanted; 0 elsewhere, and where the stop is forced."""
 
 
+def padded_paths(tree: PrefixTree) -> tuple[np.ndarray, np.ndarray]:
+    """The nodes on each trajectory's path, the root first, int64 [K, T + 1], T the longest; and where they are, bool: the rest
+    points at the root."""
+    lengths_K = np.array([len(nodes_T) for nodes_T in tree.nodes_K])
+    inside_KT = np.arange(lengths_K.max()) < lengths_K[:, None]
+    node_KT = np.zeros(inside_KT.shape, np.int64)
+    node_KT[inside_KT] = np.concatenate(tree.nodes_K)
+    return node_KT, inside_KT
+
+
 def states_of(tree: PrefixTree, log_reward_N: np.ndarray, log_q: NodeLogQ, temperature: float) -> States:
     """u(s) = log R(s) / T - log q(stop | s) - C(s) along every trajectory.
 
@@ -42,11 +52,7 @@ def states_of(tree: PrefixTree, log_reward_N: np.ndarray, log_q: NodeLogQ, tempe
         temperature: T.
     """
     device = log_q.edge_N.device
-    lengths_K = np.array([len(nodes_T) for nodes_T in tree.nodes_K])
-    node_KT = np.zeros((len(lengths_K), lengths_K.max()), np.int64)
-    inside_KT = np.arange(lengths_K.max()) < lengths_K[:, None]
-    node_KT[inside_KT] = np.concatenate(tree.nodes_K)
-
+    node_KT, inside_KT = padded_paths(tree)
     terminable_KT = inside_KT & np.isfinite(log_reward_N)[node_KT]
     places = np.flatnonzero(terminable_KT)
     distinct_KT = np.zeros_like(terminable_KT)
@@ -57,5 +63,5 @@ def states_of(tree: PrefixTree, log_reward_N: np.ndarray, log_q: NodeLogQ, tempe
     # Padding points at the root, whose edge adds 0 to the path.
     path_KT = log_q.edge_N[nodes].cumsum(1)
     u_KT = (log_reward - log_q.stop_N)[nodes] - path_KT
-    put = torch.from_numpy
-    return States(u_KT, put(terminable_KT).to(device), put(distinct_KT).to(device), put(lengths_K - 1).to(device))
+    terminable, distinct, end = (torch.from_numpy(a).to(device) for a in (terminable_KT, distinct_KT, inside_KT.sum(1) - 1))
+    return States(u_KT, terminable, distinct, end)

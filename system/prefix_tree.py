@@ -87,12 +87,12 @@ class PrefixTree:
 
 
 def split(trajectories_K: Sequence[Trajectory], fits: Callable[[PrefixTree], bool]) -> list[tuple[PrefixTree, tuple[int, ...]]]:
-    """The samples as one tree, or halved, neighbours together, until each tree `fits` or has one sample: trees, each with
-    the indices of its trajectories."""
+    """The samples as one tree, or halved, neighbours together, until each tree `fits` or is a single path: trees, each with the
+    indices of its trajectories."""
 
     def of(members: tuple[int, ...]) -> list[tuple[PrefixTree, tuple[int, ...]]]:
         tree = PrefixTree.of([trajectories_K[k] for k in members])
-        if len(members) < 2 or fits(tree):
+        if fits(tree) or len(tree) == 1 + tree.length_N.max():
             return [(tree, members)]
         half = len(members) // 2
         return of(members[:half]) + of(members[half:])

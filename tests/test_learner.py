@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,53 @@ def test_a_group_longer_than_a_row_is_cut_and_its_update_is_that_of_the_whole(
         assert cut[name] == pytest.approx(one[name], rel=1e-4), name
     torch.testing.assert_close(of_parts, gradient, rtol=1e-3, atol=1e-5)
     assert np.concatenate(log_q_of_parts) == pytest.approx(np.concatenate(log_q), abs=1e-3)
+
+
+def test_copies_of_a_sample_that_is_longer_than_a_row_are_computed_once(folder: Path) -> None:
+    constraints = Constraints.of(stop_token=STOP, min_tokens=1, max_tokens=90, vocab_size=VOCAB, allowed=ALLOWED)
+    rng, (prompt, _) = np.random.default_rng(0), PROMPTS
+    batch = [Group(prompt, (sampled(rng.choice(ALLOWED, 80).tolist()),) * 16, (np.arange(81.0),) * 16, 0, 0)]
+    results = []
+    for budget in (4096, 64):
+        subject = Learner(config(token_budget=budget), folder, constraints, "base", range(40))
+        tiny.perturb(subject.policy.parameters.values())
+        results.append((subject.score(batch)[0].log_q_K, subject.update(batch)))
+    (log_q_K, whole), (same_K, long) = results
+    assert same_K == pytest.approx(log_q_K, abs=1e-3)
+    for name in ("loss", "grad_norm", "log_z", "spread", "ess"):
+        assert long[name] == pytest.approx(whole[name], rel=1e-3), name
+    assert long["tokens/forwarded"] == len(prompt.policy_tokens) + 80
+
+
+class Kept:
+    """A tensor that a backward pass waits for."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_an_update_keeps_for_its_gradient_grows_with_the_budget_and_not_with_the_samples(
+    folder: Path, checkpointing: bool
+) -> None:
+    def most(samples: int, budget: int) -> int:
+        """Numbers at one time."""
+        subject = learner(folder, token_budget=budget, gradient_checkpointing=checkpointing)
+        kept, peak = weakref.WeakSet[Kept](), 0
+
+        def keep(tensor: torch.Tensor) -> Kept:
+            nonlocal peak
+            kept.add(one := Kept(tensor))
+            peak = max(peak, sum(each.tensor.numel() for each in kept))
+            return one
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one.tensor):
+            subject.update(groups(samples=samples)[:1])
+        return peak
+
+    few, many = most(40, 64), most(160, 64)
+    assert many < 1.2 * few
+    assert most(160, 4096) > 2 * many
 
 
 def test_scores_are_the_same_in_one_row_and_in_many(folder: Path) -> None:

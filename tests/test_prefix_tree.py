@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from system.prefix_tree import Packed, PrefixTree, rows_by_budget
+from system.prefix_tree import Packed, PrefixTree, rows_by_budget, split
 from system.trajectory import sampled
 
 samples = st.lists(st.lists(st.integers(0, 2), max_size=5), max_size=8)
@@ -83,6 +83,26 @@ def test_rows_hold_every_piece_once_and_keep_to_the_budget(lengths: list[int], b
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     for row in rows:
         assert sum(lengths[index] for index in row) <= budget or len(row) == 1
+
+
+@given(samples, st.integers(1, 12))
+def test_samples_are_split_into_trees_that_fit_and_each_is_in_one(strings: list[list[int]], most: int) -> None:
+    trajectories = [sampled(s) for s in strings]
+    trees = split(trajectories, lambda tree: len(tree) <= most)
+    assert sorted(k for _, members in trees for k in members) == list(range(len(strings)))
+    for tree, members in trees:
+        longest = max((len(strings[k]) for k in members), default=0)
+        assert len(tree) <= most or len(tree) == 1 + longest
+        for k, nodes_T in zip(members, tree.nodes_K, strict=True):
+            assert tree.token_N[nodes_T[1:]].tolist() == strings[k]
+
+
+def test_samples_of_one_path_stay_together_however_little_fits() -> None:
+    copies = [sampled(range(40))] * 16
+    [(tree, members)] = split(copies, lambda tree: False)
+    assert len(tree) == 41
+    assert sorted(members) == list(range(16))
+    assert [members for _, members in split([], lambda tree: False)] == [()]
 
 
 def test_no_samples_make_a_tree_of_the_root_alone() -> None:

@@ -140,6 +140,14 @@ def test_a_sample_whose_branches_alone_are_too_many_is_scored_in_several_rows(mo
         assert len(rows) > 1 and max(rows) <= max(budget, 2 * alone)
 
 
+def test_copies_of_a_sample_that_is_longer_than_a_row_are_read_as_one() -> None:
+    model, longest = LanguageModel(tiny.llama()), max(trajectories(), key=len)
+    for prompt in (PROMPT, EVIDENCE):
+        one, many = Posterior(model, (2,), 5), Posterior(model, (2,), 5)
+        assert_same(many.score(prompt, [longest] * 16).complete(), one.score(prompt, [longest]).complete() * 16)
+        assert many.tokens_forwarded == one.tokens_forwarded
+
+
 def test_each_distinct_prefix_is_forwarded_once() -> None:
     """With a stop of one token: the context and each node. With S more tokens behind a node, a branch of S - 1 inputs
     each, because the last is only predicted."""
