@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,8 @@ from tests.nodes import TwoNodes
 from tests.servers import listening
 
 ROOT = Path(__file__).resolve().parents[1]
+APART = "second node shares no filesystem"
+"""What the test report says of a cluster: it shares one where this user may not hide folders."""
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -184,13 +187,27 @@ def metrics_in(output: Path) -> list[dict[str, float]]:
     return [entry["values"] for entry in entries if entry["kind"] == "metrics"]
 
 
-def test_a_submitted_job_runs_on_the_nodes_of_a_cluster_and_can_be_followed_and_stopped(tmp_path: Path) -> None:
+@pytest.fixture
+def of_a_user(tmp_path: Path) -> Path:
+    """A working directory with a reward of the user's beside the code, which no node has but by it."""
+    folder = tmp_path / "of_a_user"
+    for name in ("actors", "deploy", "learner", "system"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "images"))
+    (folder / "my_rewards.py").write_text("def score(prompt, text, tokens):\n    return -0.25\n")
+    return folder
+
+
+def test_a_submitted_job_runs_on_the_nodes_of_a_cluster_with_a_users_reward_and_can_be_followed_and_stopped(
+    tmp_path: Path, of_a_user: Path, record_property: Callable[[str, object], None]
+) -> None:
     cluster = TwoNodes(tmp_path)
+    record_property(APART, cluster.apart)
     try:
         # The learner fills the head, so that the sampler is the second node's.
-        job = [*cluster.entry, "actors.count=1", "learner.cpus=2"]
+        job = [*cluster.entry, "actors.count=1", "learner.cpus=2", "task.reward={kind: function, path: my_rewards:score}"]
         told = {"RAY_JOB_STOP_WAIT_TIME_S": "60", "MY_TOKEN": "x"}
-        submit = ["--submission-id", "long", "--working-dir", ".", "--runtime-env-json", json.dumps({"env_vars": told})]
+        environment = ["--runtime-env-json", json.dumps({"env_vars": told})]
+        submit = ["--submission-id", "long", "--working-dir", str(of_a_user), *environment]
         submitted = cluster.submit("--no-wait", *submit, "--", *job, "learner.steps=100000", f"output_dir={tmp_path}/long")
         assert submitted.returncode == 0, submitted.stdout[-3000:]
         deadline = time.monotonic() + 200
@@ -209,6 +226,7 @@ def test_a_submitted_job_runs_on_the_nodes_of_a_cluster_and_can_be_followed_and_
         assert run.info.status == "KILLED"
         nodes = {run.data.tags[f"node.{name}"].split()[-1] for name in ("learner", "sampler-0")}
         assert len(nodes) == 2
+        assert {metrics["log_reward/mean"] for metrics in metrics_in(tmp_path / "long") if "loss" in metrics} == {-0.25}
         # What the nodes were started with reaches the job, and no log of Ray's.
         assert_none_in(tmp_path, *cluster.temporary, holding={"mlflow.db", "journal.jsonl", "runtime_env_agent.log"})
     finally:
@@ -236,6 +254,7 @@ def test_a_submitted_job_grows_over_the_nodes_and_goes_on_after_its_driver_was_k
         return {name.split("/")[1] for name in names if name.startswith("system/")}
 
     cluster = TwoNodes(tmp_path)
+    record_property(APART, cluster.apart)
     try:
         began = time.monotonic()
         apart = [f"output_dir={tmp_path}/many", f"tracking.uri=sqlite:///{tmp_path}/many.db"]
