@@ -44,11 +44,13 @@ lint: setup
 bench: setup
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
-# The tests that take minutes, then processes killed and stopped at random times in real runs: a line of JSON for each fault. ARGS="--injections 5" for a short one. At last the memory of a long run.
+# The tests that take minutes, then processes killed and stopped at random times in real runs: a line of JSON for each fault. ARGS="--injections 5" for a short one. At last the memory of a long run. One that fails keeps none of the others from running.
 chaos: setup
-	$(BIN)/python -m pytest -m chaos
-	$(BIN)/python -m tests.chaos $(ARGS)
-	$(BIN)/python -m tests.benchmarks.soak
+	trap 'exit 130' INT; failed=0; \
+	$(BIN)/python -m pytest -m chaos || failed=1; \
+	$(BIN)/python -m tests.chaos $(ARGS) || failed=1; \
+	$(BIN)/python -m tests.benchmarks.soak || failed=1; \
+	exit $$failed
 
 # Pins for a set-up that is the same everywhere; without hosts or folders, so it can be committed.
 lock: setup

@@ -118,7 +118,7 @@ def _figures(standing: Standing) -> list[str]:
     idle = standing.sampler_idle.values()
     return [
         f"loss {metrics['loss']:.4g}",
-        f"u {metrics['log_z']:.3f}",
+        f"log_z {metrics['log_z']:.3f}",
         f"spread {metrics['spread']:.3g}",
         f"ess {metrics['ess']:.2f}",
         f"length {metrics['length/mean']:.1f}",

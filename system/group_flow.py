@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 FAULT_WINDOW = 10_000
 """The last samples, of which so many may have no reward: one that fails now and then is not to stop a long run."""
+FAULTS_TOLD = 5
+"""Most different faults of a group that the log has."""
 POLL_SECONDS = 0.5
 """Longest time between two looks at a request to stop."""
 
@@ -44,6 +46,13 @@ def staleness_at_use(step: int, ahead: int, groups_per_update: int, published_st
     """Staleness, in updates, that a group issued now will have when it is used, if the `ahead` groups under way are used before
     it and nothing is published meanwhile."""
     return step + ahead // groups_per_update - published_step
+
+
+def _distinct(faults: Sequence[str]) -> str:
+    """Each once, for a log; of many the first."""
+    different = list(dict.fromkeys(faults))
+    more = [f"and {len(different) - FAULTS_TOLD} others"] if len(different) > FAULTS_TOLD else []
+    return "; ".join([*different[:FAULTS_TOLD], *more])
 
 
 @dataclass
@@ -209,7 +218,7 @@ class GroupFlow:
         if not group.faults:
             return True
         counters, limit = self.counters, self.config.sampler.max_reward_faults
-        logger.warning("group %d: %d samples have no reward; the first: %s", group.group_id, len(group.faults), group.faults[0])
+        logger.warning("group %d: %d samples have no reward: %s", group.group_id, len(group.faults), _distinct(group.faults))
         if (faults := sum(without for _, without in self._recent)) > limit:
             # With a mended reward the run goes on from here, and this group is sampled again.
             self._reissue.append(group.group_id)

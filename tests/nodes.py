@@ -115,6 +115,8 @@ class TwoNodes:
             time.sleep(1)
         (aside := self.temporary[1] / "aside").mkdir()
         apart = without((ROOT, folder), (programs.parent, folder / "token", model), aside)
+        self.apart = bool(apart)
+        """The second node shares no filesystem."""
         flags = ["--address=127.0.0.1:26379", "--num-cpus=1", f"--temp-dir={self.temporary[1]}"]
         self.nodes.append(self._node(*flags, apart=apart))
         time.sleep(1)

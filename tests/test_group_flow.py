@@ -226,7 +226,25 @@ def test_samples_without_a_reward_are_left_out_and_a_group_with_fewer_than_two_i
     assert used(learner) == 24 * 3 - 1
     assert loop.tracker.series("reward_faults")[-1] == 6  # type: ignore[attr-defined]
     assert loop.tracker.series("groups/given_up")[-1] == 2  # type: ignore[attr-defined]
-    assert "group 3: 1 samples have no reward; the first: log of zero" in caplog.text
+    assert "group 3: 1 samples have no reward: log of zero" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("faults", "told"),
+    [
+        (("log of zero", "NaN", "log of zero"), "3 samples have no reward: log of zero; NaN"),
+        (tuple("abcdefga"), "8 samples have no reward: a; b; c; d; e; and 2 others"),
+    ],
+)
+def test_the_log_has_each_different_fault_of_a_group_once_and_of_many_the_first(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, faults: tuple[str, ...], told: str
+) -> None:
+    class Faulty(FakeSamplers):
+        def _work(self, request: Request, version: int) -> Group:
+            return replace(super()._work(request, version), faults=faults if request.group_id == 1 else ())
+
+    orchestrator(tmp_path, config(steps=2), Faulty(), FakeLearner()).train()
+    assert [record.getMessage() for record in caplog.records] == [f"group 1: {told}"]
 
 
 def test_a_group_of_one_that_lost_none_is_used(tmp_path: Path) -> None:

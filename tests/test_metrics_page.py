@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import torch
 from actors.sampler import Sampler
 from deploy.baselines import MEANS
 from deploy.html_report import MEANING
+from deploy.ray_metrics import RayMetrics
 from deploy.report import summary
 from learner.learner import Learner
 from system import evaluation
@@ -37,7 +39,8 @@ from tests.test_evaluation import evaluated
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "deploy" / "metrics.md").read_text(encoding="utf-8")
-METRICS, _, SUMMARY = PAGE.partition("## In summary.json")
+METRICS, _, REST = PAGE.partition("## In summary.json")
+SUMMARY, _, PROMETHEUS = REST.partition("## At Prometheus")
 CODE = [path for folder in ("system", "actors", "learner", "deploy") for path in (ROOT / folder).rglob("*.py")]
 NAME = re.compile(
     r"(?:exact|posterior|task|length|log_reward|replay|idle|groups|samplers|learner|seconds|rate|tokens)/[a-z0-9_]+"
@@ -155,6 +158,22 @@ def test_the_page_has_every_figure_of_a_summary_and_no_other() -> None:
     row = {"prompt": "a", "log_z_lower": 0.0, "spread": 1.0}
     evaluations = [(step, Evaluation({}, [row])) for step in range(2)]
     assert summary(config(), Counters(), evaluations, 1.0, finished=True).keys() - OF_A_RUN == names(SUMMARY)
+
+
+def test_the_page_has_every_figure_for_prometheus_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: set[str] = set()
+
+    def kind(ending: str) -> Any:
+        def make(name: str, *_: Any) -> Mock:
+            made.add(f"ray_{name}{ending}")
+            return Mock()
+
+        return make
+
+    monkeypatch.setattr("deploy.ray_metrics.Gauge", kind(""))
+    monkeypatch.setattr("deploy.ray_metrics.Counter", kind("_total"))
+    RayMetrics("run-1")
+    assert made == names(PROMETHEUS)
 
 
 def test_the_page_and_the_report_say_the_same() -> None:

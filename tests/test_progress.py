@@ -2,14 +2,21 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from deploy import progress
 from deploy.progress import Lines, Screen, Standing, show
+from system.orchestrator import Orchestrator
+from system.trajectory import Group
+from tests.fakes import FakeLearner, FakeSamplers
+from tests.loops import config, orchestrator
 
 METRICS = {
     "loss": 0.25, "log_z": -3.5, "spread": 12.0, "ess": 0.5, "length/mean": 4.0, "rate/trajectories_per_second": 7.5,
@@ -29,7 +36,7 @@ def test_lines_come_at_once_then_seldom_and_for_the_last_step() -> None:
         shown.update(standing(step))
     shown.say("evaluation")
     first, last, said = out.getvalue().splitlines()
-    assert first.startswith("step 1/10  loss 0.25  u -3.500  spread 12  ess 0.50  length 4.0  7.5 traj/s  staleness 1.5")
+    assert first.startswith("step 1/10  loss 0.25  log_z -3.500  spread 12  ess 0.50  length 4.0  7.5 traj/s  staleness 1.5")
     assert first.endswith("learner idle 25%  samplers idle 30%  1 min 15 s left")
     assert last.startswith("step 10/10")
     assert said == "evaluation"
@@ -61,6 +68,27 @@ def test_a_terminal_gets_a_display_with_a_bar_and_messages_above_it(terminal: tu
     assert "run-1" in text and "6/10" in text and "1 min 15 s left" in text
     assert "evaluation [red]at step 5" in text, "a message is text and not markup"
     assert text.rindex("samplers idle 30%") > text.index("evaluation")
+
+
+def test_a_run_of_the_loop_is_drawn_on_a_real_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TERM": "xterm", "COLUMNS": "120", "LINES": "30"}.items():
+        monkeypatch.setenv(name, value)
+    cfg = config(steps=3)
+    terminal, side = os.openpty()
+    with open(side, "w") as out:
+        shown = show(out)
+        assert isinstance(shown, Screen)
+
+        def on_step(loop: Orchestrator, metrics: dict[str, float], _: list[Group]) -> None:
+            shown.update(Standing("run-1", cfg.learner.steps, loop.counters.step, metrics=metrics))
+
+        orchestrator(tmp_path, cfg, FakeSamplers(), FakeLearner(), on_step=on_step).train()
+        shown.close()
+        drawn = os.read(terminal, 100_000).decode()
+    os.close(terminal)
+    assert "\x1b[" in drawn and "run-1" in drawn and "3/3" in drawn
+    assert re.search(r"loss 0\.3333 +log_z 0\.000 +spread 0 +ess 1\.00 +length \d", drawn)
+    assert "learner idle" in drawn
 
 
 def test_log_handlers_follow_stderr_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
