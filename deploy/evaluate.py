@@ -120,10 +120,11 @@ def _upper_bound(problem: Problem, local: Local, result: Evaluation) -> dict[str
             continue
         trajectories_K = problem.demonstrations[prompt.id]
         scores = local.sampler.score(prompt, trajectories_K)
-        [score] = local.learner.score([Group(prompt, trajectories_K, tuple(scores.complete()), 0, 0)])
+        group = Group(prompt, trajectories_K, tuple(scores.complete()), 0, 0)
+        [score] = local.learner.score([group])
         told_tokens = len(trajectories_K[0]) + len(problem.reward_stop) + len(prompt.evidence_tokens or ())
-        differ.append(abs(score.log_reward_K[0] - prompt.meta["log_p"]) / told_tokens)
-        upper.append(float(np.mean(score.log_reward_K - score.log_q_K)))
+        differ.append(abs(group.end_log_reward_K[0] - prompt.meta["log_p"]) / told_tokens)
+        upper.append(float(np.mean(group.end_log_reward_K - score.log_q_K)))
         lower.append(row["log_z_lower"])
     if elsewhere := sum("log_p" in prompt.meta and prompt.id not in problem.exact for prompt in prompts.values()):
         logger.warning("no bound from above for %d stories, which were told within other lengths or tokens", elsewhere)

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deploy.prepare import prepare
 from deploy.runs import load_adapter
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from actors.sampler import Sampler
     from learner.learner import Learner
     from system.adapters import Adapter
+    from system.handles import GroupLogQ
     from system.scores import Scores
     from system.tasks.problem import Problem
     from system.trajectory import Group, Prompt, Request, Trajectory
@@ -56,7 +57,7 @@ class Local:
     def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[Scores]:
         return self.callers.submit(self.sampler.score, prompt, trajectories_K)
 
-    def score(self, groups: Sequence[Group]) -> Future[list[Any]]:
+    def score(self, groups: Sequence[Group]) -> Future[list[GroupLogQ]]:
         return self.callers.submit(self.learner.score, groups)
 
 

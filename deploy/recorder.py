@@ -100,7 +100,7 @@ class Recorder:
             {
                 "prompt": group.prompt.id,
                 "text": self._text(trajectory.tokens_T.tolist()),
-                "log_reward": float(log_reward_T[-1]),
+                "log_reward": float(log_reward),
                 "length": len(trajectory),
                 "temperature": trajectory.behaviour.temperature,
                 "epsilon": trajectory.behaviour.epsilon,
@@ -109,8 +109,8 @@ class Recorder:
             }
             | group.factors_of(k)
             for group in groups[:SAMPLE_ROWS]
-            for k, (trajectory, log_reward_T) in enumerate(
-                islice(zip(group.trajectories_K, group.log_reward_K, strict=True), of_each)
+            for k, (trajectory, log_reward) in enumerate(
+                islice(zip(group.trajectories_K, group.end_log_reward_K, strict=True), of_each)
             )
         ]
 

@@ -101,7 +101,8 @@ def _record(local: Local, group: Group) -> dict[str, Any]:
     if not len(group):
         return record | {"log_z": None, "ess": None, "samples": []}
     [score] = local.learner.score([group])
-    log_weight_K = score.log_reward_K / local.config.learner.reward_temperature.end - score.log_q_K
+    log_reward_K = group.end_log_reward_K
+    log_weight_K = log_reward_K / local.config.learner.reward_temperature.end - score.log_q_K
     weights_K = self_normalised(log_weight_K)
     rows = []
     for k, trajectory in enumerate(group.trajectories_K):
@@ -112,7 +113,7 @@ def _record(local: Local, group: Group) -> dict[str, Any]:
                 "tokens": tokens,
                 "stop": trajectory.stop,
                 "log_q": float(score.log_q_K[k]),
-                "log_reward": float(score.log_reward_K[k]),
+                "log_reward": float(log_reward_K[k]),
                 "log_weight": float(log_weight_K[k]),
                 "weight": float(weights_K[k]),
             }

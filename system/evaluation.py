@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from system.demonstrations import Rewards
-from system.handles import Samplers, asked
+from system.handles import GroupLogQ, Samplers, asked
 from system.posterior import Bounds, Exact, mean_metrics
 from system.requests import Requests
 from system.run_error import RunError
@@ -32,8 +32,8 @@ ENOUGH = 2
 
 
 class Scorer(Protocol):
-    def score(self, groups: Sequence[Group]) -> Future[list[Any]]:
-        """Per group a learner's Score: log_q_K, log_q_stop_K, log_reward_K."""
+    def score(self, groups: Sequence[Group]) -> Future[list[GroupLogQ]]:
+        """log q of the groups under the current policy, in order."""
         ...
 
 
@@ -103,15 +103,15 @@ def chosen(problem: Problem, scorer: Scorer, most: int | None = None) -> Evaluat
     return Evaluation(metrics, rows)
 
 
-def _scores(prompts: Sequence[Prompt], scorer: Scorer, trajectories_O: tuple[Trajectory, ...]) -> list[Any]:
-    """A Score of these trajectories for each prompt. Their rewards are not asked for."""
+def _scores(prompts: Sequence[Prompt], scorer: Scorer, trajectories_O: tuple[Trajectory, ...]) -> list[GroupLogQ]:
+    """log q of these trajectories for each prompt. Their rewards are not asked for."""
     unknown = tuple(np.zeros(len(trajectory) + 1) for trajectory in trajectories_O)
     groups = [Group(prompt, trajectories_O, unknown, 0, 0) for prompt in prompts]
     return _in_parts(groups, scorer)
 
 
-def _in_parts(groups: Sequence[Group], scorer: Scorer) -> list[Any]:
-    """A Score of each group. A learner that answers nothing for long counts as hung, so one call is not for all of many."""
+def _in_parts(groups: Sequence[Group], scorer: Scorer) -> list[GroupLogQ]:
+    """log q of each group. A learner that answers nothing for long counts as hung, so one call is not for all of many."""
     return [score for at in range(0, len(groups), AT_ONCE) for score in scorer.score(groups[at : at + AT_ONCE]).result()]
 
 
@@ -155,8 +155,8 @@ def log_reward_EK(group: Group, others: Sequence[tuple[int, ...]], rewards: Rewa
     Raises RewardError where one has none."""
     prompts = [replace(group.prompt, evidence_tokens=evidence) for evidence in others]
     answers = [asked(partial(rewards.log_reward, prompt, group.trajectories_K)) for prompt in prompts]
-    log_rewards = [*(answer().complete() for answer in answers), group.log_reward_K]
-    return np.array([[log_reward_T[-1] for log_reward_T in log_reward_K] for log_reward_K in log_rewards])
+    of_others = [[log_reward_T[-1] for log_reward_T in answer().complete()] for answer in answers]
+    return np.array([*of_others, group.end_log_reward_K])
 
 
 def sampled(
@@ -193,7 +193,8 @@ def sampled(
     scores = _in_parts(groups, scorer)
     bounds_G, per_prompt, table = [], [], []
     for group, score in zip(groups, scores, strict=True):
-        bounds = Bounds.of(score.log_reward_K / temperature - score.log_q_K, group.drawn)
+        log_reward_K = group.end_log_reward_K
+        bounds = Bounds.of(log_reward_K / temperature - score.log_q_K, group.drawn)
         bounds_G.append(bounds)
         lengths = [len(trajectory) for trajectory in group.trajectories_K]
         row = {name: getattr(bounds, name) for name in Bounds.__dataclass_fields__}
@@ -201,7 +202,7 @@ def sampled(
         per_prompt.append({"prompt": group.prompt.id, **row})
         for k, trajectory in enumerate(group.trajectories_K):
             of = {"prompt": group.prompt.id, "tokens": trajectory.tokens_T.tolist(), "length": len(trajectory)}
-            of |= {"log_q": float(score.log_q_K[k]), "log_reward": float(score.log_reward_K[k])}
+            of |= {"log_q": float(score.log_q_K[k]), "log_reward": float(log_reward_K[k])}
             table.append(of | group.factors_of(k))
     metrics = {}
     if behaviour == ON_POLICY:
@@ -221,7 +222,7 @@ def of_task(group: Group, judge: Judge) -> dict[str, float]:
     and may count as one answer what differs in its tokens."""
     metrics = {}
     if len(group):
-        log_reward_K = np.array([log_reward_T[-1] for log_reward_T in group.log_reward_K])
+        log_reward_K = group.end_log_reward_K
         metrics = {
             "max_log_reward": float(log_reward_K.max()),
             "mean_log_reward": float(log_reward_K.mean()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -70,6 +71,16 @@ class Pool(Samplers, Protocol):
     def deaths(self) -> int:
         """Samplers that died since the pool began, with work or without."""
         ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupLogQ:
+    """What a policy says of one group, without gradients."""
+
+    log_q_K: np.ndarray
+    """float64 [K]: log q of each whole trajectory, its stop included, nats."""
+    log_q_stop_K: np.ndarray
+    """float64 [K]: log q(stop) where it ended, nats; 0 where the stop was forced."""
 
 
 class LearnerHandle(Protocol):

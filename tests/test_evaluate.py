@@ -89,12 +89,12 @@ def test_bounds_from_self_consistent_stories_enclose_the_exact_log_z(folder: Pat
     outcomes = tuple(sampled(list(z)) for n in (1, 2, 3) for z in itertools.product(letters, repeat=n))
     exact, lower, gaps = [], [], []
     for prompt in problem.prompts:
-        log_reward_K = tuple(reward.log_rewards(prompt, outcomes))
-        [score] = learner.score([Group(prompt, outcomes, log_reward_K, 0, 0)])
-        q, u = np.exp(score.log_q_K), score.log_reward_K - score.log_q_K
+        group = Group(prompt, outcomes, tuple(reward.log_rewards(prompt, outcomes)), 0, 0)
+        [score] = learner.score([group])
+        q, u = np.exp(score.log_q_K), group.end_log_reward_K - score.log_q_K
         assert q.sum() == pytest.approx(1.0, abs=1e-4)
-        log_z = log_mean_exp(score.log_reward_K) + np.log(len(outcomes))
-        p = np.exp(score.log_reward_K - log_z)
+        log_z = log_mean_exp(group.end_log_reward_K) + np.log(len(outcomes))
+        p = np.exp(group.end_log_reward_K - log_z)
         exact.append(log_z)
         lower.append(float((q * u).sum()))
         gaps.append(float(((p - q) * u).sum()))

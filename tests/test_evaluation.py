@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 
 from system import evaluation
 from system.evaluation import Evaluation, Judge
+from system.handles import GroupLogQ
 from system.posterior import effective_share, log_mean_exp
 from system.requests import Requests
 from system.run_error import RunError
@@ -24,17 +23,10 @@ from tests.test_group_flow import Lossy
 class Scores:
     """log q of the samples of a group is -1, -2, …"""
 
-    def score(self, groups: Sequence[Group]) -> Future[list[Any]]:
-        answer: Future[list[Any]] = Future()
-        answer.set_result([self.of(group) for group in groups])
+    def score(self, groups: Sequence[Group]) -> Future[list[GroupLogQ]]:
+        answer: Future[list[GroupLogQ]] = Future()
+        answer.set_result([GroupLogQ(-np.arange(1.0, len(group) + 1), np.zeros(len(group))) for group in groups])
         return answer
-
-    def of(self, group: Group) -> Any:
-        return SimpleNamespace(
-            log_q_K=-np.arange(1.0, len(group) + 1),
-            log_q_stop_K=np.zeros(len(group)),
-            log_reward_K=np.array([values[-1] for values in group.log_reward_K]),
-        )
 
 
 def evaluated(samplers: FakeSamplers, temperature: float = 1.0, judge: Judge = lambda group: {}) -> Evaluation:

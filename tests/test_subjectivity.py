@@ -22,6 +22,7 @@ from learner.learner import Learner
 from system import demonstrations, evaluation, tasks
 from system.config import Config, ConfigError
 from system.config_file import load, parse
+from system.handles import GroupLogQ
 from system.language_model import LanguageModel
 from system.models import locate
 from system.pretrained import load_pretrained, load_tokenizer
@@ -285,8 +286,8 @@ class Learned:
     def __init__(self, learner: Learner) -> None:
         self.learner = learner
 
-    def score(self, groups: Sequence[Group]) -> Future[list[Any]]:
-        future: Future[list[Any]] = Future()
+    def score(self, groups: Sequence[Group]) -> Future[list[GroupLogQ]]:
+        future: Future[list[GroupLogQ]] = Future()
         future.set_result(self.learner.score(groups))
         return future
 
