@@ -26,6 +26,8 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +82,8 @@ def evaluate(
                 "of all that it may answer, and nothing is drawn; leave it out"
             )
         requests = Requests(problem.evaluated, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed)
-        judge = evaluation.judge(problem, lambda tokens: decode(tokenizer, tokens), local, diversity_measure())
+        text_of = partial(decode, tokenizer)
+        judge = evaluation.judge(problem, text_of, local, diversity_measure())
         for name in (only,) if only else WHICH:
             local.use({"base": None, "adapter": adapter}[name])
             result = evaluation.without_samples(problem, local)
@@ -93,15 +96,15 @@ def evaluate(
                     samples=samples,
                     temperature=temperature,
                     round_=ROUND,
+                    decode=text_of,
                     judge=judge,
                     behaviour=behaviour,
                 )
                 # What the model told is a sample of its own posterior, not of a tempered or sharpened one.
                 if temperature == 1 and config.task.reward.kind == "lm_posterior" and behaviour == ON_POLICY:
-                    result.metrics.update(_upper_bound(problem, local, result))
-                contexts = {prompt.id: decode(tokenizer, prompt.policy_tokens) for prompt in problem.prompts}
-                for row in result.samples:
-                    row |= {"text": decode(tokenizer, row.pop("tokens")), "context": contexts[row["prompt"]]}
+                    result = replace(result, metrics=result.metrics | _upper_bound(problem, local, result))
+                contexts = {prompt.id: text_of(prompt.policy_tokens) for prompt in problem.prompts}
+                result = replace(result, samples=[row | {"context": contexts[row["prompt"]]} for row in result.samples])
             yield name, result
 
 

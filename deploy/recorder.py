@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -119,10 +119,8 @@ class Recorder:
         step = loop.counters.step
         # It takes long, and nothing is lost with it.
         with self.stop.patient(False):
-            result = self._evaluation(step)
-        result.metrics["seconds_training"] = loop.counters.seconds
-        for row in result.samples:
-            row["text"] = self._text(row.pop("tokens"))
+            found = self._evaluation(step)
+        result = replace(found, metrics=found.metrics | {"seconds_training": loop.counters.seconds})
         earlier = [(at, evaluated) for at, evaluated in self.evaluations if at != step]
         self.evaluations = evaluation_files.appended(earlier, step, result)
         self.tracker.metrics(result.metrics, step)
@@ -140,7 +138,7 @@ class Recorder:
         return evaluation.sampled(
             self.requests.of(prompts), self.samplers, self.learner,
             samples=self.config.learner.evaluation_samples,
-            temperature=self.config.learner.reward_temperature.end, round_=step,
+            temperature=self.config.learner.reward_temperature.end, round_=step, decode=self._text,
             judge=evaluation.judge(self.problem, self._text, self.samplers),
         )  # fmt: skip
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from system.demonstrations import Rewards
-from system.handles import GroupLogQ, Samplers, asked
+from system.handles import GroupLogQ, Rewards, Samplers, Scorer, asked
 from system.posterior import Bounds, Exact, mean_metrics
 from system.requests import Requests
 from system.run_error import RunError
@@ -31,19 +29,13 @@ ENOUGH = 2
 """Samples of a prompt with a reward, for bounds. As in training, others are tolerated."""
 
 
-class Scorer(Protocol):
-    def score(self, groups: Sequence[Group]) -> Future[list[GroupLogQ]]:
-        """log q of the groups under the current policy, in order."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     metrics: dict[str, float]
     per_prompt: list[dict[str, Any]] = field(default_factory=list)
     """One row a prompt: its bounds."""
     samples: list[dict[str, Any]] = field(default_factory=list)
-    """One row a sample: prompt, tokens, length, log R, log q."""
+    """One row a sample: prompt, text, length in tokens, log q, log R, and what each factor of a product says."""
     log_q_O: np.ndarray | None = None
     """log q of the listed outcomes of the first prompt."""
 
@@ -167,6 +159,7 @@ def sampled(
     samples: int,
     temperature: float,
     round_: int,
+    decode: Callable[[Sequence[int]], str],
     judge: Judge = lambda group: {},
     behaviour: Behaviour = ON_POLICY,
 ) -> Evaluation:
@@ -201,7 +194,7 @@ def sampled(
         row |= {"length": float(np.mean(lengths))} | of_task(group, judge)
         per_prompt.append({"prompt": group.prompt.id, **row})
         for k, trajectory in enumerate(group.trajectories_K):
-            of = {"prompt": group.prompt.id, "tokens": trajectory.tokens_T.tolist(), "length": len(trajectory)}
+            of = {"prompt": group.prompt.id, "text": decode(trajectory.tokens_T.tolist()), "length": len(trajectory)}
             of |= {"log_q": float(score.log_q_K[k]), "log_reward": float(log_reward_K[k])}
             table.append(of | group.factors_of(k))
     metrics = {}

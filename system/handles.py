@@ -10,7 +10,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from system.run_error import RunError
-from system.trajectory import Group, Request
+from system.scores import Scores
+from system.trajectory import Group, Prompt, Request, Trajectory
 
 T = TypeVar("T")
 
@@ -73,6 +74,14 @@ class Pool(Samplers, Protocol):
         ...
 
 
+class Rewards(Protocol):
+    """Who scores samples that are there already."""
+
+    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[Scores]:
+        """log R at every prefix."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupLogQ:
     """What a policy says of one group, without gradients."""
@@ -81,6 +90,14 @@ class GroupLogQ:
     """float64 [K]: log q of each whole trajectory, its stop included, nats."""
     log_q_stop_K: np.ndarray
     """float64 [K]: log q(stop) where it ended, nats; 0 where the stop was forced."""
+
+
+class Scorer(Protocol):
+    """Who knows the policy."""
+
+    def score(self, groups: Sequence[Group]) -> Future[list[GroupLogQ]]:
+        """log q of the groups under the current policy, in their order."""
+        ...
 
 
 class LearnerHandle(Protocol):

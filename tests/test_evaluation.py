@@ -29,10 +29,16 @@ class Scores:
         return answer
 
 
+def spelled(tokens: Sequence[int]) -> str:
+    return " ".join(map(str, tokens))
+
+
 def evaluated(samplers: FakeSamplers, temperature: float = 1.0, judge: Judge = lambda group: {}) -> Evaluation:
     requests = Requests(PROMPTS, 2, Exploration(), 0)
     samplers.publish(0)
-    return evaluation.sampled(requests, samplers, Scores(), samples=4, temperature=temperature, round_=0, judge=judge)
+    return evaluation.sampled(
+        requests, samplers, Scores(), samples=4, temperature=temperature, round_=0, decode=spelled, judge=judge
+    )
 
 
 def test_bounds_are_at_the_temperature_of_the_reward() -> None:
@@ -76,7 +82,7 @@ def test_what_factors_of_the_reward_say_is_told_of_samples_prompts_and_all() -> 
     sums = {row["prompt"]: [] for row in result.per_prompt}
     for sample in result.samples:
         sums[sample["prompt"]].append(sample["reward/digits"])
-        assert sample["reward/digits"] == sum(sample["tokens"])
+        assert sample["reward/digits"] == sum(map(int, sample["text"].split()))
     means = [row["task/reward/digits"] for row in result.per_prompt]
     assert means == pytest.approx([np.mean(values) for values in sums.values()])
     assert result.metrics["task/reward/digits"] == pytest.approx(np.mean(means))

@@ -89,16 +89,16 @@ def test_a_table_of_samples_has_as_many_of_each_group_as_there_is_room_for(
 def test_samples_are_kept_of_the_first_and_the_last_evaluation_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, tracker = recorder(tmp_path, problem("continuation"))
     made.stop = cast(Any, SimpleNamespace(patient=lambda patient: nullcontext()))
-    monkeypatch.setattr(made, "_evaluation", lambda step: Evaluation({"x": float(step)}, samples=[{"tokens": [step + 3]}]))
+    monkeypatch.setattr(made, "_evaluation", lambda step: Evaluation({"x": float(step)}, samples=[{"text": f"at {step}"}]))
 
     def kept(evaluations: list[tuple[int, Evaluation]]) -> dict[int, list[Any]]:
         return {step: [row["text"] for row in found.samples] for step, found in evaluations}
 
-    text = [decode(TOKENIZER, [step + 3]) for step in range(6)]
     for step in (0, 2, 3, 5, 5):
         made.evaluate(cast(Any, SimpleNamespace(counters=SimpleNamespace(step=step, seconds=1.0))))
-        assert [row["text"] for row in tracker.tables["posterior_samples"]] == [text[step]]
-    assert kept(made.evaluations) == {0: [text[0]], 2: [], 3: [], 5: [text[5]]}
+        assert [row["text"] for row in tracker.tables["posterior_samples"]] == [f"at {step}"]
+        assert made.evaluations[-1][1].metrics == {"x": step, "seconds_training": 1.0}
+    assert kept(made.evaluations) == {0: ["at 0"], 2: [], 3: [], 5: ["at 5"]}
     assert kept(evaluation_files.read(tmp_path / "evaluations", made.config.task, 99)) == kept(made.evaluations)
     # A run that goes back to an earlier step has the samples of what is the last then.
-    assert kept(evaluation_files.go_back(tmp_path / "evaluations", made.config.task, 3)) == {0: [text[0]], 2: [], 3: [text[3]]}
+    assert kept(evaluation_files.go_back(tmp_path / "evaluations", made.config.task, 3)) == {0: ["at 0"], 2: [], 3: ["at 3"]}

@@ -230,7 +230,7 @@ def test_the_exact_evaluation_agrees_with_the_samples_it_draws(
     samplers.publish(learner.adapter(501))
     exact = evaluation.exact(problem, learner)
     requests = Requests(problem.prompts, 8, running.sampler.exploration, 0)
-    drawn = evaluation.sampled(requests, samplers, learner, samples=64, temperature=1.0, round_=0)
+    drawn = evaluation.sampled(requests, samplers, learner, samples=64, temperature=1.0, round_=0, decode=str)
     assert 0.0 <= exact.metrics["exact/listed_mass"] <= 1.0
     assert drawn.metrics["posterior/log_z_lower"] <= drawn.metrics["posterior/log_z_weighted"] + 1e-9
     valid = sum(sample["log_reward"] == 0.0 for sample in drawn.samples) / 64

@@ -317,13 +317,13 @@ def test_an_evaluation_lets_each_sample_vote_for_the_label_that_the_frozen_model
 ) -> None:
     """Three labels of different lengths, against log p(label | X Z stop) from one sequence at a time."""
     records = "".join(json.dumps({"text": text, "label": n % 3}) + "\n" for n, text in enumerate("abcdefghi"))
-    cfg, tokenizer, problem = built(folder, section(tmp_path, records, labels=["x", "y", "zz"]))
+    cfg, _, problem = built(folder, section(tmp_path, records, labels=["x", "y", "zz"]))
     model = load_pretrained(folder, torch.float32, torch.device("cpu"))
     samplers = Frozen(model, problem.reward_stop, SAMPLES)
     requests = Requests(problem.prompts, 2, cfg.sampler.exploration, 0)
     result = evaluation.sampled(
         requests, samplers, Learned(tuned(cfg, problem)), samples=len(SAMPLES), temperature=1.0, round_=0,
-        judge=evaluation.judge(problem, lambda tokens: decode(tokenizer, tokens), samplers),
+        decode=text_of, judge=evaluation.judge(problem, text_of, samplers),
     )  # fmt: skip
 
     right, shares, agreement = [], [], []
