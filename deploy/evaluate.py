@@ -71,7 +71,6 @@ def evaluate(
     from deploy.local import opened
     from system import evaluation
     from system.diversity import diversity_measure
-    from system.requests import Requests
     from system.text import decode
 
     with opened(config, samples) as local:
@@ -81,7 +80,6 @@ def evaluate(
                 f"--temperature={behaviour.temperature:g}: task.kind={config.task.kind} is evaluated here from the log-probs "
                 "of all that it may answer, and nothing is drawn; leave it out"
             )
-        requests = Requests(problem.evaluated, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed)
         text_of = partial(decode, tokenizer)
         judge = evaluation.judge(problem, text_of, local, diversity_measure())
         for name in (only,) if only else WHICH:
@@ -90,11 +88,12 @@ def evaluate(
             if result is None:
                 temperature = config.learner.reward_temperature.end
                 result = evaluation.sampled(
-                    requests,
+                    problem.evaluated,
                     local,
                     local,
                     samples=samples,
                     temperature=temperature,
+                    seed=config.seed,
                     round_=ROUND,
                     decode=text_of,
                     judge=judge,

@@ -24,7 +24,6 @@ from system import evaluation, evaluation_files
 from system.config import Config
 from system.evaluation import Evaluation
 from system.orchestrator import Orchestrator
-from system.requests import Requests
 from system.tasks.problem import Problem
 from system.text import decode
 from system.tracking import Tracker
@@ -42,7 +41,6 @@ class Recorder:
     run_dir: Path
     problem: Problem
     tokenizer: PreTrainedTokenizerBase
-    requests: Requests
     learner: RayLearner
     samplers: RaySamplers
     tracker: Tracker
@@ -134,11 +132,10 @@ class Recorder:
         most = self.config.learner.evaluation_prompts
         if (listed := evaluation.without_samples(self.problem, self.learner, most)) is not None:
             return listed
-        prompts = evaluation.evenly(self.problem.evaluated, most)
         return evaluation.sampled(
-            self.requests.of(prompts), self.samplers, self.learner,
+            evaluation.evenly(self.problem.evaluated, most), self.samplers, self.learner,
             samples=self.config.learner.evaluation_samples,
-            temperature=self.config.learner.reward_temperature.end, round_=step, decode=self._text,
+            temperature=self.config.learner.reward_temperature.end, seed=self.config.seed, round_=step, decode=self._text,
             judge=evaluation.judge(self.problem, self._text, self.samplers),
         )  # fmt: skip
 

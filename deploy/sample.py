@@ -81,12 +81,13 @@ def record_of(config: Config, text: str) -> dict[str, Any]:
 
 def draw(local: Local, samples: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     """A record for each prompt, in order, as soon as it is there."""
-    from system.requests import Requests
+    from system.requests import evaluation_request
 
-    config = local.config
-    requests = Requests(local.problem.prompts, samples, config.sampler.exploration, config.seed)
-    round_ = ROUND + seed
-    futures = deque(local.sample(requests.evaluation(index, samples, round_)) for index in range(len(requests.prompts)))
+    run_seed, round_ = local.config.seed, ROUND + seed
+    futures = deque(
+        local.sample(evaluation_request(prompt, index, samples, seed=run_seed, round_=round_))
+        for index, prompt in enumerate(local.problem.prompts)
+    )
     while futures:
         yield _record(local, futures.popleft().result())
 

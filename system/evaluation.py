@@ -13,11 +13,11 @@ import numpy as np
 
 from system.handles import GroupLogQ, Rewards, Samplers, Scorer, asked
 from system.posterior import Bounds, Exact, mean_metrics
-from system.requests import Requests
+from system.requests import evaluation_request
 from system.run_error import RunError
 from system.scores import RewardError
 from system.tasks.problem import Problem
-from system.trajectory import ON_POLICY, Behaviour, Group, Prompt, Trajectory
+from system.trajectory import ON_POLICY, Behaviour, Group, Prompt, Request, Trajectory
 from system.voting import preferred, tally
 
 logger = logging.getLogger(__name__)
@@ -152,18 +152,20 @@ def log_reward_EK(group: Group, others: Sequence[tuple[int, ...]], rewards: Rewa
 
 
 def sampled(
-    requests: Requests,
+    prompts: Sequence[Prompt],
     samplers: Samplers,
     scorer: Scorer,
     *,
     samples: int,
     temperature: float,
+    seed: int,
     round_: int,
     decode: Callable[[Sequence[int]], str],
     judge: Judge = lambda group: {},
     behaviour: Behaviour = ON_POLICY,
 ) -> Evaluation:
-    """Bounds on log Z, ESS and spread from `samples` draws of each prompt, at reward temperature `temperature`.
+    """Bounds on log Z, ESS and spread from `samples` draws of each prompt, at reward temperature `temperature`. `seed` and
+    `round_` as in `evaluation_request`.
 
     Draws by another `behaviour` than the policy's own bound nothing: then the metrics are task/… and the samples' length.
 
@@ -175,7 +177,11 @@ def sampled(
         SamplerDied: the samplers that a prompt was given to died again and again.
         RunError: no prompt has two samples with a reward.
     """
-    drawn = _draw(requests, samplers, samples, round_, behaviour)
+    requests = [
+        evaluation_request(prompt, index, samples, seed=seed, round_=round_, behaviour=behaviour)
+        for index, prompt in enumerate(prompts)
+    ]
+    drawn = _draw(requests, samplers)
     groups = [group for group in drawn if len(group) >= ENOUGH]
     if not groups:
         first = next((fault for group in drawn for fault in group.faults), "the samplers drew none")
@@ -239,9 +245,8 @@ def means(per_prompt: Sequence[Mapping[str, Any]], prefix: str | tuple[str, ...]
     return {name: float(np.mean(known)) for name, known in values.items() if known}
 
 
-def _draw(requests: Requests, samplers: Samplers, samples: int, round_: int, behaviour: Behaviour) -> list[Group]:
-    wanted = [requests.evaluation(index, samples, round_, behaviour) for index in range(len(requests.prompts))]
-    answers = [asked(partial(samplers.sample, request)) for request in wanted]
+def _draw(requests: Sequence[Request], samplers: Samplers) -> list[Group]:
+    answers = [asked(partial(samplers.sample, request)) for request in requests]
     groups = [answer() for answer in answers]
     for group in groups:
         if group.faults:

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +30,6 @@ from system.language_model import LanguageModel
 from system.models import locate
 from system.posterior import log_mean_exp
 from system.pretrained import load_pretrained, load_tokenizer
-from system.requests import Requests
 from system.tasks.problem import context_tokens
 from system.trajectory import ON_POLICY, Behaviour, Group, Prompt, sampled
 from tests import finished, tiny
@@ -306,10 +305,10 @@ def test_what_is_held_out_is_evaluated_at_the_last_temperature_and_told_stories_
     cfg = config_file.parse(sections)
     prepared = prepare(cfg)
     local = SimpleNamespace(problem=prepared.problem, tokenizer=prepared.tokenizer, use=lambda adapter: None)
-    asked: list[tuple[Any, dict[str, Any]]] = []
+    asked: list[tuple[Sequence[Prompt], dict[str, Any]]] = []
 
-    def found(requests: Requests, _samplers: Any, _scorer: Any, **how: Any) -> Evaluation:
-        asked.append((requests.prompts, how))
+    def found(prompts: Sequence[Prompt], _samplers: Any, _scorer: Any, **how: Any) -> Evaluation:
+        asked.append((prompts, how))
         return Evaluation({})
 
     monkeypatch.setattr("deploy.local.opened", lambda *_: nullcontext(local))
@@ -319,7 +318,7 @@ def test_what_is_held_out_is_evaluated_at_the_last_temperature_and_told_stories_
     [(_, result)] = evaluate.evaluate(cfg, folder / "adapter", 4, "adapter", behaviour)
     [(prompts, how)] = asked
     assert prompts == prepared.problem.prompts[1:]
-    assert (how["temperature"], how["behaviour"], how["samples"]) == (end, behaviour, 4)
+    assert (how["temperature"], how["behaviour"], how["samples"], how["seed"]) == (end, behaviour, 4, cfg.seed)
     assert bool(result.metrics) is bounded
 
 

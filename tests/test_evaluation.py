@@ -12,9 +12,7 @@ from system import evaluation
 from system.evaluation import Evaluation, Judge
 from system.handles import GroupLogQ
 from system.posterior import effective_share, log_mean_exp
-from system.requests import Requests
 from system.run_error import RunError
-from system.sampler_config import Exploration
 from system.trajectory import Group, sampled
 from tests.fakes import PROMPTS, FakeSamplers
 from tests.test_group_flow import Lossy
@@ -34,10 +32,9 @@ def spelled(tokens: Sequence[int]) -> str:
 
 
 def evaluated(samplers: FakeSamplers, temperature: float = 1.0, judge: Judge = lambda group: {}) -> Evaluation:
-    requests = Requests(PROMPTS, 2, Exploration(), 0)
     samplers.publish(0)
     return evaluation.sampled(
-        requests, samplers, Scores(), samples=4, temperature=temperature, round_=0, decode=spelled, judge=judge
+        PROMPTS, samplers, Scores(), samples=4, temperature=temperature, seed=0, round_=0, decode=spelled, judge=judge
     )
 
 

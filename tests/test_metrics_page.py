@@ -121,7 +121,7 @@ def written_out() -> set[str]:
                 case ast.Constant(value=str(name)) if NAME.fullmatch(name):
                     found.add(name)
                 case ast.BinOp(left=ast.Attribute(attr="metrics"), op=ast.BitOr(), right=ast.Dict(keys=keys)):
-                    found |= {key.value for key in keys if isinstance(key, ast.Constant)}
+                    found |= {str(key.value) for key in keys if isinstance(key, ast.Constant)}
     assert {"idle/samplers", "posterior/log_z_upper", "task/max_log_likelihood", "seconds_training"} <= found
     return found
 

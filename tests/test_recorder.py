@@ -42,8 +42,7 @@ class Kept:
 def recorder(folder: Path, given: Problem, **learner: Any) -> tuple[Recorder, Kept]:
     config = parse({"task": {"kind": "continuation"}, "learner": learner, "tracking": {"sample_table_every": 1}})
     tracker, other = Kept(), cast(Any, Kept())
-    handles = other, other, other
-    return Recorder(config, folder, given, TOKENIZER, *handles, cast(Any, tracker), *handles), tracker
+    return Recorder(config, folder, given, TOKENIZER, other, other, cast(Any, tracker), other, other, other), tracker
 
 
 def test_of_many_prompts_the_table_has_some_with_those_of_evaluations_and_the_digest_and_number_are_of_all(

@@ -26,7 +26,6 @@ from system.handles import GroupLogQ
 from system.language_model import LanguageModel
 from system.models import locate
 from system.pretrained import load_pretrained, load_tokenizer
-from system.requests import Requests
 from system.scores import Scores
 from system.tasks.problem import Problem
 from system.tasks.subjectivity import PACKAGED_REVIEWS
@@ -320,9 +319,8 @@ def test_an_evaluation_lets_each_sample_vote_for_the_label_that_the_frozen_model
     cfg, _, problem = built(folder, section(tmp_path, records, labels=["x", "y", "zz"]))
     model = load_pretrained(folder, torch.float32, torch.device("cpu"))
     samplers = Frozen(model, problem.reward_stop, SAMPLES)
-    requests = Requests(problem.prompts, 2, cfg.sampler.exploration, 0)
     result = evaluation.sampled(
-        requests, samplers, Learned(tuned(cfg, problem)), samples=len(SAMPLES), temperature=1.0, round_=0,
+        problem.prompts, samplers, Learned(tuned(cfg, problem)), samples=len(SAMPLES), temperature=1.0, seed=0, round_=0,
         decode=text_of, judge=evaluation.judge(problem, text_of, samplers),
     )  # fmt: skip
 
