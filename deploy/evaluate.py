@@ -82,29 +82,29 @@ def evaluate(
             )
         text_of = partial(decode, tokenizer)
         judge = evaluation.judge(problem, text_of, local, diversity_measure())
-        for name in (only,) if only else WHICH:
-            local.use({"base": None, "adapter": adapter}[name])
-            result = evaluation.without_samples(problem, local)
-            if result is None:
-                temperature = config.learner.reward_temperature.end
-                result = evaluation.sampled(
-                    problem.evaluated,
-                    local,
-                    local,
-                    samples=samples,
-                    temperature=temperature,
-                    seed=config.seed,
-                    round_=ROUND,
-                    decode=text_of,
-                    judge=judge,
-                    behaviour=behaviour,
-                )
-                # What the model told is a sample of its own posterior, not of a tempered or sharpened one.
-                if temperature == 1 and config.task.reward.kind == "lm_posterior" and behaviour == ON_POLICY:
-                    result = replace(result, metrics=result.metrics | _upper_bound(problem, local, result))
-                contexts = {prompt.id: text_of(prompt.policy_tokens) for prompt in problem.prompts}
-                result = replace(result, samples=[row | {"context": contexts[row["prompt"]]} for row in result.samples])
-            yield name, result
+
+        def evaluated() -> Evaluation:
+            if (listed := evaluation.without_samples(problem, local)) is not None:
+                return listed
+            temperature = config.learner.reward_temperature.end
+            result = evaluation.sampled(
+                problem.evaluated, local, local, samples=samples, temperature=temperature, seed=config.seed, round_=ROUND,
+                decode=text_of, judge=judge, behaviour=behaviour,
+            )  # fmt: skip
+            metrics = result.metrics
+            # What the model told is a sample of its own posterior, not of a tempered or sharpened one.
+            if temperature == 1 and config.task.reward.kind == "lm_posterior" and behaviour == ON_POLICY:
+                metrics = metrics | _upper_bound(problem, local, result)
+            contexts = {prompt.id: text_of(prompt.policy_tokens) for prompt in problem.prompts}
+            rows = [row | {"context": contexts[row["prompt"]]} for row in result.samples]
+            return replace(result, metrics=metrics, samples=rows)
+
+        if only != "adapter":
+            yield "base", evaluated()
+        if only != "base":
+            # There is no way back to the base.
+            local.use(adapter)
+            yield "adapter", evaluated()
 
 
 def _upper_bound(problem: Problem, local: Local, result: Evaluation) -> dict[str, float]:

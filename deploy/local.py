@@ -35,23 +35,22 @@ class Local:
     sampler: Sampler
     learner: Learner
     callers: ThreadPoolExecutor
-    adapter: Adapter | None = None
+    adapter: Adapter
+    """That is drawn with."""
 
-    def use(self, adapter: Path | None) -> None:
-        """From now on both models are the base with a run's adapter file; with None, which comes first, the base alone.
+    def use(self, adapter: Path) -> None:
+        """From now on both models are the base with a run's adapter file.
 
         Raises:
             ConfigError: the adapter is of another model or rank.
         """
-        if adapter is not None:
-            load_adapter(self.learner.policy, adapter, self.config.model.path, self.config.lora)
-        self.publish(self.learner.adapter(0 if self.adapter is None else self.adapter.version + 1))
+        load_adapter(self.learner.policy, adapter, self.config.model.path, self.config.lora)
+        self.publish(self.learner.adapter(self.adapter.version + 1))
 
     def publish(self, adapter: Adapter) -> None:
         self.adapter = adapter
 
     def sample(self, request: Request) -> Future[Group]:
-        assert self.adapter is not None
         return self.callers.submit(self.sampler.sample, request, self.adapter)
 
     def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[Scores]:
@@ -63,7 +62,8 @@ class Local:
 
 @contextmanager
 def opened(config: Config, samples: int) -> Iterator[Local]:
-    """The engine and the learner of a config, for groups of so many samples.
+    """The engine and the learner of a config, for groups of so many samples: both the base model, until they are told to `use`
+    an adapter.
 
     Raises:
         ConfigError: as `prepare`, and where either cannot be built.
@@ -76,6 +76,6 @@ def opened(config: Config, samples: int) -> Iterator[Local]:
     sampler = build_sampler(config, prepared.problem)
     with ThreadPoolExecutor(config.sampler.groups_at_once(samples)) as callers:
         try:
-            yield Local(config, prepared.problem, prepared.tokenizer, sampler, learner, callers)
+            yield Local(config, prepared.problem, prepared.tokenizer, sampler, learner, callers, learner.adapter(0))
         finally:
             sampler.close()

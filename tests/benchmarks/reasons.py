@@ -70,7 +70,8 @@ def reasoned_odds(config: Config, run: Path | None, samples: int) -> np.ndarray:
         return own_K - other_K if group.prompt.meta["label"] == second else other_K - own_K
 
     with opened(config, samples) as local:
-        local.use(adapter_file(run) if run else None)
+        if run:
+            local.use(adapter_file(run))
         groups = [
             local.sample(evaluation_request(prompt, at, samples, seed=config.seed, round_=0))
             for at, prompt in enumerate(local.problem.prompts)
