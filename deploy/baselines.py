@@ -158,8 +158,6 @@ class Baselines:
         """Without a row, and with what the task says alone, where the prompt has no two samples with a reward."""
         from dataclasses import replace
 
-        import numpy as np
-
         from actors.decoding import draw
         from system.evaluation import ENOUGH, of_task
         from system.trajectory import sampled
@@ -175,7 +173,7 @@ class Baselines:
         if len(group) < min(ENOUGH, len(drawn_K)):
             return metrics, []
         draws = draws.take(scores.kept)
-        log_reward_K = np.array([log_reward_T[-1] for log_reward_T in group.log_reward_K])
+        log_reward_K = group.end_log_reward_K
         if self.likelihood is not None:
             log_p_KT = self.likelihood.log_rewards(replace(prompt, evidence_tokens=None), group.trajectories_K)
             log_p_K = [float(log_p_T[-1]) for log_p_T in log_p_KT]

@@ -26,6 +26,8 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +71,6 @@ def evaluate(
     from deploy.local import opened
     from system import evaluation
     from system.diversity import diversity_measure
-    from system.requests import Requests
     from system.text import decode
 
     with opened(config, samples) as local:
@@ -79,30 +80,31 @@ def evaluate(
                 f"--temperature={behaviour.temperature:g}: task.kind={config.task.kind} is evaluated here from the log-probs "
                 "of all that it may answer, and nothing is drawn; leave it out"
             )
-        requests = Requests(problem.evaluated, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed)
-        judge = evaluation.judge(problem, lambda tokens: decode(tokenizer, tokens), local, diversity_measure())
-        for name in (only,) if only else WHICH:
-            local.use({"base": None, "adapter": adapter}[name])
-            result = evaluation.without_samples(problem, local)
-            if result is None:
-                temperature = config.learner.reward_temperature.end
-                result = evaluation.sampled(
-                    requests,
-                    local,
-                    local,
-                    samples=samples,
-                    temperature=temperature,
-                    round_=ROUND,
-                    judge=judge,
-                    behaviour=behaviour,
-                )
-                # What the model told is a sample of its own posterior, not of a tempered or sharpened one.
-                if temperature == 1 and config.task.reward.kind == "lm_posterior" and behaviour == ON_POLICY:
-                    result.metrics.update(_upper_bound(problem, local, result))
-                contexts = {prompt.id: decode(tokenizer, prompt.policy_tokens) for prompt in problem.prompts}
-                for row in result.samples:
-                    row |= {"text": decode(tokenizer, row.pop("tokens")), "context": contexts[row["prompt"]]}
-            yield name, result
+        text_of = partial(decode, tokenizer)
+        judge = evaluation.judge(problem, text_of, local, diversity_measure())
+
+        def evaluated() -> Evaluation:
+            if (listed := evaluation.without_samples(problem, local)) is not None:
+                return listed
+            temperature = config.learner.reward_temperature.end
+            result = evaluation.sampled(
+                problem.evaluated, local, local, samples=samples, temperature=temperature, seed=config.seed, round_=ROUND,
+                decode=text_of, judge=judge, behaviour=behaviour,
+            )  # fmt: skip
+            metrics = result.metrics
+            # What the model told is a sample of its own posterior, not of a tempered or sharpened one.
+            if temperature == 1 and config.task.reward.kind == "lm_posterior" and behaviour == ON_POLICY:
+                metrics = metrics | _upper_bound(problem, local, result)
+            contexts = {prompt.id: text_of(prompt.policy_tokens) for prompt in problem.prompts}
+            rows = [row | {"context": contexts[row["prompt"]]} for row in result.samples]
+            return replace(result, metrics=metrics, samples=rows)
+
+        if only != "adapter":
+            yield "base", evaluated()
+        if only != "base":
+            # There is no way back to the base.
+            local.use(adapter)
+            yield "adapter", evaluated()
 
 
 def _upper_bound(problem: Problem, local: Local, result: Evaluation) -> dict[str, float]:
@@ -120,10 +122,11 @@ def _upper_bound(problem: Problem, local: Local, result: Evaluation) -> dict[str
             continue
         trajectories_K = problem.demonstrations[prompt.id]
         scores = local.sampler.score(prompt, trajectories_K)
-        [score] = local.learner.score([Group(prompt, trajectories_K, tuple(scores.complete()), 0, 0)])
+        group = Group(prompt, trajectories_K, tuple(scores.complete()), 0, 0)
+        [score] = local.learner.score([group])
         told_tokens = len(trajectories_K[0]) + len(problem.reward_stop) + len(prompt.evidence_tokens or ())
-        differ.append(abs(score.log_reward_K[0] - prompt.meta["log_p"]) / told_tokens)
-        upper.append(float(np.mean(score.log_reward_K - score.log_q_K)))
+        differ.append(abs(group.end_log_reward_K[0] - prompt.meta["log_p"]) / told_tokens)
+        upper.append(float(np.mean(group.end_log_reward_K - score.log_q_K)))
         lower.append(row["log_z_lower"])
     if elsewhere := sum("log_p" in prompt.meta and prompt.id not in problem.exact for prompt in prompts.values()):
         logger.warning("no bound from above for %d stories, which were told within other lengths or tokens", elsewhere)

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from system.requests import Requests
     from system.tasks.problem import Problem
     from system.tracking import Tracker
-    from system.trajectory import Group
+    from system.trajectory import Group, Prompt
 
 logger = logging.getLogger("headwater")
 
@@ -171,19 +171,16 @@ class Job:
         from deploy.recorder import Recorder
         from system.evaluation import needs_samples
         from system.orchestrator import Orchestrator
-        from system.requests import Requests
 
-        config, run_dir, sampler = self.config, self.run_dir, self.config.sampler
+        config, run_dir = self.config, self.run_dir
         saved, problem = begun.saved, begun.prepared.problem
-        longest = problem.constraints.max_tokens
-        requests = Requests(problem.trained, sampler.samples_per_prompt, sampler.exploration, config.seed, longest)
         learner = RayLearner(config, problem)
         samplers = RaySamplers(config, problem, lambda: learner.nodes)
         ending.callback(samplers.close)
         learner.room = samplers.room
         recorder = Recorder(
-            config, run_dir, problem, begun.prepared.tokenizer, requests, learner, samplers,
-            tracker, progress, RayMetrics(run_dir.name), self.stop,
+            config, run_dir, problem, begun.prepared.tokenizer, learner, samplers, tracker,
+            progress, RayMetrics(run_dir.name), self.stop,
         )  # fmt: skip
         recorder.describe()
         wait_until_ready(learner, samplers)
@@ -194,9 +191,9 @@ class Job:
             samplers.fit(metrics["seconds/wait"] / metrics["seconds/step"])
 
         buffered = saved is not None and saved.is_of(config.task)
-        training, pool, replay = sources(config, problem, requests, samplers, lambda: loop.counters.version, buffered=buffered)
+        requests, pool, replay = sources(config, problem, samplers, lambda: loop.counters.version, buffered=buffered)
         loop = Orchestrator(
-            config, training, pool, learner, replay, tracker, run_dir / "checkpoints",
+            config, requests, pool, learner, replay, tracker, run_dir / "checkpoints",
             on_step=on_step, evaluate=recorder.evaluate, evaluation_draws=needs_samples(problem), should_stop=self.stop,
         )  # fmt: skip
         if saved is not None:
@@ -261,25 +258,30 @@ def start_from(weights: np.ndarray, learner: LearnerHandle, lora: Lora) -> None:
 
 
 def sources(
-    config: Config, problem: Problem, requests: Requests, samplers: RaySamplers, version: Callable[[], int], *, buffered: bool
+    config: Config, problem: Problem, samplers: RaySamplers, version: Callable[[], int], *, buffered: bool
 ) -> tuple[Requests, Pool, Replay]:
-    """Where training groups come from: samplers and replay, and the task's demonstrations where the config wants them.
+    """Where training groups come from: what is asked for, samplers and replay, and the task's demonstrations where the config
+    wants them.
 
     With `buffered` a checkpoint is to fill the replay buffer, so nothing is scored for it.
     """
     from learner.replay import Replay
     from system.demonstrations import Demonstrations, scored
+    from system.requests import Requests
 
-    replay = Replay(config.replay)
+    sampler, replay = config.sampler, Replay(config.replay)
     imitates = config.loss.kind == "mle"
     wanted = imitates or (config.replay.demonstrations and not buffered)
     groups = scored(problem, samplers) if wanted else []
-    if not imitates:
+    prompts: Sequence[Prompt] = problem.trained
+    pool: Pool = samplers
+    if imitates:
+        prompts, pool = [group.prompt for group in groups], Demonstrations(groups, samplers, version)
+    else:
         for group in groups:
             replay.add(group)
-        return requests, samplers, replay
-    prompts = [group.prompt for group in groups]
-    return requests.of(prompts), Demonstrations(groups, samplers, version), replay
+    longest = problem.constraints.max_tokens
+    return Requests(prompts, sampler.samples_per_prompt, sampler.exploration, config.seed, longest), pool, replay
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deploy.prepare import prepare
 from deploy.runs import load_adapter
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from actors.sampler import Sampler
     from learner.learner import Learner
     from system.adapters import Adapter
+    from system.handles import GroupLogQ
     from system.scores import Scores
     from system.tasks.problem import Problem
     from system.trajectory import Group, Prompt, Request, Trajectory
@@ -34,35 +35,35 @@ class Local:
     sampler: Sampler
     learner: Learner
     callers: ThreadPoolExecutor
-    adapter: Adapter | None = None
+    adapter: Adapter
+    """That is drawn with."""
 
-    def use(self, adapter: Path | None) -> None:
-        """From now on both models are the base with a run's adapter file; with None, which comes first, the base alone.
+    def use(self, adapter: Path) -> None:
+        """From now on both models are the base with a run's adapter file.
 
         Raises:
             ConfigError: the adapter is of another model or rank.
         """
-        if adapter is not None:
-            load_adapter(self.learner.policy, adapter, self.config.model.path, self.config.lora)
-        self.publish(self.learner.adapter(0 if self.adapter is None else self.adapter.version + 1))
+        load_adapter(self.learner.policy, adapter, self.config.model.path, self.config.lora)
+        self.publish(self.learner.adapter(self.adapter.version + 1))
 
     def publish(self, adapter: Adapter) -> None:
         self.adapter = adapter
 
     def sample(self, request: Request) -> Future[Group]:
-        assert self.adapter is not None
         return self.callers.submit(self.sampler.sample, request, self.adapter)
 
     def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[Scores]:
         return self.callers.submit(self.sampler.score, prompt, trajectories_K)
 
-    def score(self, groups: Sequence[Group]) -> Future[list[Any]]:
+    def score(self, groups: Sequence[Group]) -> Future[list[GroupLogQ]]:
         return self.callers.submit(self.learner.score, groups)
 
 
 @contextmanager
 def opened(config: Config, samples: int) -> Iterator[Local]:
-    """The engine and the learner of a config, for groups of so many samples.
+    """The engine and the learner of a config, for groups of so many samples: both the base model, until they are told to `use`
+    an adapter.
 
     Raises:
         ConfigError: as `prepare`, and where either cannot be built.
@@ -75,6 +76,6 @@ def opened(config: Config, samples: int) -> Iterator[Local]:
     sampler = build_sampler(config, prepared.problem)
     with ThreadPoolExecutor(config.sampler.groups_at_once(samples)) as callers:
         try:
-            yield Local(config, prepared.problem, prepared.tokenizer, sampler, learner, callers)
+            yield Local(config, prepared.problem, prepared.tokenizer, sampler, learner, callers, learner.adapter(0))
         finally:
             sampler.close()

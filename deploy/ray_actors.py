@@ -16,6 +16,7 @@ import ray
 
 from system.adapters import Adapter
 from system.config import Config
+from system.handles import GroupLogQ
 from system.scores import Scores
 from system.timeline import Span
 from system.trajectory import Group, Prompt, Request, Trajectory
@@ -118,7 +119,7 @@ class LearnerActor(BuiltActor):
         with self.part.timeline.span("adapter", "learner", version=version):
             return self.part.adapter(version)
 
-    def score(self, groups: Sequence[Group]) -> list[Any]:
+    def score(self, groups: Sequence[Group]) -> list[GroupLogQ]:
         with self.part.timeline.span("score", "learner"):
             return self.part.score(groups)
 

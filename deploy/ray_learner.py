@@ -23,7 +23,7 @@ from deploy.ray_actors import BuiltActor, LearnerActor
 from deploy.ray_errors import first_line, is_loss, raised
 from deploy.readiness import wait_until_ready
 from system.config import Config
-from system.handles import LearnerDied
+from system.handles import GroupLogQ, LearnerDied
 from system.trajectory import Group
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class RayLearner:
         """Waits for the weights, and returns a reference to them that outlives the learner and its node."""
         return ray.put(self._answer(_on(self._forwarding, "adapter", version)).result())
 
-    def score(self, groups: Sequence[Group]) -> Future[list[Any]]:
+    def score(self, groups: Sequence[Group]) -> Future[list[GroupLogQ]]:
         return self._answer(_on(self._forwarding, "score", ray.put(groups)))
 
     def save(self) -> Future[np.ndarray]:

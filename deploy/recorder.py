@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from system import evaluation, evaluation_files
 from system.config import Config
 from system.evaluation import Evaluation
 from system.orchestrator import Orchestrator
-from system.requests import Requests
 from system.tasks.problem import Problem
 from system.text import decode
 from system.tracking import Tracker
@@ -42,7 +41,6 @@ class Recorder:
     run_dir: Path
     problem: Problem
     tokenizer: PreTrainedTokenizerBase
-    requests: Requests
     learner: RayLearner
     samplers: RaySamplers
     tracker: Tracker
@@ -100,7 +98,7 @@ class Recorder:
             {
                 "prompt": group.prompt.id,
                 "text": self._text(trajectory.tokens_T.tolist()),
-                "log_reward": float(log_reward_T[-1]),
+                "log_reward": float(log_reward),
                 "length": len(trajectory),
                 "temperature": trajectory.behaviour.temperature,
                 "epsilon": trajectory.behaviour.epsilon,
@@ -109,8 +107,8 @@ class Recorder:
             }
             | group.factors_of(k)
             for group in groups[:SAMPLE_ROWS]
-            for k, (trajectory, log_reward_T) in enumerate(
-                islice(zip(group.trajectories_K, group.log_reward_K, strict=True), of_each)
+            for k, (trajectory, log_reward) in enumerate(
+                islice(zip(group.trajectories_K, group.end_log_reward_K, strict=True), of_each)
             )
         ]
 
@@ -119,10 +117,8 @@ class Recorder:
         step = loop.counters.step
         # It takes long, and nothing is lost with it.
         with self.stop.patient(False):
-            result = self._evaluation(step)
-        result.metrics["seconds_training"] = loop.counters.seconds
-        for row in result.samples:
-            row["text"] = self._text(row.pop("tokens"))
+            found = self._evaluation(step)
+        result = replace(found, metrics=found.metrics | {"seconds_training": loop.counters.seconds})
         earlier = [(at, evaluated) for at, evaluated in self.evaluations if at != step]
         self.evaluations = evaluation_files.appended(earlier, step, result)
         self.tracker.metrics(result.metrics, step)
@@ -136,11 +132,10 @@ class Recorder:
         most = self.config.learner.evaluation_prompts
         if (listed := evaluation.without_samples(self.problem, self.learner, most)) is not None:
             return listed
-        prompts = evaluation.evenly(self.problem.evaluated, most)
         return evaluation.sampled(
-            self.requests.of(prompts), self.samplers, self.learner,
+            evaluation.evenly(self.problem.evaluated, most), self.samplers, self.learner,
             samples=self.config.learner.evaluation_samples,
-            temperature=self.config.learner.reward_temperature.end, round_=step,
+            temperature=self.config.learner.reward_temperature.end, seed=self.config.seed, round_=step, decode=self._text,
             judge=evaluation.judge(self.problem, self._text, self.samplers),
         )  # fmt: skip
 

@@ -81,12 +81,13 @@ def record_of(config: Config, text: str) -> dict[str, Any]:
 
 def draw(local: Local, samples: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     """A record for each prompt, in order, as soon as it is there."""
-    from system.requests import Requests
+    from system.requests import evaluation_request
 
-    config = local.config
-    requests = Requests(local.problem.prompts, samples, config.sampler.exploration, config.seed)
-    round_ = ROUND + seed
-    futures = deque(local.sample(requests.evaluation(index, samples, round_)) for index in range(len(requests.prompts)))
+    run_seed, round_ = local.config.seed, ROUND + seed
+    futures = deque(
+        local.sample(evaluation_request(prompt, index, samples, seed=run_seed, round_=round_))
+        for index, prompt in enumerate(local.problem.prompts)
+    )
     while futures:
         yield _record(local, futures.popleft().result())
 
@@ -101,7 +102,8 @@ def _record(local: Local, group: Group) -> dict[str, Any]:
     if not len(group):
         return record | {"log_z": None, "ess": None, "samples": []}
     [score] = local.learner.score([group])
-    log_weight_K = score.log_reward_K / local.config.learner.reward_temperature.end - score.log_q_K
+    log_reward_K = group.end_log_reward_K
+    log_weight_K = log_reward_K / local.config.learner.reward_temperature.end - score.log_q_K
     weights_K = self_normalised(log_weight_K)
     rows = []
     for k, trajectory in enumerate(group.trajectories_K):
@@ -112,7 +114,7 @@ def _record(local: Local, group: Group) -> dict[str, Any]:
                 "tokens": tokens,
                 "stop": trajectory.stop,
                 "log_q": float(score.log_q_K[k]),
-                "log_reward": float(score.log_reward_K[k]),
+                "log_reward": float(log_reward_K[k]),
                 "log_weight": float(log_weight_K[k]),
                 "weight": float(weights_K[k]),
             }

@@ -84,7 +84,7 @@ def actions_of(
     def along(edge_N: Tensor, stop_N: Tensor) -> Tensor:
         return torch.where(actions, torch.where(stops, stop_N[nodes], edge_N[nodes]), 0.0)
 
-    reward_K = torch.tensor([log_reward_T[-1] / temperature for log_reward_T in group.log_reward_K], dtype=torch.float32)
+    reward_K = torch.from_numpy(group.end_log_reward_K / temperature).float()
     drawn = torch.from_numpy(drawn_KT).to(device)
     return Actions(
         along(*log_q),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +30,7 @@ from system.adapters import Adapter, Canary
 from system.checkpoint import CheckpointError
 from system.config import Config
 from system.constraints import Constraints
+from system.handles import GroupLogQ
 from system.models import locate
 from system.posterior import Bounds
 from system.prefix_tree import Packed, PrefixTree, rows_by_budget
@@ -53,18 +53,6 @@ def lr_at(config: learner_config.Learner, step: int) -> float:
     done = min(1.0, (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps))
     left = 1.0 - done if config.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
     return config.lr * (config.final_lr + (1.0 - config.final_lr) * left)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Score:
-    """What the current policy says of one group, without gradients."""
-
-    log_q_K: np.ndarray
-    """float64 [K]: log q of each whole trajectory, its stop included, nats."""
-    log_q_stop_K: np.ndarray
-    """float64 [K]: log q(stop) where it ended; 0 where the stop was forced."""
-    log_reward_K: np.ndarray
-    """float64 [K]: untempered log R of each whole trajectory, nats."""
 
 
 class Facts(NamedTuple):
@@ -187,11 +175,11 @@ class Learner:
             **{name: _mean_of_known(value_G) for name, value_G in by_name.items()},
         }
 
-    def score(self, groups: Sequence[Group]) -> list[Score]:
+    def score(self, groups: Sequence[Group]) -> list[GroupLogQ]:
         """log q of the trajectories under the current policy."""
         trees = [PrefixTree.of(group.trajectories_K) for group in groups]
         pieces = [self._piece(tree, group, tree.is_end_N) for tree, group in zip(trees, groups, strict=True)]
-        scores: dict[int, Score] = {}
+        scores: dict[int, GroupLogQ] = {}
         for row in rows_by_budget([len(piece) for piece in pieces], self.config.token_budget):
             with torch.no_grad():
                 log_q = self._log_q([pieces[index] for index in row])
@@ -200,8 +188,7 @@ class Learner:
                 tree = trees[index]
                 stop_K = stop_N[tree.ends_K]
                 path_K = np.array([edge_N[nodes_T].sum() for nodes_T in tree.nodes_K])
-                reward_K = np.array([log_reward_T[-1] for log_reward_T in groups[index].log_reward_K])
-                scores[index] = Score(path_K + stop_K, stop_K, reward_K)
+                scores[index] = GroupLogQ(path_K + stop_K, stop_K)
         return [scores[index] for index in range(len(groups))]
 
     def _pack(self, group: Group) -> PackedGroup:

@@ -7,21 +7,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from system.config import ConfigError
-from system.handles import Pool, asked
-from system.scores import Scores
+from system.handles import Pool, Rewards, asked
 from system.tasks.problem import Problem
-from system.trajectory import Group, Prompt, Request, Trajectory
+from system.trajectory import Group, Prompt, Request
 
 logger = logging.getLogger(__name__)
-
-
-class Rewards(Protocol):
-    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[Scores]:
-        """log R at every prefix."""
-        ...
 
 
 def shown(problem: Problem) -> list[Prompt]:

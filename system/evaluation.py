@@ -5,21 +5,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from system.demonstrations import Rewards
-from system.handles import Samplers, asked
+from system.handles import GroupLogQ, Rewards, Samplers, Scorer, asked
 from system.posterior import Bounds, Exact, mean_metrics
-from system.requests import Requests
+from system.requests import evaluation_request
 from system.run_error import RunError
 from system.scores import RewardError
 from system.tasks.problem import Problem
-from system.trajectory import ON_POLICY, Behaviour, Group, Prompt, Trajectory
+from system.trajectory import ON_POLICY, Behaviour, Group, Prompt, Request, Trajectory
 from system.voting import preferred, tally
 
 logger = logging.getLogger(__name__)
@@ -31,19 +29,13 @@ ENOUGH = 2
 """Samples of a prompt with a reward, for bounds. As in training, others are tolerated."""
 
 
-class Scorer(Protocol):
-    def score(self, groups: Sequence[Group]) -> Future[list[Any]]:
-        """Per group a learner's Score: log_q_K, log_q_stop_K, log_reward_K."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     metrics: dict[str, float]
     per_prompt: list[dict[str, Any]] = field(default_factory=list)
     """One row a prompt: its bounds."""
     samples: list[dict[str, Any]] = field(default_factory=list)
-    """One row a sample: prompt, tokens, length, log R, log q."""
+    """One row a sample: prompt, text, length in tokens, log q, log R, and what each factor of a product says."""
     log_q_O: np.ndarray | None = None
     """log q of the listed outcomes of the first prompt."""
 
@@ -103,15 +95,15 @@ def chosen(problem: Problem, scorer: Scorer, most: int | None = None) -> Evaluat
     return Evaluation(metrics, rows)
 
 
-def _scores(prompts: Sequence[Prompt], scorer: Scorer, trajectories_O: tuple[Trajectory, ...]) -> list[Any]:
-    """A Score of these trajectories for each prompt. Their rewards are not asked for."""
+def _scores(prompts: Sequence[Prompt], scorer: Scorer, trajectories_O: tuple[Trajectory, ...]) -> list[GroupLogQ]:
+    """log q of these trajectories for each prompt. Their rewards are not asked for."""
     unknown = tuple(np.zeros(len(trajectory) + 1) for trajectory in trajectories_O)
     groups = [Group(prompt, trajectories_O, unknown, 0, 0) for prompt in prompts]
     return _in_parts(groups, scorer)
 
 
-def _in_parts(groups: Sequence[Group], scorer: Scorer) -> list[Any]:
-    """A Score of each group. A learner that answers nothing for long counts as hung, so one call is not for all of many."""
+def _in_parts(groups: Sequence[Group], scorer: Scorer) -> list[GroupLogQ]:
+    """log q of each group. A learner that answers nothing for long counts as hung, so one call is not for all of many."""
     return [score for at in range(0, len(groups), AT_ONCE) for score in scorer.score(groups[at : at + AT_ONCE]).result()]
 
 
@@ -155,22 +147,25 @@ def log_reward_EK(group: Group, others: Sequence[tuple[int, ...]], rewards: Rewa
     Raises RewardError where one has none."""
     prompts = [replace(group.prompt, evidence_tokens=evidence) for evidence in others]
     answers = [asked(partial(rewards.log_reward, prompt, group.trajectories_K)) for prompt in prompts]
-    log_rewards = [*(answer().complete() for answer in answers), group.log_reward_K]
-    return np.array([[log_reward_T[-1] for log_reward_T in log_reward_K] for log_reward_K in log_rewards])
+    of_others = [[log_reward_T[-1] for log_reward_T in answer().complete()] for answer in answers]
+    return np.array([*of_others, group.end_log_reward_K])
 
 
 def sampled(
-    requests: Requests,
+    prompts: Sequence[Prompt],
     samplers: Samplers,
     scorer: Scorer,
     *,
     samples: int,
     temperature: float,
+    seed: int,
     round_: int,
+    decode: Callable[[Sequence[int]], str],
     judge: Judge = lambda group: {},
     behaviour: Behaviour = ON_POLICY,
 ) -> Evaluation:
-    """Bounds on log Z, ESS and spread from `samples` draws of each prompt, at reward temperature `temperature`.
+    """Bounds on log Z, ESS and spread from `samples` draws of each prompt, at reward temperature `temperature`. `seed` and
+    `round_` as in `evaluation_request`.
 
     Draws by another `behaviour` than the policy's own bound nothing: then the metrics are task/… and the samples' length.
 
@@ -182,7 +177,11 @@ def sampled(
         SamplerDied: the samplers that a prompt was given to died again and again.
         RunError: no prompt has two samples with a reward.
     """
-    drawn = _draw(requests, samplers, samples, round_, behaviour)
+    requests = [
+        evaluation_request(prompt, index, samples, seed=seed, round_=round_, behaviour=behaviour)
+        for index, prompt in enumerate(prompts)
+    ]
+    drawn = _draw(requests, samplers)
     groups = [group for group in drawn if len(group) >= ENOUGH]
     if not groups:
         first = next((fault for group in drawn for fault in group.faults), "the samplers drew none")
@@ -193,15 +192,16 @@ def sampled(
     scores = _in_parts(groups, scorer)
     bounds_G, per_prompt, table = [], [], []
     for group, score in zip(groups, scores, strict=True):
-        bounds = Bounds.of(score.log_reward_K / temperature - score.log_q_K, group.drawn)
+        log_reward_K = group.end_log_reward_K
+        bounds = Bounds.of(log_reward_K / temperature - score.log_q_K, group.drawn)
         bounds_G.append(bounds)
         lengths = [len(trajectory) for trajectory in group.trajectories_K]
         row = {name: getattr(bounds, name) for name in Bounds.__dataclass_fields__}
         row |= {"length": float(np.mean(lengths))} | of_task(group, judge)
         per_prompt.append({"prompt": group.prompt.id, **row})
         for k, trajectory in enumerate(group.trajectories_K):
-            of = {"prompt": group.prompt.id, "tokens": trajectory.tokens_T.tolist(), "length": len(trajectory)}
-            of |= {"log_q": float(score.log_q_K[k]), "log_reward": float(score.log_reward_K[k])}
+            of = {"prompt": group.prompt.id, "text": decode(trajectory.tokens_T.tolist()), "length": len(trajectory)}
+            of |= {"log_q": float(score.log_q_K[k]), "log_reward": float(log_reward_K[k])}
             table.append(of | group.factors_of(k))
     metrics = {}
     if behaviour == ON_POLICY:
@@ -221,7 +221,7 @@ def of_task(group: Group, judge: Judge) -> dict[str, float]:
     and may count as one answer what differs in its tokens."""
     metrics = {}
     if len(group):
-        log_reward_K = np.array([log_reward_T[-1] for log_reward_T in group.log_reward_K])
+        log_reward_K = group.end_log_reward_K
         metrics = {
             "max_log_reward": float(log_reward_K.max()),
             "mean_log_reward": float(log_reward_K.mean()),
@@ -245,9 +245,8 @@ def means(per_prompt: Sequence[Mapping[str, Any]], prefix: str | tuple[str, ...]
     return {name: float(np.mean(known)) for name, known in values.items() if known}
 
 
-def _draw(requests: Requests, samplers: Samplers, samples: int, round_: int, behaviour: Behaviour) -> list[Group]:
-    wanted = [requests.evaluation(index, samples, round_, behaviour) for index in range(len(requests.prompts))]
-    answers = [asked(partial(samplers.sample, request)) for request in wanted]
+def _draw(requests: Sequence[Request], samplers: Samplers) -> list[Group]:
+    answers = [asked(partial(samplers.sample, request)) for request in requests]
     groups = [answer() for answer in answers]
     for group in groups:
         if group.faults:

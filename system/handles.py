@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from system.run_error import RunError
-from system.trajectory import Group, Request
+from system.scores import Scores
+from system.trajectory import Group, Prompt, Request, Trajectory
 
 T = TypeVar("T")
 
@@ -69,6 +71,32 @@ class Pool(Samplers, Protocol):
     @property
     def deaths(self) -> int:
         """Samplers that died since the pool began, with work or without."""
+        ...
+
+
+class Rewards(Protocol):
+    """Who scores samples that are there already."""
+
+    def log_reward(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Future[Scores]:
+        """log R at every prefix."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupLogQ:
+    """What a policy says of one group, without gradients."""
+
+    log_q_K: np.ndarray
+    """float64 [K]: log q of each whole trajectory, its stop included, nats."""
+    log_q_stop_K: np.ndarray
+    """float64 [K]: log q(stop) where it ended, nats; 0 where the stop was forced."""
+
+
+class Scorer(Protocol):
+    """Who knows the policy."""
+
+    def score(self, groups: Sequence[Group]) -> Future[list[GroupLogQ]]:
+        """log q of the groups under the current policy, in their order."""
         ...
 
 

@@ -16,8 +16,10 @@ from system.trajectory import ON_POLICY, Behaviour, Prompt, Request
 
 
 class Requests:
+    """What the training asks for, group after group."""
+
     def __init__(
-        self, prompts: Sequence[Prompt], samples_per_prompt: int, exploration: Exploration, seed: int, max_tokens: int = 0
+        self, prompts: Sequence[Prompt], samples_per_prompt: int, exploration: Exploration, seed: int, max_tokens: int
     ) -> None:
         """`max_tokens` is the most actions of a sample: hints are planted within them."""
         if not prompts:
@@ -30,10 +32,6 @@ class Requests:
         self._shuffled: tuple[int, np.ndarray] | None = None
         """The epoch at hand and its order: of many prompts that takes longer than all else here."""
 
-    def of(self, prompts: Sequence[Prompt]) -> Requests:
-        """The same for other prompts."""
-        return Requests(prompts, self.samples_per_prompt, self.exploration, self.seed, self.max_tokens)
-
     def training(self, group_id: int) -> Request:
         """The request of group `group_id`, from 0."""
         epoch, index = divmod(group_id, len(self.prompts))
@@ -44,10 +42,14 @@ class Requests:
         behaviours = explore(self.exploration.at(group_id), self.samples_per_prompt, prompt.hints, self.max_tokens, rng)
         return Request(group_id, prompt, behaviours, int(rng.integers(2**31)))
 
-    def evaluation(self, index: int, samples: int, round_: int, behaviour: Behaviour = ON_POLICY) -> Request:
-        """Samples of prompt `index`. Its id is negative: it is no group of the training."""
-        rng = np.random.default_rng((self.seed, 3, round_, index))
-        return Request(-1 - index, self.prompts[index], (behaviour,) * samples, int(rng.integers(2**31)))
+
+def evaluation_request(
+    prompt: Prompt, index: int, samples: int, *, seed: int, round_: int, behaviour: Behaviour = ON_POLICY
+) -> Request:
+    """Samples of the prompt that is number `index` of an evaluation; each round has draws of its own. The request's id is
+    negative: it is no group of the training."""
+    rng = np.random.default_rng((seed, 3, round_, index))
+    return Request(-1 - index, prompt, (behaviour,) * samples, int(rng.integers(2**31)))
 
 
 def explore(

@@ -15,7 +15,7 @@ def of_groups(fresh: Sequence[Group], staleness: Sequence[int]) -> dict[str, flo
     """Of the fresh groups of an update, and how many updates behind the version of each was."""
     trajectories = [trajectory for group in fresh for trajectory in group.trajectories_K]
     lengths = [len(trajectory) for trajectory in trajectories]
-    log_reward = [float(log_reward_T[-1]) for group in fresh for log_reward_T in group.log_reward_K]
+    log_reward = np.concatenate([group.end_log_reward_K for group in fresh])
     return {
         "staleness": float(np.mean(staleness)),
         "length/mean": float(np.mean(lengths)),

@@ -210,6 +210,11 @@ class Group:
         return len(self.trajectories_K)
 
     @property
+    def end_log_reward_K(self) -> np.ndarray:
+        """float64 [K]: untempered log R of each whole sample, nats."""
+        return np.array([log_reward_T[-1] for log_reward_T in self.log_reward_K], np.float64)
+
+    @property
     def drawn(self) -> int:
         """Samples, those that are not here among them."""
         return len(self.trajectories_K) + len(self.faults)

@@ -37,10 +37,10 @@ from learner.replay import Replay
 from system.config import Config
 from system.config_file import parse
 from system.orchestrator import Orchestrator
-from system.requests import Requests
 from system.trajectory import Group
 from tests import nodes, tiny
 from tests.fakes import FakeTracker
+from tests.loops import requests_of
 
 STEPS_EACH = 60
 """Updates of a run for each injection."""
@@ -255,7 +255,7 @@ def _run(fault: Fault, injections: int, folder: Path, cluster: Cluster | None) -
                 break
             time.sleep(0.1)
 
-    requests = Requests(problem.prompts, config.sampler.samples_per_prompt, config.sampler.exploration, config.seed)
+    requests = requests_of(config, problem.prompts)
     loop = Orchestrator(
         config, requests, crew.samplers, crew.learner, buffer, FakeTracker(), folder / "checkpoints",
         on_step=on_step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from system.config_file import parse
 from system.loop_state import LoopState
 from system.orchestrator import Orchestrator
 from system.requests import Requests
+from system.trajectory import Prompt
 from tests.fakes import PROMPTS, FakeLearner, FakeSamplers, FakeTracker
 
 
@@ -26,10 +28,14 @@ def config(**learner: Any) -> Config:
     return parse({"task": {"kind": "random_number"}, "learner": settings, "sampler": {"samples_per_prompt": 3}})
 
 
+def requests_of(cfg: Config, prompts: Sequence[Prompt] = PROMPTS) -> Requests:
+    """What a run asks for."""
+    return Requests(prompts, cfg.sampler.samples_per_prompt, cfg.sampler.exploration, cfg.seed, cfg.task.max_tokens)
+
+
 def orchestrator(tmp_path: Path, cfg: Config, samplers: FakeSamplers, learner: FakeLearner, **options: Any) -> Orchestrator:
-    requests = Requests(PROMPTS, cfg.sampler.samples_per_prompt, cfg.sampler.exploration, cfg.seed)
     return Orchestrator(
-        cfg, requests, samplers, learner, Replay(cfg.replay), FakeTracker(), tmp_path / "checkpoints", **options
+        cfg, requests_of(cfg), samplers, learner, Replay(cfg.replay), FakeTracker(), tmp_path / "checkpoints", **options
     )
 
 

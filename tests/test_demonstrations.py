@@ -12,7 +12,7 @@ from system import demonstrations
 from system.config import ConfigError
 from system.config_file import parse
 from system.constraints import Constraints
-from system.requests import Requests
+from system.requests import Requests, evaluation_request
 from system.scores import Scores
 from system.tasks.problem import Problem
 from system.trajectory import Prompt, Trajectory, sampled
@@ -77,14 +77,14 @@ def test_training_requests_get_demonstrations_and_evaluations_the_real_samplers(
     groups = demonstrations.scored(PROBLEM, Lengths())
     source = demonstrations.Demonstrations(groups, samplers, lambda: 7)
     exploration = parse({"task": {"kind": "random_number"}}).sampler.exploration
-    requests = Requests(PROMPTS, 4, exploration, 0).of([group.prompt for group in groups])
+    requests = Requests([group.prompt for group in groups], 4, exploration, 0, 4)
     source.publish(7)
     seen = [source.sample(requests.training(number)).result() for number in range(4)]
     assert {group.prompt.id for group in seen} == set(SHOWN)
     assert [(group.group_id, group.adapter_version) for group in seen] == [(number, 7) for number in range(4)]
     assert all(group.trajectories_K == SHOWN[group.prompt.id] for group in seen)
     assert not samplers.issued
-    assert len(source.sample(requests.evaluation(0, 3, 0)).result()) == 3
+    assert len(source.sample(evaluation_request(PROMPTS[0], 0, 3, seed=0, round_=0)).result()) == 3
     assert samplers.issued == [-1]
     assert samplers.version == 7
 
@@ -95,17 +95,18 @@ class Rewarding(FakeSamplers, Lengths): ...
 @pytest.mark.parametrize("buffered", [False, True])
 def test_the_buffer_starts_with_the_demonstrations_unless_a_checkpoint_fills_it(buffered: bool) -> None:
     cfg = parse({"task": {"kind": "random_number"}, "replay": {"fresh": 0.5, "uniform": 0.5, "demonstrations": True}})
-    requests, samplers = Requests(PROMPTS, 4, cfg.sampler.exploration, 0), Rewarding()
-    training, pool, replay = sources(cfg, PROBLEM, requests, samplers, lambda: 0, buffered=buffered)  # type: ignore[arg-type]
-    assert (training, pool, len(replay)) == (requests, samplers, 0 if buffered else 3)
+    samplers = Rewarding()
+    requests, pool, replay = sources(cfg, PROBLEM, samplers, lambda: 0, buffered=buffered)  # type: ignore[arg-type]
+    assert (requests.prompts, requests.max_tokens) == (PROMPTS, 4)
+    assert (pool, len(replay)) == (samplers, 0 if buffered else 3)
 
 
 @pytest.mark.parametrize("buffered", [False, True])
 def test_imitation_asks_for_prompts_with_demonstrations_and_has_these_in_place_of_samples(buffered: bool) -> None:
     cfg = parse({"task": {"kind": "random_number"}, "loss": {"kind": "mle"}})
-    requests, samplers = Requests(PROMPTS, 4, cfg.sampler.exploration, 0), Rewarding()
-    training, pool, _ = sources(cfg, PROBLEM, requests, samplers, lambda: 7, buffered=buffered)  # type: ignore[arg-type]
-    assert [prompt.id for prompt in training.prompts] == list(SHOWN)
-    group = pool.sample(training.training(0)).result()
+    samplers = Rewarding()
+    requests, pool, _ = sources(cfg, PROBLEM, samplers, lambda: 7, buffered=buffered)  # type: ignore[arg-type]
+    assert [prompt.id for prompt in requests.prompts] == list(SHOWN)
+    group = pool.sample(requests.training(0)).result()
     assert (group.trajectories_K, group.adapter_version) == (SHOWN[group.prompt.id], 7)
     assert not samplers.issued

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +30,6 @@ from system.language_model import LanguageModel
 from system.models import locate
 from system.posterior import log_mean_exp
 from system.pretrained import load_pretrained, load_tokenizer
-from system.requests import Requests
 from system.tasks.problem import context_tokens
 from system.trajectory import ON_POLICY, Behaviour, Group, Prompt, sampled
 from tests import finished, tiny
@@ -89,12 +88,12 @@ def test_bounds_from_self_consistent_stories_enclose_the_exact_log_z(folder: Pat
     outcomes = tuple(sampled(list(z)) for n in (1, 2, 3) for z in itertools.product(letters, repeat=n))
     exact, lower, gaps = [], [], []
     for prompt in problem.prompts:
-        log_reward_K = tuple(reward.log_rewards(prompt, outcomes))
-        [score] = learner.score([Group(prompt, outcomes, log_reward_K, 0, 0)])
-        q, u = np.exp(score.log_q_K), score.log_reward_K - score.log_q_K
+        group = Group(prompt, outcomes, tuple(reward.log_rewards(prompt, outcomes)), 0, 0)
+        [score] = learner.score([group])
+        q, u = np.exp(score.log_q_K), group.end_log_reward_K - score.log_q_K
         assert q.sum() == pytest.approx(1.0, abs=1e-4)
-        log_z = log_mean_exp(score.log_reward_K) + np.log(len(outcomes))
-        p = np.exp(score.log_reward_K - log_z)
+        log_z = log_mean_exp(group.end_log_reward_K) + np.log(len(outcomes))
+        p = np.exp(group.end_log_reward_K - log_z)
         exact.append(log_z)
         lower.append(float((q * u).sum()))
         gaps.append(float(((p - q) * u).sum()))
@@ -306,10 +305,10 @@ def test_what_is_held_out_is_evaluated_at_the_last_temperature_and_told_stories_
     cfg = config_file.parse(sections)
     prepared = prepare(cfg)
     local = SimpleNamespace(problem=prepared.problem, tokenizer=prepared.tokenizer, use=lambda adapter: None)
-    asked: list[tuple[Any, dict[str, Any]]] = []
+    asked: list[tuple[Sequence[Prompt], dict[str, Any]]] = []
 
-    def found(requests: Requests, _samplers: Any, _scorer: Any, **how: Any) -> Evaluation:
-        asked.append((requests.prompts, how))
+    def found(prompts: Sequence[Prompt], _samplers: Any, _scorer: Any, **how: Any) -> Evaluation:
+        asked.append((prompts, how))
         return Evaluation({})
 
     monkeypatch.setattr("deploy.local.opened", lambda *_: nullcontext(local))
@@ -319,7 +318,7 @@ def test_what_is_held_out_is_evaluated_at_the_last_temperature_and_told_stories_
     [(_, result)] = evaluate.evaluate(cfg, folder / "adapter", 4, "adapter", behaviour)
     [(prompts, how)] = asked
     assert prompts == prepared.problem.prompts[1:]
-    assert (how["temperature"], how["behaviour"], how["samples"]) == (end, behaviour, 4)
+    assert (how["temperature"], how["behaviour"], how["samples"], how["seed"]) == (end, behaviour, 4, cfg.seed)
     assert bool(result.metrics) is bounded
 
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 
 from system import evaluation
 from system.evaluation import Evaluation, Judge
+from system.handles import GroupLogQ
 from system.posterior import effective_share, log_mean_exp
-from system.requests import Requests
 from system.run_error import RunError
-from system.sampler_config import Exploration
 from system.trajectory import Group, sampled
 from tests.fakes import PROMPTS, FakeSamplers
 from tests.test_group_flow import Lossy
@@ -24,23 +21,21 @@ from tests.test_group_flow import Lossy
 class Scores:
     """log q of the samples of a group is -1, -2, …"""
 
-    def score(self, groups: Sequence[Group]) -> Future[list[Any]]:
-        answer: Future[list[Any]] = Future()
-        answer.set_result([self.of(group) for group in groups])
+    def score(self, groups: Sequence[Group]) -> Future[list[GroupLogQ]]:
+        answer: Future[list[GroupLogQ]] = Future()
+        answer.set_result([GroupLogQ(-np.arange(1.0, len(group) + 1), np.zeros(len(group))) for group in groups])
         return answer
 
-    def of(self, group: Group) -> Any:
-        return SimpleNamespace(
-            log_q_K=-np.arange(1.0, len(group) + 1),
-            log_q_stop_K=np.zeros(len(group)),
-            log_reward_K=np.array([values[-1] for values in group.log_reward_K]),
-        )
+
+def spelled(tokens: Sequence[int]) -> str:
+    return " ".join(map(str, tokens))
 
 
 def evaluated(samplers: FakeSamplers, temperature: float = 1.0, judge: Judge = lambda group: {}) -> Evaluation:
-    requests = Requests(PROMPTS, 2, Exploration(), 0)
     samplers.publish(0)
-    return evaluation.sampled(requests, samplers, Scores(), samples=4, temperature=temperature, round_=0, judge=judge)
+    return evaluation.sampled(
+        PROMPTS, samplers, Scores(), samples=4, temperature=temperature, seed=0, round_=0, decode=spelled, judge=judge
+    )
 
 
 def test_bounds_are_at_the_temperature_of_the_reward() -> None:
@@ -84,7 +79,7 @@ def test_what_factors_of_the_reward_say_is_told_of_samples_prompts_and_all() -> 
     sums = {row["prompt"]: [] for row in result.per_prompt}
     for sample in result.samples:
         sums[sample["prompt"]].append(sample["reward/digits"])
-        assert sample["reward/digits"] == sum(sample["tokens"])
+        assert sample["reward/digits"] == sum(map(int, sample["text"].split()))
     means = [row["task/reward/digits"] for row in result.per_prompt]
     assert means == pytest.approx([np.mean(values) for values in sums.values()])
     assert result.metrics["task/reward/digits"] == pytest.approx(np.mean(means))

@@ -70,7 +70,6 @@ def test_log_q_equals_the_masked_policy_one_sequence_at_a_time(folder: Path) -> 
     for group, score in zip(groups(), subject.score(groups()), strict=True):
         expected = [own_log_q(model, group.prompt, t.tokens_T.tolist()) for t in group.trajectories_K]
         assert score.log_q_K == pytest.approx(expected, abs=1e-4)
-        assert score.log_reward_K == pytest.approx([values[-1] for values in group.log_reward_K])
 
 
 def test_a_tools_output_is_context_and_no_part_of_log_q(folder: Path) -> None:
@@ -217,7 +216,7 @@ def test_updates_bring_u_together_for_each_prompt_on_its_own(folder: Path) -> No
     history = [subject.update(batch) for _ in range(60)]
     assert history[-1]["loss"] < 0.05 * history[0]["loss"]
     scores = subject.score(batch)
-    log_z = [float((s.log_reward_K - s.log_q_K).mean()) for s in scores]
+    log_z = [float((g.end_log_reward_K - s.log_q_K).mean()) for g, s in zip(batch, scores, strict=True)]
     assert log_z[1] - log_z[0] > 5.0
 
 
@@ -257,7 +256,7 @@ def test_a_kl_is_to_the_base_beside_the_tempered_reward(folder: Path) -> None:
         log_q = np.array([own_log_q(model, group.prompt, z) for z in tokens])
         with subject.policy.base():
             log_base = np.array([own_log_q(model, group.prompt, z) for z in tokens])
-        reward = np.array([values[-1] for values in group.log_reward_K]) / 0.5 - 0.5 * (log_q - log_base)
+        reward = group.end_log_reward_K / 0.5 - 0.5 * (log_q - log_base)
         others = (reward.sum() - reward) / (len(reward) - 1)
         # They count as drawn with certainty, so that the weight of a sample is its q.
         expected.append(-(np.exp(log_q) * (reward - others) * log_q).mean())
@@ -304,7 +303,7 @@ def test_the_facts_of_an_update_are_those_of_its_samples(folder: Path) -> None:
     rewards = [[np.sin(np.append(0, t.tokens_T.cumsum())) for t in group.trajectories_K] for group in groups()]
     batch = [Group(g.prompt, g.trajectories_K, tuple(values), 0, 0) for g, values in zip(groups(), rewards, strict=True)]
     scores = subject.score(batch)
-    bounds = [Bounds.of(score.log_reward_K - score.log_q_K) for score in scores]
+    bounds = [Bounds.of(g.end_log_reward_K - score.log_q_K) for g, score in zip(batch, scores, strict=True)]
     metrics = subject.update(batch)
     for name, field in (("log_z", "log_z_lower"), ("spread", "spread"), ("ess", "ess")):
         assert metrics[name] == pytest.approx(np.mean([getattr(bound, field) for bound in bounds]), rel=1e-3)

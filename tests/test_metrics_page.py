@@ -123,8 +123,8 @@ def written_out() -> set[str]:
             match node:
                 case ast.Constant(value=str(name)) if NAME.fullmatch(name):
                     found.add(name)
-                case ast.Subscript(value=ast.Attribute(attr="metrics"), slice=ast.Constant(value=str(name)), ctx=ast.Store()):
-                    found.add(name)
+                case ast.BinOp(left=ast.Attribute(attr="metrics"), op=ast.BitOr(), right=ast.Dict(keys=keys)):
+                    found |= {str(key.value) for key in keys if isinstance(key, ast.Constant)}
     assert {"idle/samplers", "posterior/log_z_upper", "task/max_log_likelihood", "seconds_training"} <= found
     return found
 

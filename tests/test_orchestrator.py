@@ -518,7 +518,7 @@ def test_what_an_update_used_is_counted(tmp_path: Path) -> None:
     assert loop.counters.trajectories == 4 * 2 * 3
     assert loop.counters.sampled_tokens == sum(group.tokens for group in groups)
     last, logged = learner.batches[-1], loop.tracker.series  # type: ignore[attr-defined]
-    ends = [values[-1] for group in last for values in group.log_reward_K]
+    ends = [value for group in last for value in group.end_log_reward_K]
     assert logged("log_reward/mean")[-1] == pytest.approx(sum(ends) / len(ends))
     digits = np.concatenate([group.factors_K["digits"] for group in last])
     assert logged("reward/digits")[-1] == pytest.approx(digits.mean())

@@ -89,7 +89,7 @@ def test_the_real_loop_with_sleeping_parts_runs_as_simulated(
     cfg = config(steps=40, max_staleness=max_staleness, publish_every=publish_every, checkpoint_every=1000)
     fakes = FakeSamplers(workers=samplers, fate=lambda _: time.sleep(0.03))
     learner = FakeLearner(during_update=lambda: time.sleep(0.02))
-    requests = Requests(PROMPTS, 2, cfg.sampler.exploration, 0)
+    requests = Requests(PROMPTS, 2, cfg.sampler.exploration, 0, cfg.task.max_tokens)
     loop = Orchestrator(cfg, requests, fakes, learner, Replay(cfg.replay), FakeTracker(), tmp_path)
     loop.train()
     simulated = simulate(cfg, Durations(0.02, 0.0, 0.0, 0.03, 0.0), samplers)

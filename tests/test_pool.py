@@ -27,13 +27,14 @@ from system.config import Config, ConfigError
 from system.config_file import parse
 from system.handles import LearnerDied, SamplerDied
 from system.orchestrator import Orchestrator
-from system.requests import Requests
+from system.requests import evaluation_request
 from system.run_error import RunError
 from system.tasks.problem import Problem
 from system.trajectory import Group, Prompt, Request, Trajectory
 from tests import nodes
 from tests.fakes import PROMPTS, FakeLearner, FakeTracker
 from tests.faults import Faults, FaultySampler, IdleLearner, assert_each_counts_once, once
+from tests.loops import requests_of
 
 
 def config(folder: Path, actors: dict[str, Any], steps: int = 12, **cluster: Any) -> Config:
@@ -58,7 +59,7 @@ def pool(
 
 
 def request(number: int, cfg: Config) -> Request:
-    return Requests(PROMPTS, cfg.sampler.samples_per_prompt, cfg.sampler.exploration, 0).training(number)
+    return requests_of(cfg).training(number)
 
 
 def train(
@@ -68,7 +69,7 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     **options: Any,
 ) -> Orchestrator:
-    requests = Requests(PROMPTS, cfg.sampler.samples_per_prompt, cfg.sampler.exploration, cfg.seed)
+    requests = requests_of(cfg)
     learner = FakeLearner(**options)
     folder = Path(cfg.output_dir) / "checkpoints"
     loop = Orchestrator(
@@ -316,7 +317,7 @@ class TestOneNode:
         cfg = config(tmp_path, {"min": 1, "max": 2})
         samplers = pool(cfg, Faults(seconds=0.2))
         wait_until_ready(samplers)
-        evaluation = Requests(PROMPTS, 3, cfg.sampler.exploration, 0).evaluation(0, 3, 1)
+        evaluation = evaluation_request(PROMPTS[0], 0, 3, seed=0, round_=1)
         for future in [samplers.sample(evaluation) for _ in range(3)]:
             future.result(30)
         samplers.fit(0.9)

@@ -42,8 +42,7 @@ class Kept:
 def recorder(folder: Path, given: Problem, **learner: Any) -> tuple[Recorder, Kept]:
     config = parse({"task": {"kind": "continuation"}, "learner": learner, "tracking": {"sample_table_every": 1}})
     tracker, other = Kept(), cast(Any, Kept())
-    handles = other, other, other
-    return Recorder(config, folder, given, TOKENIZER, *handles, cast(Any, tracker), *handles), tracker
+    return Recorder(config, folder, given, TOKENIZER, other, other, cast(Any, tracker), other, other, other), tracker
 
 
 def test_of_many_prompts_the_table_has_some_with_those_of_evaluations_and_the_digest_and_number_are_of_all(
@@ -89,16 +88,16 @@ def test_a_table_of_samples_has_as_many_of_each_group_as_there_is_room_for(
 def test_samples_are_kept_of_the_first_and_the_last_evaluation_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, tracker = recorder(tmp_path, problem("continuation"))
     made.stop = cast(Any, SimpleNamespace(patient=lambda patient: nullcontext()))
-    monkeypatch.setattr(made, "_evaluation", lambda step: Evaluation({"x": float(step)}, samples=[{"tokens": [step + 3]}]))
+    monkeypatch.setattr(made, "_evaluation", lambda step: Evaluation({"x": float(step)}, samples=[{"text": f"at {step}"}]))
 
     def kept(evaluations: list[tuple[int, Evaluation]]) -> dict[int, list[Any]]:
         return {step: [row["text"] for row in found.samples] for step, found in evaluations}
 
-    text = [decode(TOKENIZER, [step + 3]) for step in range(6)]
     for step in (0, 2, 3, 5, 5):
         made.evaluate(cast(Any, SimpleNamespace(counters=SimpleNamespace(step=step, seconds=1.0))))
-        assert [row["text"] for row in tracker.tables["posterior_samples"]] == [text[step]]
-    assert kept(made.evaluations) == {0: [text[0]], 2: [], 3: [], 5: [text[5]]}
+        assert [row["text"] for row in tracker.tables["posterior_samples"]] == [f"at {step}"]
+        assert made.evaluations[-1][1].metrics == {"x": step, "seconds_training": 1.0}
+    assert kept(made.evaluations) == {0: ["at 0"], 2: [], 3: [], 5: ["at 5"]}
     assert kept(evaluation_files.read(tmp_path / "evaluations", made.config.task, 99)) == kept(made.evaluations)
     # A run that goes back to an earlier step has the samples of what is the last then.
-    assert kept(evaluation_files.go_back(tmp_path / "evaluations", made.config.task, 3)) == {0: [text[0]], 2: [], 3: [text[3]]}
+    assert kept(evaluation_files.go_back(tmp_path / "evaluations", made.config.task, 3)) == {0: ["at 0"], 2: [], 3: ["at 3"]}

@@ -27,12 +27,13 @@ from system.config import Config
 from system.config_file import parse
 from system.handles import LearnerDied
 from system.orchestrator import Orchestrator
-from system.requests import Requests
+from system.requests import Requests, evaluation_request
 from system.run_error import RunError
 from system.tasks.problem import Problem
 from system.trajectory import Group
 from tests import faults, lora, tiny
 from tests.fakes import FakeTracker
+from tests.loops import requests_of
 
 
 def config(folder: Path, **changes: object) -> Config:
@@ -110,7 +111,7 @@ def test_a_killed_learner_is_replaced_by_one_that_knows_as_much(
             np.testing.assert_equal(saved[-1], before)
             assert ray.get(learner.actors[0].ready.remote()) != victim
 
-    requests = Requests(problem.prompts, cfg.sampler.samples_per_prompt, cfg.sampler.exploration, cfg.seed)
+    requests = requests_of(cfg, problem.prompts)
     loop = Orchestrator(cfg, requests, samplers, learner, Replay(cfg.replay), FakeTracker(), tmp_path, on_step=on_step)
     loop.train()
     assert loop.counters.learner_deaths == len(saved) == 2
@@ -130,7 +131,7 @@ def test_a_killed_sampler_is_replaced_and_every_group_counts_once(
         if loop.counters.step == 3:
             os.kill(victim, signal.SIGKILL)
 
-    requests = Requests(problem.prompts, running.sampler.samples_per_prompt, running.sampler.exploration, running.seed)
+    requests = requests_of(running, problem.prompts)
     tracker = FakeTracker()
     loop = Orchestrator(running, requests, samplers, learner, Replay(running.replay), tracker, tmp_path, on_step=on_step)
     loop.counters.version = 100  # above those that the samplers have seen
@@ -178,7 +179,7 @@ def test_an_engine_without_memory_or_without_its_adapter_dies_and_is_replaced(
     # A version for each group, so that a second one is installed.
     cfg = config(folder, actors={"count": 1}, learner={"steps": 6, "warmup_steps": 0, "publish_every": 1, "max_staleness": 0})
     samplers = RaySamplers(cfg, problem, actor=actor)
-    requests = Requests(problem.prompts, 8, cfg.sampler.exploration, cfg.seed)
+    requests = Requests(problem.prompts, 8, cfg.sampler.exploration, cfg.seed, cfg.task.max_tokens)
     wait_until_ready(samplers)
     tracker = FakeTracker()
     loop = Orchestrator(cfg, requests, samplers, learner, Replay(cfg.replay), tracker, tmp_path)
@@ -196,7 +197,7 @@ def test_engines_that_run_out_of_memory_over_every_group_stop_the_run_with_the_c
     learner, _ = handles
     cfg = config(folder, actors={"count": 1, "max_deaths": 1})
     samplers = RaySamplers(cfg, problem, actor=faults.OutOfMemory)
-    requests = Requests(problem.prompts, 8, cfg.sampler.exploration, cfg.seed)
+    requests = Requests(problem.prompts, 8, cfg.sampler.exploration, cfg.seed, cfg.task.max_tokens)
     loop = Orchestrator(cfg, requests, samplers, learner, Replay(cfg.replay), FakeTracker(), tmp_path)
     message = "samplers died 2 times with no group in between (actors.max_deaths=1); the last cause: "
     cause = "the engine died: MemoryError: cannot allocate 1 TiB"
@@ -221,8 +222,7 @@ def test_what_the_engine_drew_the_learner_scores_the_same(
 ) -> None:
     learner, samplers = handles
     samplers.publish(learner.adapter(600))
-    requests = Requests(problem.prompts, 8, running.sampler.exploration, 0)
-    group = samplers.sample(requests.evaluation(0, samples=48, round_=1)).result()
+    group = samplers.sample(evaluation_request(problem.prompts[0], 0, 48, seed=0, round_=1)).result()
     (score,) = learner.score([group]).result()
     assert group.adapter_version == 600
     assert {trajectory.stop for trajectory in group.trajectories_K} == {"sampled", "forced"}
@@ -236,8 +236,7 @@ def test_the_exact_evaluation_agrees_with_the_samples_it_draws(
     learner, samplers = handles
     samplers.publish(learner.adapter(501))
     exact = evaluation.exact(problem, learner)
-    requests = Requests(problem.prompts, 8, running.sampler.exploration, 0)
-    drawn = evaluation.sampled(requests, samplers, learner, samples=64, temperature=1.0, round_=0)
+    drawn = evaluation.sampled(problem.prompts, samplers, learner, samples=64, temperature=1.0, seed=0, round_=0, decode=str)
     assert 0.0 <= exact.metrics["exact/listed_mass"] <= 1.0
     assert drawn.metrics["posterior/log_z_lower"] <= drawn.metrics["posterior/log_z_weighted"] + 1e-9
     valid = sum(sample["log_reward"] == 0.0 for sample in drawn.samples) / 64

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from system.requests import Requests
+from system.requests import Requests, evaluation_request
 from system.sampler_config import Exploration
 from system.trajectory import Behaviour, Prompt
 
@@ -17,7 +17,7 @@ PROMPTS = [Prompt(f"prompt-{index}", (1,), (1,)) for index in range(7)]
 
 
 def stream(seed: int = 0, exploration: Exploration | None = None, samples: int = 4, prompts: int = 7) -> Requests:
-    return Requests(PROMPTS[:prompts], samples, exploration or Exploration(epsilon=0.1), seed)
+    return Requests(PROMPTS[:prompts], samples, exploration or Exploration(epsilon=0.1), seed, 9)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 7), st.integers(0, 50))
@@ -91,7 +91,7 @@ def test_hints_are_planted_whole_in_places_of_their_own_into_the_wanted_share(
 ) -> None:
     prompts = [replace(prompt, hints=tuple(hints)) for prompt in PROMPTS]
     exploration = Exploration(on_policy=0.5, epsilon=0.1, planted=0.5)
-    behaviours = Requests(prompts, 16, exploration, seed, max_tokens).of(prompts[:1]).training(0).behaviours_K
+    behaviours = Requests(prompts[:1], 16, exploration, seed, max_tokens).training(0).behaviours_K
     planted = [dict(behaviour.planted) for behaviour in behaviours if behaviour.planted]
     assert len(planted) == 4 and behaviours.count(Behaviour()) == 8
     for tokens in planted:
@@ -112,20 +112,21 @@ def test_hints_reach_every_place_and_order_and_are_left_out_where_they_do_not_fi
 
 
 def test_evaluation_is_on_policy_and_no_group_of_the_training() -> None:
-    requests = stream(exploration=Exploration(on_policy=0.0, epsilon=0.5))
-    asked = [requests.evaluation(index, samples=5, round_=0) for index in range(7)]
+    asked = [evaluation_request(prompt, index, 5, seed=0, round_=0) for index, prompt in enumerate(PROMPTS)]
     assert [request.prompt.id for request in asked] == [prompt.id for prompt in PROMPTS]
     assert all(request.behaviours_K == (Behaviour(),) * 5 for request in asked)
     assert len({request.group_id for request in asked}) == 7
     assert all(request.group_id < 0 for request in asked)
 
 
-def test_evaluations_repeat_within_a_round_and_differ_between_rounds() -> None:
-    seeds = {round_: [stream().evaluation(index, 5, round_).seed for index in range(7)] for round_ in (0, 10)}
-    assert seeds[0] == [stream().evaluation(index, 5, 0).seed for index in range(7)]
-    assert not set(seeds[0]) & set(seeds[10])
+def test_evaluations_repeat_within_a_round_and_differ_between_rounds_and_runs() -> None:
+    def seeds(seed: int, round_: int) -> list[int]:
+        return [evaluation_request(prompt, at, 5, seed=seed, round_=round_).seed for at, prompt in enumerate(PROMPTS)]
+
+    assert seeds(0, 0) == seeds(0, 0)
+    assert len({*seeds(0, 0), *seeds(0, 10), *seeds(1, 0)}) == 3 * len(PROMPTS)
 
 
 def test_without_prompts_there_is_nothing_to_ask() -> None:
     with pytest.raises(ValueError, match="at least one prompt"):
-        Requests([], 4, Exploration(), 0)
+        Requests([], 4, Exploration(), 0, 9)

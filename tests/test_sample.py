@@ -19,6 +19,7 @@ from peft import PeftModel
 from deploy import sample
 from system import config_file, tasks
 from system.config import ConfigError
+from system.handles import GroupLogQ
 from system.posterior import log_mean_exp
 from system.pretrained import load_tokenizer
 from system.tasks.arithmetic import read_questions
@@ -131,7 +132,7 @@ def test_a_table_shows_no_control_characters_of_a_sample() -> None:
 def test_samples_without_a_reward_count_among_those_that_were_drawn() -> None:
     trajectories_K = (sampled([3]), sampled([4]))
     group = Group(fakes.PROMPTS[0], trajectories_K, (np.zeros(2), np.zeros(2)), 0, 0, faults=("log of zero",) * 2)
-    score = SimpleNamespace(log_q_K=np.log([0.25, 0.25]), log_reward_K=np.zeros(2))
+    score = GroupLogQ(np.log([0.25, 0.25]), np.zeros(2))
     learner = SimpleNamespace(score=lambda groups: [score])
     local: Any = SimpleNamespace(learner=learner, config=config_of(kind="continuation"), tokenizer=tiny.tokenizer())
     record = sample._record(local, group)

@@ -22,10 +22,10 @@ from learner.learner import Learner
 from system import demonstrations, evaluation, tasks
 from system.config import Config, ConfigError
 from system.config_file import load, parse
+from system.handles import GroupLogQ
 from system.language_model import LanguageModel
 from system.models import locate
 from system.pretrained import load_pretrained, load_tokenizer
-from system.requests import Requests
 from system.scores import Scores
 from system.tasks.problem import Problem
 from system.tasks.subjectivity import PACKAGED_REVIEWS
@@ -285,8 +285,8 @@ class Learned:
     def __init__(self, learner: Learner) -> None:
         self.learner = learner
 
-    def score(self, groups: Sequence[Group]) -> Future[list[Any]]:
-        future: Future[list[Any]] = Future()
+    def score(self, groups: Sequence[Group]) -> Future[list[GroupLogQ]]:
+        future: Future[list[GroupLogQ]] = Future()
         future.set_result(self.learner.score(groups))
         return future
 
@@ -316,13 +316,12 @@ def test_an_evaluation_lets_each_sample_vote_for_the_label_that_the_frozen_model
 ) -> None:
     """Three labels of different lengths, against log p(label | X Z stop) from one sequence at a time."""
     records = "".join(json.dumps({"text": text, "label": n % 3}) + "\n" for n, text in enumerate("abcdefghi"))
-    cfg, tokenizer, problem = built(folder, section(tmp_path, records, labels=["x", "y", "zz"]))
+    cfg, _, problem = built(folder, section(tmp_path, records, labels=["x", "y", "zz"]))
     model = load_pretrained(folder, torch.float32, torch.device("cpu"))
     samplers = Frozen(model, problem.reward_stop, SAMPLES)
-    requests = Requests(problem.prompts, 2, cfg.sampler.exploration, 0)
     result = evaluation.sampled(
-        requests, samplers, Learned(tuned(cfg, problem)), samples=len(SAMPLES), temperature=1.0, round_=0,
-        judge=evaluation.judge(problem, lambda tokens: decode(tokenizer, tokens), samplers),
+        problem.prompts, samplers, Learned(tuned(cfg, problem)), samples=len(SAMPLES), temperature=1.0, seed=0, round_=0,
+        decode=text_of, judge=evaluation.judge(problem, text_of, samplers),
     )  # fmt: skip
 
     right, shares, agreement = [], [], []

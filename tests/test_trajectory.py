@@ -118,6 +118,14 @@ def test_a_group_is_the_same_in_another_process_and_sent_as_few_arrays(group: Gr
     np.testing.assert_equal(list(same.log_reward_K), list(group.log_reward_K))
 
 
+def test_the_reward_of_a_whole_sample_is_that_of_stopping_where_it_ends() -> None:
+    log_reward = (np.array([1.0, np.nan, 3.0]), np.array([4.0]))
+    found = Group(Prompt("x", (1,), (1,)), (sampled([4, 5]), sampled([])), log_reward, 0, 0)
+    assert found.end_log_reward_K.tolist() == [3.0, 4.0]
+    none = Group(found.prompt, (), (), 0, 0).end_log_reward_K
+    assert (none.shape, none.dtype) == ((0,), np.float64)
+
+
 def test_keys_tell_token_sequences_apart_and_nothing_else() -> None:
     same = Trajectory(np.array([1, 2], np.int64), np.ones(2, bool), np.ones(3, np.float32), "forced", Behaviour(2.0))
     assert trajectory(1, 2).key == same.key

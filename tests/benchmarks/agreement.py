@@ -31,7 +31,7 @@ def main(dtype: str, run: Path | None) -> None:
     from system.config import Config
     from system.models import locate
     from system.pretrained import load_tokenizer
-    from system.requests import Requests
+    from system.requests import evaluation_request
 
     settings = [f"sampler.dtype={dtype}", "task.limit=4", "sampler.canary_tolerance=100", "learner.dtype=float32"]
     file = run / "config.yaml" if run else ROOT / "deploy/configs/continuation.yaml"
@@ -54,8 +54,8 @@ def main(dtype: str, run: Path | None) -> None:
     adapter = learner.adapter(1)
     sampler = build_sampler(cfg, problem)
     installed = sampler.install(adapter)
-    requests = Requests(problem.prompts, 8, cfg.sampler.exploration, 0)
-    groups = [sampler.sample(requests.evaluation(index, 16, 0), adapter) for index in range(len(problem.prompts))]
+    requests = [evaluation_request(prompt, at, 16, seed=0, round_=0) for at, prompt in enumerate(problem.prompts)]
+    groups = [sampler.sample(request, adapter) for request in requests]
     sampler.close()
 
     def log_q(learner: Learner) -> np.ndarray:

@@ -63,7 +63,7 @@ def config(folder: str, together: int, *overrides: str) -> Config:
 
 
 def requests_of(cfg: Config) -> Requests:
-    return Requests(PROMPTS, SAMPLES, cfg.sampler.exploration, cfg.seed)
+    return Requests(PROMPTS, SAMPLES, cfg.sampler.exploration, cfg.seed, cfg.task.max_tokens)
 
 
 def milliseconds(cfg: Config, samplers: Any) -> tuple[float, float, float]:

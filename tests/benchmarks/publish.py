@@ -17,9 +17,9 @@ from deploy.prepare import prepare
 from deploy.ray_learner import RayLearner
 from deploy.readiness import wait_until_ready
 from system import config, config_file
-from system.requests import Requests
 from tests import lora
 from tests.benchmarks.figures import Figure, report
+from tests.loops import requests_of
 
 ROUNDS = 12
 
@@ -29,7 +29,7 @@ def measure(cfg: config.Config) -> list[Figure]:
     ray_cluster.connect(cfg)
     learner, samplers = RayLearner(cfg, problem), RaySamplers(cfg, problem)
     wait_until_ready(learner, samplers)
-    requests = Requests(problem.prompts, cfg.sampler.samples_per_prompt, cfg.sampler.exploration, cfg.seed)
+    requests = requests_of(cfg, problem.prompts)
     samplers.publish(first := learner.adapter(0))
     lora.installed_by(samplers, first)
     seconds, installs, errors = [], [], []

@@ -61,7 +61,7 @@ def reasoned_odds(config: Config, run: Path | None, samples: int) -> np.ndarray:
     from deploy.local import opened
     from deploy.runs import adapter_file
     from system.evaluation import log_reward_EK
-    from system.requests import Requests
+    from system.requests import evaluation_request
 
     second = task_of(config).labels[1]
 
@@ -70,9 +70,12 @@ def reasoned_odds(config: Config, run: Path | None, samples: int) -> np.ndarray:
         return own_K - other_K if group.prompt.meta["label"] == second else other_K - own_K
 
     with opened(config, samples) as local:
-        local.use(adapter_file(run) if run else None)
-        requests = Requests(local.problem.prompts, samples, config.sampler.exploration, config.seed)
-        groups = [local.sample(requests.evaluation(index, samples, 0)) for index in range(len(local.problem.prompts))]
+        if run:
+            local.use(adapter_file(run))
+        groups = [
+            local.sample(evaluation_request(prompt, at, samples, seed=config.seed, round_=0))
+            for at, prompt in enumerate(local.problem.prompts)
+        ]
         return np.array([odds(group.result()) for group in groups])
 
 
