@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import signal
 import threading
@@ -17,9 +18,10 @@ import pytest
 import torch
 
 from actors.behaviour import TokenDraw
-from actors.build import build_sampler, engine_settings
+from actors.build import SHORTEST_CONTEXT, build_sampler, engine_settings
 from actors.engine import Engine
 from actors.sampler import EngineDied, Sampler
+from actors.settings import BLOCK
 from deploy.prepare import prepare
 from system.adapters import Adapter, AdapterError
 from system.config import ConfigError
@@ -71,7 +73,7 @@ def test_a_canary_is_judged_by_its_mean_where_both_compute_in_float32(
     engine: str, learner: str, by_mean: bool, tolerance: float
 ) -> None:
     config = parse({"task": {"kind": "random_number"}, "sampler": {"dtype": engine}, "learner": {"dtype": learner}})
-    settings = engine_settings(config, PROBLEM)
+    settings = engine_settings(config, PROBLEM, tiny.CONTEXT)
     assert (settings.canary_by_mean, settings.canary_tolerance) == (by_mean, tolerance)
 
 
@@ -94,6 +96,26 @@ def test_the_engine_has_the_tool_of_the_task(tmp_path: Path, monkeypatch: pytest
 # ------------------------------------------------------------------------------------------------- on a real vLLM
 
 
+def test_a_model_with_the_shortest_context_that_a_config_is_accepted_with_draws(tmp_path: Path) -> None:
+    folder = tiny.folder(tmp_path)
+    task = {"kind": "random_number", "high": 9}
+    cfg = parse({"model": {"path": str(folder)}, "task": task, "sampler": {"kv_cache_mb": 16}, "lora": {"rank": 4}})
+    shortest = prepare(cfg).problem.longest_prompt + cfg.task.max_tokens + 1
+    assert shortest < SHORTEST_CONTEXT
+    assert shortest % BLOCK
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": shortest}))
+    problem = prepare(cfg).problem
+    adapter = replace(lora.publish(0, lora.adapted(folder, lora.TARGETS["llama"], seed=0)), base_model=cfg.model.path)
+    sampler = build_sampler(cfg, problem)
+    try:
+        group = sampler.sample(Request(0, problem.prompts[0], (Behaviour(),) * 8, 0), adapter)
+    finally:
+        sampler.close()
+    assert len(group.trajectories_K) == 8
+    assert all(problem.constraints.admits(trajectory.tokens_T.tolist()) for trajectory in group.trajectories_K)
+
+
 class Real:
     def __init__(self, folder: Path) -> None:
         tree = {
@@ -104,7 +126,7 @@ class Real:
         }
         self.models = [lora.adapted(folder, lora.TARGETS["llama"], seed=number) for number in range(4)]
         self.adapters = [lora.publish(number, model) for number, model in enumerate(self.models)]
-        settings = engine_settings(parse(tree), PROBLEM)
+        settings = engine_settings(parse(tree), PROBLEM, tiny.CONTEXT)
         self.sampler = Sampler(lambda: Engine(folder, lora.NAME, CONSTRAINTS, settings), Lengths())
 
     def drawn_by(self, trajectories_K: Sequence[Trajectory]) -> set[int]:
