@@ -198,13 +198,13 @@ def test_each_installed_version_is_what_peft_computes(case: Case) -> None:
     for adapter, right, wrong in ((first, first_model, base), (second, second_model, first_model), (zero, base, second_model)):
         measured = case.engine.install(adapter)
         assert case.engine.installed is adapter
-        assert measured["canary_error"] < 1e-4
-        assert measured["seconds"] > 0
+        assert measured.canary_error < 1e-4
+        assert measured.seconds > 0
         merged = case.engine.settings.install == "merged" and adapter is not zero
-        assert measured["effective_update"] == pytest.approx(1.0 if merged else math.nan, abs=1e-4, nan_ok=True)
+        assert measured.effective_update == pytest.approx(1.0 if merged else math.nan, abs=1e-4, nan_ok=True)
         assert case.largest_error(right) < 1e-3
         assert case.largest_error(wrong) > 0.05
-        assert measured["canary_signal"] == pytest.approx(0, abs=1e-6) if adapter is zero else measured["canary_signal"] > 0.05
+        assert measured.canary_signal == pytest.approx(0, abs=1e-6) if adapter is zero else measured.canary_signal > 0.05
 
 
 def test_modules_that_a_version_leaves_alone_go_back_to_the_base(case: Case) -> None:
@@ -274,7 +274,7 @@ def test_single_tokens_of_the_canary_may_be_nats_off_in_bfloat16_alone_and_half_
     with pytest.raises(AdapterError, match=rf"canary is {10.0 / len(told):.3g}\S* nats a token .*published weights$"):
         case.engine.install(off_at(2))
     monkeypatch.setattr(case.engine, "settings", replace(case.engine.settings, canary_by_mean=False))
-    assert case.engine.install(off_at(2))["canary_error"] == pytest.approx(10.0 / len(told), abs=1e-3)
+    assert case.engine.install(off_at(2)).canary_error == pytest.approx(10.0 / len(told), abs=1e-3)
     with pytest.raises(AdapterError, match=r"canary is (4\.99|5)\S* nats a token .*bfloat16 is too coarse"):
         case.engine.install(off_at(len(told) // 2 + 1))
 

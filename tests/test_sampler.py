@@ -19,7 +19,7 @@ import torch
 
 from actors.behaviour import TokenDraw
 from actors.build import SHORTEST_CONTEXT, build_sampler, engine_settings
-from actors.engine import Engine
+from actors.engine import Engine, Installed
 from actors.sampler import EngineDied, Sampler
 from actors.settings import BLOCK
 from deploy.prepare import prepare
@@ -163,14 +163,14 @@ def test_concurrent_groups_name_the_version_that_drew_them(real: Real) -> None:
 
 
 def test_an_older_version_is_served_by_the_newer_and_says_so(real: Real) -> None:
-    real.sampler.install(real.adapters[2])
+    real.sampler.sample(request_of(0), real.adapters[2])
     group = real.sampler.sample(request_of(1), real.adapters[0])
     assert group.adapter_version == 2
     assert real.drawn_by(group.trajectories_K) == {2}
 
 
 def test_a_refused_version_reaches_its_caller_and_the_known_ones_are_still_drawn(real: Real) -> None:
-    real.sampler.install(real.adapters[2])
+    real.sampler.sample(request_of(0), real.adapters[2])
     lying = replace(real.adapters[3], canary=real.adapters[1].canary)
     with pytest.raises(AdapterError, match="version 3"):
         real.sampler.sample(request_of(2), lying)
@@ -181,13 +181,13 @@ def test_a_refused_version_reaches_its_caller_and_the_known_ones_are_still_drawn
     assert real.drawn_by(group.trajectories_K) == {2}
     damaged = replace(real.adapters[3], weights=real.adapters[3].weights[:-4])
     with pytest.raises(AdapterError, match="damaged"):
-        real.sampler.install(damaged)
+        real.sampler.sample(request_of(4), damaged)
     assert real.sampler.stats()["version"] == 2
     assert real.sampler.sample(request_of(4), real.adapters[3]).adapter_version == 3
 
 
 def test_a_version_that_is_published_again_with_other_weights_is_installed(real: Real) -> None:
-    real.sampler.install(real.adapters[3])
+    real.sampler.sample(request_of(0), real.adapters[3])
     again = lora.publish(3, real.models[1])
     group = real.sampler.sample(request_of(5), again)
     assert group.adapter_version == 3
@@ -195,17 +195,17 @@ def test_a_version_that_is_published_again_with_other_weights_is_installed(real:
 
 
 def test_stats_count_what_was_done(real: Real) -> None:
-    measured = real.sampler.install(lora.publish(10, real.models[0]))
-    assert measured["version"] == 10
+    real.sampler.sample(request_of(5), lora.publish(10, real.models[0]))
     before, progress = real.sampler.stats(), real.sampler.progress
     group = real.sampler.sample(request_of(6), real.adapters[0])
     after = real.sampler.stats()
+    assert before["version"] == after["version"] == 10
     assert real.sampler.progress >= progress + after["tokens"] - before["tokens"] > progress
     assert after["groups"] == before["groups"] + 1
     stops = sum(t.stop == "sampled" for t in group.trajectories_K)
     assert after["tokens"] == before["tokens"] + group.tokens + stops
     assert after["generate_seconds"] > before["generate_seconds"]
-    assert after["canary_error"] == measured["canary_error"] < 1e-3 < after["canary_signal"]
+    assert after["canary_error"] == before["canary_error"] < 1e-3 < after["canary_signal"]
     assert 0 < after["busy"] < 1
 
 
@@ -254,7 +254,7 @@ class ScriptedEngine:
         one = Trajectory(np.array([3], np.int32), np.ones(1, bool), np.zeros(2, np.float32), "sampled")
         return [(ticket, (one,) * len(request.behaviours_K))]
 
-    def install(self, adapter: Adapter) -> dict[str, float]:
+    def install(self, adapter: Adapter) -> Installed:
         assert self.takes_version
         self.log.append(f"install {adapter.version}")
         if adapter.version in self.refuse:
@@ -262,7 +262,7 @@ class ScriptedEngine:
             self.running.clear()
             raise AdapterError(f"version {adapter.version} is refused")
         self.installed = adapter
-        return {"seconds": 0.0, "canary_error": 0.0, "canary_signal": 0.0}
+        return Installed()
 
     def close(self) -> None:
         self.closed = True
@@ -515,7 +515,7 @@ def test_closing_answers_those_who_wait() -> None:
     assert waiting.result(SECONDS).group_id == 0
     assert isinstance(behind.exception(SECONDS), EngineDied)
     with pytest.raises(EngineDied, match="closed"):
-        held.sampler.install(adapter_of(3))
+        held.sampler.sample(request_of(2), adapter_of(3))
 
 
 def test_the_engine_death_of_a_real_vllm_reaches_the_caller(real: Real, monkeypatch: pytest.MonkeyPatch) -> None:

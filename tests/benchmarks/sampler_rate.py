@@ -94,7 +94,7 @@ class Ours:
         settings = EngineSettings(max_model_len=128, dtype=dtype, threads=threads)
         self._adapter = random_adapter(BaseWeights(folder), "base", np.random.default_rng(0))
         self._sampler = Sampler(lambda: Engine(folder, "base", constraints, settings), Nothing())
-        self._sampler.install(self._adapter)
+        self._sampler.sample(Request(0, Prompt("first", (1,), (1,)), (Behaviour(),), seed=0), self._adapter)
 
     def rate(self, prompts: Sequence[Prompt], behaviours_K: tuple[Behaviour, ...]) -> float:
         requests = [Request(i, prompt, behaviours_K, seed=i) for i, prompt in enumerate(prompts)]
