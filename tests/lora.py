@@ -59,7 +59,7 @@ def publish(version: int, model: PeftModel, canary: Sequence[int] = CANARY) -> A
     with model.disable_adapter():
         base = token_log_probs(model, canary)
     proof = Canary(tuple(canary), tuple(token_log_probs(model, canary)), tuple(base))
-    return Adapter.publish(version, version, tensors, config | {"base_model_name_or_path": NAME}, NAME, proof)
+    return Adapter.of(version, version, tensors, config | {"base_model_name_or_path": NAME}, NAME, proof)
 
 
 def next_log_probs(

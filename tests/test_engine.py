@@ -220,7 +220,7 @@ def test_an_adapter_that_cannot_be_trusted_changes_nothing(case: Case) -> None:
     bad = case.version(2)[0]
     damaged = replace(bad, weights=bad.weights.copy())
     damaged.weights[-1] ^= 1
-    dora = Adapter.publish(2, 2, bad.tensors(), bad.peft_config | {"use_dora": True}, lora.NAME, bad.canary)
+    dora = Adapter.of(2, 2, bad.tensors(), bad.peft_config | {"use_dora": True}, lora.NAME, bad.canary)
     stray = {name.replace("layers.1", "layers.9").replace("h.1", "h.9"): tensor for name, tensor in bad.tensors().items()}
     long = Canary((1,) * 500, (0.0,) * 499, (0.0,) * 499)
     refused = {
@@ -228,7 +228,7 @@ def test_an_adapter_that_cannot_be_trusted_changes_nothing(case: Case) -> None:
         "damaged": damaged,
         "belongs to": replace(bad, base_model="another"),
         "use_dora": dora,
-        "no weight of its own.*; set model.path to the adapter's model, or lora.targets to some of .*proj": Adapter.publish(
+        "no weight of its own.*; set model.path to the adapter's model, or lora.targets to some of .*proj": Adapter.of(
             2, 2, stray, bad.peft_config, lora.NAME, bad.canary
         ),
     }
@@ -254,7 +254,7 @@ def test_an_update_of_a_weight_that_cannot_be_merged_is_refused(case: Case) -> N
         f"base_model.model.{name}.lora_B.weight": np.ones((rows, 4), np.float32),
     }
     with pytest.raises(AdapterError, match=message):
-        case.engine.install(Adapter.publish(2, 2, tensors, good.peft_config, lora.NAME, good.canary))
+        case.engine.install(Adapter.of(2, 2, tensors, good.peft_config, lora.NAME, good.canary))
     assert case.engine.installed is good
     assert case.largest_error(model) < 1e-3
 

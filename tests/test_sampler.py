@@ -269,7 +269,7 @@ class ScriptedEngine:
 
 
 def adapter_of(version: int) -> Adapter:
-    return Adapter.publish(version, version, {}, {}, lora.NAME)
+    return Adapter.of(version, version, {}, {}, lora.NAME)
 
 
 class Held:

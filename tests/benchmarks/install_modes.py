@@ -133,7 +133,7 @@ def first_update(folder: Path) -> Update:
         if parameter.grad is not None and not parameter.detach().any():
             parameter.data = parameter.grad.sign()
     config, direction, adapters = policy.adapter_config(), policy.adapter_tensors(), {}
-    updates = Adapter.publish(0, 0, direction, config, "base").updates().values()
+    updates = Adapter.of(0, 0, direction, config, "base").updates().values()
     squares = sum(u.scale**2 * float(((u.b_OR.T @ u.b_OR) * (u.a_RI @ u.a_RI.T)).sum()) for u in updates)
     rms = (squares / sum(u.shape[0] * u.shape[1] for u in updates)) ** 0.5
     for version, size in enumerate(SIZES, start=1):
@@ -142,7 +142,7 @@ def first_update(folder: Path) -> Update:
         logp_T[size] = read()
         logp, base_logp = (tuple(values[: CANARY_TOKENS - 1].tolist()) for values in (logp_T[size], base_logp_T))
         canary = Canary(tuple(tokens[:CANARY_TOKENS]), logp, base_logp)
-        adapters[size] = Adapter.publish(version, version, tensors, config, "base", canary)
+        adapters[size] = Adapter.of(version, version, tensors, config, "base", canary)
     return Update(tokens, base_logp_T, logp_T, adapters)
 
 

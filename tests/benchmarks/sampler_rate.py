@@ -68,7 +68,7 @@ def random_adapter(base: BaseWeights, name: str, rng: np.random.Generator) -> Ad
             out, in_ = shape
             tensors[f"{module}.lora_A.weight"] = rng.normal(0, 0.02, (RANK, in_)).astype(np.float32)
             tensors[f"{module}.lora_B.weight"] = rng.normal(0, 0.02, (out, RANK)).astype(np.float32)
-    return Adapter.publish(1, 1, tensors, {"r": RANK, "lora_alpha": 2.0 * RANK, "peft_type": "LORA"}, name)
+    return Adapter.of(1, 1, tensors, {"r": RANK, "lora_alpha": 2.0 * RANK, "peft_type": "LORA"}, name)
 
 
 def forget_prompts(engine: Any) -> None:
