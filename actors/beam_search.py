@@ -8,18 +8,18 @@ from heapq import nlargest
 import numpy as np
 import torch
 
-from actors.decoder import Decoder, Result, Tokens
+from actors.decoder import Decoder, Draws, Tokens
 from system.trajectory import Prompt
 
 
-def beam(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
+def beam(decoder: Decoder, prompt: Prompt, samples: int) -> Draws:
     """The K most likely sequences that a beam of K finds, by log q and most likely first."""
-    return _beams(decoder, prompt, [samples]), None, None
+    return Draws(_beams(decoder, prompt, [samples]))
 
 
-def diverse_beam(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
+def diverse_beam(decoder: Decoder, prompt: Prompt, samples: int) -> Draws:
     """K groups of one beam with a Hamming penalty (Vijayakumar et al. 2016, arXiv:1610.02424)."""
-    return _beams(decoder, prompt, [1] * samples), None, None
+    return Draws(_beams(decoder, prompt, [1] * samples))
 
 
 def _beams(decoder: Decoder, prompt: Prompt, width_G: Sequence[int]) -> list[Tokens]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -11,17 +10,17 @@ from transformers import PreTrainedTokenizerBase
 from actors import rewards
 from actors.engine import Engine
 from actors.sampler import Sampler
-from actors.settings import BLOCK, EngineSettings
+from actors.settings import EngineSettings
 from system.config import Config, ConfigError
 from system.language_model import LanguageModel
-from system.models import locate
+from system.models import context_length, locate
 from system.pretrained import load_pretrained, load_tokenizer, resolve_device
 from system.reward_config import at_ends
 from system.tasks.problem import Outline, Problem
 from system.text import decode
 
 SHORTEST_CONTEXT = 128
-"""Tokens that an engine holds at least, so that an adapter's canary fits."""
+"""Tokens that an engine holds at least where the model does, so that an adapter's canary fits."""
 
 
 def build_reward(
@@ -39,15 +38,15 @@ def build_reward(
     )
 
 
-def engine_settings(config: Config, problem: Problem | Outline) -> EngineSettings:
-    """Those of a run, for the longest prompt and sample of its problem."""
+def engine_settings(config: Config, problem: Problem | Outline, context_length: int) -> EngineSettings:
+    """Those of a run, for the longest prompt and sample of its problem, on a model with a context of so many tokens."""
     section = config.sampler
     install = section.install
     if install == "auto":
         install = "adapter" if torch.cuda.is_available() and section.dtype == "bfloat16" else "merged"
-    context = max(SHORTEST_CONTEXT, problem.longest_prompt + problem.constraints.longest)
+    needed = problem.longest_prompt + problem.constraints.longest
     return EngineSettings(
-        max_model_len=math.ceil(context / BLOCK) * BLOCK,
+        max_model_len=min(context_length, max(SHORTEST_CONTEXT, needed)),
         install=install,
         drain=section.drain,
         rounding=section.rounding,
@@ -80,7 +79,8 @@ def build_sampler(config: Config, problem: Problem | Outline, on_death: Callable
         base = load_pretrained(folder, getattr(torch, config.sampler.reward_dtype), device)
         model = LanguageModel(base, attention=config.learner.attention)
     reward = build_reward(config, problem, tokenizer, model)
-    arguments = folder, config.model.path, problem.constraints, engine_settings(config, problem), problem.tool
+    settings = engine_settings(config, problem, context_length(folder))
+    arguments = folder, config.model.path, problem.constraints, settings, problem.tool
     try:
         return Sampler(lambda: Engine(*arguments), reward, on_death)
     except ConfigError:

@@ -47,12 +47,12 @@ class Draws:
 
     tokens_K: list[Tokens]
     """Without the stop."""
-    model_tokens: int
-    """Tokens that policy and reward have read to get these."""
     log_q_K: np.ndarray | None = None
     """float64 [K], nats: what each was drawn with, independently and over the whole support; None if it was not so."""
     log_z: float | None = None
     """The method's own estimate of log Z, nats, Z being the sum of R^(1/T)."""
+    model_tokens: int = 0
+    """Tokens that policy and reward have read to get these; `decoding.draw` counts them."""
 
     def take(self, chosen: Sequence[int]) -> Draws:
         """Some of them, by their indices."""
@@ -119,7 +119,3 @@ class Decoder:
         offset = torch.rand(1, generator=self.generator, device=self.policy.device).item()
         at = (np.arange(samples) + offset) / samples
         return np.minimum(np.searchsorted(np.cumsum(weights) / weights.sum(), at), len(weights) - 1)
-
-
-Result = tuple[list[Tokens], np.ndarray | None, float | None]
-"""Samples, what they were drawn with, and an estimate of log Z, as in `Draws`."""

@@ -13,14 +13,15 @@ and its stop would have to be made ours. Each of them is a few lines on `actors.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from actors.beam_search import beam, diverse_beam
-from actors.decoder import Decoder, Draws, Result
+from actors.decoder import Decoder, Draws
 from actors.smc import smc
 from actors.token_sampling import ancestral, best_of_n, nucleus, sir, tempered
 from system.trajectory import Prompt
 
-METHODS: dict[str, Callable[[Decoder, Prompt, int], Result]] = {
+METHODS: dict[str, Callable[[Decoder, Prompt, int], Draws]] = {
     "ancestral": ancestral,
     "tempered": tempered,
     "nucleus": nucleus,
@@ -35,6 +36,6 @@ METHODS: dict[str, Callable[[Decoder, Prompt, int], Result]] = {
 def draw(decoder: Decoder, method: str, prompt: Prompt, samples: int) -> Draws:
     """K samples by a method of METHODS. Raises KeyError for another."""
     before = decoder.policy.tokens_forwarded + decoder.reward.tokens_forwarded
-    tokens_K, log_q_K, log_z = METHODS[method](decoder, prompt, samples)
+    draws = METHODS[method](decoder, prompt, samples)
     after = decoder.policy.tokens_forwarded + decoder.reward.tokens_forwarded
-    return Draws(tokens_K, after - before, log_q_K, log_z)
+    return replace(draws, model_tokens=after - before)

@@ -48,6 +48,18 @@ class _Group:
     trajectories: dict[int, Trajectory] = field(default_factory=dict)
 
 
+class Installed(NamedTuple):
+    """What the install of a version took and showed; NaN is what is not known."""
+
+    seconds: float = math.nan
+    canary_error: float = math.nan
+    """Nats a token: mean distance of the canary's log-probs from the learner's."""
+    canary_signal: float = math.nan
+    """Nats a token: mean distance of the learner's from the base's, which is what the canary could have shown."""
+    effective_update: float = math.nan
+    """As `Merging.write`. None of an adapter beside the base, which is written into no weight."""
+
+
 class _Sample(NamedTuple):
     """What is asked of vLLM."""
 
@@ -250,15 +262,11 @@ class Engine:
 
     # -------------------------------------------------------------------------------------------------- installing
 
-    def install(self, adapter: Adapter) -> dict[str, float]:
+    def install(self, adapter: Adapter) -> Installed:
         """Makes `adapter` what the next group is drawn with, and proves it by the canary.
 
         Groups that are being drawn go on: by their own version where it is beside the base, else by the new weights from the
         next token on, over the keys and values of those before. Each token's log-prob is what it was drawn with either way.
-
-        Returns seconds, and in nats a token `canary_error` (mean distance from the learner's log-probs) and
-        `canary_signal` (mean distance of those from the base's: what the canary could have shown), NaN without a canary;
-        `effective_update` as `Merging.write`, NaN for an adapter beside the base, which is written into no weight.
 
         Raises:
             AdapterError: the adapter is damaged, of another model or not plain LoRA: what was installed stays. Or its
@@ -294,12 +302,7 @@ class Engine:
         signal = math.nan
         if adapter.canary:
             signal = float(np.mean(np.abs(np.subtract(adapter.canary.logp_T, adapter.canary.base_logp_T))))
-        return {
-            "seconds": time.perf_counter() - started,
-            "canary_error": error,
-            "canary_signal": signal,
-            "effective_update": effective,
-        }
+        return Installed(time.perf_counter() - started, error, signal, effective)
 
     def _install_beside(self, adapter: Adapter) -> float:
         """Loads a LoRA adapter under an id, name and folder that were never used: vLLM caches by each of them."""

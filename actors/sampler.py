@@ -7,14 +7,13 @@ reward of one is computed while others are drawn.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from system.adapters import Adapter, AdapterError
 from system.run_error import RunError
@@ -35,12 +34,13 @@ class EngineDied(RunError):
 
 @dataclass
 class _Job:
-    """Work for the engine's thread: a group to draw, or with no request an adapter to install."""
+    """A group for the engine's thread to draw."""
 
-    request: Request | None
+    request: Request
     adapter: Adapter
-    done: Future[Any] = field(default_factory=Future)
+    done: Future[Group] = field(default_factory=Future)
     version: int = -1
+    """The one that it was begun with."""
 
 
 class Sampler:
@@ -50,6 +50,9 @@ class Sampler:
     def __init__(self, make: Callable[[], Engine], reward: Reward, on_death: Callable[[], None] = lambda: None) -> None:
         """Owns the engine that `make` returns, and raises what it raises. `on_death` is called once, after all callers were
         told, if the engine's thread fails."""
+        # Not above: a driver knows the errors of this module, and needs no torch.
+        from actors.engine import Installed
+
         self._reward, self._on_death = reward, on_death
         self._queue: deque[_Job] = deque()
         self._running: dict[int, _Job] = {}
@@ -60,9 +63,7 @@ class Sampler:
         self.timeline = Timeline()
         self._serving = -1
         """The version installed last, also while another one is on its way in; -1 for none."""
-        self._installed: dict[str, float] = dict.fromkeys(
-            ("seconds", "canary_error", "canary_signal", "effective_update"), math.nan
-        )
+        self._installed = Installed()
         # One thread for all rewards: each thread that computes would get OpenMP threads of its own.
         self._rewards = ThreadPoolExecutor(1, thread_name_prefix="reward")
         made: Future[None] = Future()
@@ -92,16 +93,13 @@ class Sampler:
             Exception: what the reward raised.
         """
         self._engine.check(request)
-        return self._submit(_Job(request, adapter))
-
-    def install(self, adapter: Adapter) -> dict[str, float]:
-        """Installs `adapter` unless it or a newer version is there. Returns `version` and what `Engine.install` measured.
-
-        Raises:
-            AdapterError: it was refused.
-            EngineDied: as `sample`.
-        """
-        return self._submit(_Job(None, adapter))
+        job = _Job(request, adapter)
+        with self._wake:
+            if self._ended:
+                raise EngineDied(self._ended)
+            self._queue.append(job)
+            self._wake.notify()
+        return job.done.result()
 
     def score(self, prompt: Prompt, trajectories_K: Sequence[Trajectory]) -> Scores:
         """log R at every prefix of trajectories that may come from anywhere."""
@@ -118,10 +116,10 @@ class Sampler:
             "generate_seconds": self._seconds["generate"],
             "reward_seconds": self._seconds["reward"],
             "install_seconds": self._seconds["install"],
-            "last_install_seconds": self._installed["seconds"],
-            "canary_error": self._installed["canary_error"],
-            "canary_signal": self._installed["canary_signal"],
-            "effective_update": self._installed["effective_update"],
+            "last_install_seconds": self._installed.seconds,
+            "canary_error": self._installed.canary_error,
+            "canary_signal": self._installed.canary_signal,
+            "effective_update": self._installed.effective_update,
             "version": float(self._serving),
             "busy": (self._seconds["generate"] + self._seconds["install"]) / elapsed,
         }
@@ -138,14 +136,6 @@ class Sampler:
             self._wake.notify()
         self._thread.join()
         self._rewards.shutdown()
-
-    def _submit(self, job: _Job) -> Any:
-        with self._wake:
-            if self._ended:
-                raise EngineDied(self._ended)
-            self._queue.append(job)
-            self._wake.notify()
-        return job.done.result()
 
     # -------------------------------------------------------------------------------------- in the engine's thread
 
@@ -200,7 +190,8 @@ class Sampler:
                     continue
                 if not self._serves(job.adapter):
                     raise AdapterError(f"version {job.adapter.version} was installed, but the engine has {self._version}")
-            self._start(job)
+            job.version = self._version
+            self._running[self._engine.add(job.request)] = job
             self._queue.popleft()
         return True
 
@@ -235,20 +226,10 @@ class Sampler:
             self._serving = self._version
         return True
 
-    def _start(self, job: _Job) -> None:
-        installed = self._engine.installed
-        assert installed is not None
-        if job.request is None:
-            job.done.set_result({"version": float(installed.version), **self._installed})
-        else:
-            job.version = installed.version
-            self._running[self._engine.add(job.request)] = job
-
     # -------------------------------------------------------------------------------------- in the rewards' thread
 
     def _deliver(self, job: _Job, trajectories_K: tuple[Trajectory, ...]) -> None:
         started = time.perf_counter()
-        assert job.request is not None
         prompt = job.request.prompt
         try:
             with self.timeline.span("reward", "reward", group=job.request.group_id):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from actors.decoder import Decoder, Result, Tokens
+from actors.decoder import Decoder, Draws, Tokens
 from system.posterior import log_mean_exp
 from system.trajectory import Prompt, sampled
 
 
-def smc(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
+def smc(decoder: Decoder, prompt: Prompt, samples: int) -> Draws:
     """Sequential Monte Carlo: n particles from the policy, resampled when they weigh less than n / 2 of them would.
 
     A step multiplies a particle's weight by target(now) / target(before) / q(token), and the target of a sequence that has
@@ -45,7 +45,7 @@ def smc(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
             row_P, column_P = row_P[chosen], column_P[chosen]
         rows.advance(row_P[live_P], column_P[live_P])
     log_z += log_mean_exp(log_weight_P)
-    return [tokens_P[n] for n in decoder.resample(log_weight_P, samples)], None, log_z
+    return Draws([tokens_P[n] for n in decoder.resample(log_weight_P, samples)], log_z=log_z)
 
 
 def _targets(

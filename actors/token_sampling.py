@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import TopPLogitsWarper
 
-from actors.decoder import Decoder, Result, Tokens
+from actors.decoder import Decoder, Draws, Tokens
 from system.posterior import log_mean_exp
 from system.trajectory import Prompt
 
@@ -33,35 +33,35 @@ def sample_sequences(
     return [tuple(tokens) for tokens in drawn], log_q_K
 
 
-def ancestral(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
-    return *sample_sequences(decoder, prompt, samples), None
+def ancestral(decoder: Decoder, prompt: Prompt, samples: int) -> Draws:
+    return Draws(*sample_sequences(decoder, prompt, samples))
 
 
-def tempered(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
+def tempered(decoder: Decoder, prompt: Prompt, samples: int) -> Draws:
     """Each token at a low temperature: not what whole sequences at a low temperature are."""
     temperature = decoder.settings.temperature
-    return *sample_sequences(decoder, prompt, samples, lambda log_q_BC: (log_q_BC / temperature).log_softmax(-1)), None
+    return Draws(*sample_sequences(decoder, prompt, samples, lambda log_q_BC: (log_q_BC / temperature).log_softmax(-1)))
 
 
-def nucleus(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
+def nucleus(decoder: Decoder, prompt: Prompt, samples: int) -> Draws:
     """Without weights: what lies outside the nucleus is never drawn."""
     warper = TopPLogitsWarper(decoder.settings.top_p)
     unread = torch.empty(0, dtype=torch.long)
     tokens_K, _ = sample_sequences(decoder, prompt, samples, lambda log_q_BC: warper(unread, log_q_BC).log_softmax(-1))  # type: ignore[arg-type]
-    return tokens_K, None, None
+    return Draws(tokens_K)
 
 
-def best_of_n(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
+def best_of_n(decoder: Decoder, prompt: Prompt, samples: int) -> Draws:
     """Each sample is the one with the highest reward of `oversample` draws of its own."""
     n = decoder.settings.oversample
     tokens_P, _ = sample_sequences(decoder, prompt, samples * n)
     best_K = decoder.log_target(prompt, tokens_P).reshape(samples, n).argmax(1)
-    return [tokens_P[k * n + best] for k, best in enumerate(best_K)], None, None
+    return Draws([tokens_P[k * n + best] for k, best in enumerate(best_K)])
 
 
-def sir(decoder: Decoder, prompt: Prompt, samples: int) -> Result:
+def sir(decoder: Decoder, prompt: Prompt, samples: int) -> Draws:
     """Sampling importance resampling: K of n draws of the policy, with weights R^(1/T) / q."""
     tokens_P, log_q_P = sample_sequences(decoder, prompt, samples * decoder.settings.oversample)
     log_weight_P = decoder.log_target(prompt, tokens_P) - log_q_P
     chosen = decoder.resample(log_weight_P, samples)
-    return [tokens_P[n] for n in chosen], None, log_mean_exp(log_weight_P)
+    return Draws([tokens_P[n] for n in chosen], log_z=log_mean_exp(log_weight_P))

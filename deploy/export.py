@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from deploy.command import command  # noqa: E402
 from deploy.runs import adapter_at, adapter_tensors, add_step, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
+from system.whole_file import whole_folder  # noqa: E402
 
 
 def merge(config: Config, adapter: Path, folder: Path) -> Path:
@@ -55,14 +54,9 @@ def merge(config: Config, adapter: Path, folder: Path) -> Path:
                 weight.add_(delta_OI.T if update.transposed else delta_OI, alpha=update.scale)
     except (AdapterError, AttributeError, RuntimeError) as error:
         raise ConfigError(f"{adapter} does not fit {config.model.path!r}: {error}") from error
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
-    try:
+    with whole_folder(folder) as part:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 

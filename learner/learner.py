@@ -251,7 +251,7 @@ class Learner:
         canary = Canary(tuple(self._canary_tokens.tolist()), self._canary_log_probs(), self._canary_base)
         tensors = self.policy.adapter_tensors()
         peft_config = self.policy.adapter_config() | {"base_model_name_or_path": self.base_model}
-        return Adapter.publish(version, self.step, tensors, peft_config, self.base_model, canary)
+        return Adapter.of(version, self.step, tensors, peft_config, self.base_model, canary)
 
     def save(self) -> np.ndarray:
         """All that the next update depends on, as uint8 safetensors: LoRA weights, optimizer moments, step."""

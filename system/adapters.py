@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ import safetensors.numpy
 from safetensors import safe_open
 
 from system.run_error import RunError
+from system.whole_file import whole_folder
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +90,7 @@ class Adapter:
     canary: Canary | None = None
 
     @classmethod
-    def publish(
+    def of(
         cls,
         version: int,
         step: int,
@@ -123,18 +122,13 @@ class Adapter:
 
     def materialise(self, folder: Path) -> Path:
         """Writes a standard PEFT folder, and what `read_folder` checks it by; it appears whole or not at all."""
-        part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
         peft_config = json.dumps(self.peft_config, indent=2, sort_keys=True).encode()
         manifest = {"version": self.version, "step": self.step, "sha256": self.sha256, "base_model": self.base_model}
         manifest["config_sha256"] = hashlib.sha256(peft_config).hexdigest()
-        try:
-            part.mkdir(parents=True)
+        with whole_folder(folder) as part:
             (part / WEIGHTS).write_bytes(self.weights.tobytes())
             (part / PEFT_CONFIG).write_bytes(peft_config)
             (part / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-            part.replace(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
         return folder
 
 

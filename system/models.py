@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from system.config import ConfigError, Model
+from system.whole_file import whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -178,15 +179,11 @@ def _dequantise(gguf: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     if _begins_with_bos(gguf):
         tokenizer.add_bos_token = True
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}.part-"))
     try:
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        part.replace(target)
+        with whole_folder(target) as part:
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
     except OSError:
         # Another process finished the same conversion first: its folder is the same.
         if not (target / "config.json").is_file():
             raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from deploy.pool import RaySamplers
 from system.adapters import Adapter, Canary
 from system.constraints import Constraints
-from system.trajectory import Behaviour, Prompt, Trajectory
+from system.trajectory import Behaviour, Prompt, Request, Trajectory
 
 NAME = "tiny"
 """What adapters call their base model."""
@@ -59,7 +59,7 @@ def publish(version: int, model: PeftModel, canary: Sequence[int] = CANARY) -> A
     with model.disable_adapter():
         base = token_log_probs(model, canary)
     proof = Canary(tuple(canary), tuple(token_log_probs(model, canary)), tuple(base))
-    return Adapter.publish(version, version, tensors, config | {"base_model_name_or_path": NAME}, NAME, proof)
+    return Adapter.of(version, version, tensors, config | {"base_model_name_or_path": NAME}, NAME, proof)
 
 
 def next_log_probs(
@@ -136,7 +136,11 @@ def drawn_log_probs(model: torch.nn.Module, constraints: Constraints, prompt: Pr
     return result
 
 
-def installed_by(samplers: RaySamplers, adapter: Any) -> list[dict[str, float]]:
-    """What each sampler of a pool measured as it installed the adapter, to which there is a reference."""
-    actors = samplers.named().values()
-    return ray.get([actor.__ray_call__.remote(lambda actor, adapter: actor.part.install(adapter), adapter) for actor in actors])
+def installed_by(samplers: RaySamplers, adapter: Any, request: Request) -> list[dict[str, float]]:
+    """The stats of each sampler of a pool once it has drawn a group under the adapter, to which there is a reference."""
+
+    def stats(actor: Any, adapter: Adapter) -> dict[str, float]:
+        actor.part.sample(request, adapter)
+        return actor.part.stats()
+
+    return ray.get([actor.__ray_call__.remote(stats, adapter) for actor in samplers.named().values()])

@@ -15,7 +15,7 @@ TENSORS = {"a.lora_A.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.l
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return Adapter.publish(3, 7, TENSORS, {"r": 2}, "base").materialise(tmp_path / "adapter")
+    return Adapter.of(3, 7, TENSORS, {"r": 2}, "base").materialise(tmp_path / "adapter")
 
 
 def test_what_was_written_is_read(folder: Path) -> None:
@@ -75,5 +75,5 @@ def test_a_folder_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "own.txt").write_text("x")
     with pytest.raises(OSError):
-        Adapter.publish(3, 7, TENSORS, {"r": 2}, "base").materialise(tmp_path / "adapter")
+        Adapter.of(3, 7, TENSORS, {"r": 2}, "base").materialise(tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

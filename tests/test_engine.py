@@ -198,13 +198,13 @@ def test_each_installed_version_is_what_peft_computes(case: Case) -> None:
     for adapter, right, wrong in ((first, first_model, base), (second, second_model, first_model), (zero, base, second_model)):
         measured = case.engine.install(adapter)
         assert case.engine.installed is adapter
-        assert measured["canary_error"] < 1e-4
-        assert measured["seconds"] > 0
+        assert measured.canary_error < 1e-4
+        assert measured.seconds > 0
         merged = case.engine.settings.install == "merged" and adapter is not zero
-        assert measured["effective_update"] == pytest.approx(1.0 if merged else math.nan, abs=1e-4, nan_ok=True)
+        assert measured.effective_update == pytest.approx(1.0 if merged else math.nan, abs=1e-4, nan_ok=True)
         assert case.largest_error(right) < 1e-3
         assert case.largest_error(wrong) > 0.05
-        assert measured["canary_signal"] == pytest.approx(0, abs=1e-6) if adapter is zero else measured["canary_signal"] > 0.05
+        assert measured.canary_signal == pytest.approx(0, abs=1e-6) if adapter is zero else measured.canary_signal > 0.05
 
 
 def test_modules_that_a_version_leaves_alone_go_back_to_the_base(case: Case) -> None:
@@ -220,7 +220,7 @@ def test_an_adapter_that_cannot_be_trusted_changes_nothing(case: Case) -> None:
     bad = case.version(2)[0]
     damaged = replace(bad, weights=bad.weights.copy())
     damaged.weights[-1] ^= 1
-    dora = Adapter.publish(2, 2, bad.tensors(), bad.peft_config | {"use_dora": True}, lora.NAME, bad.canary)
+    dora = Adapter.of(2, 2, bad.tensors(), bad.peft_config | {"use_dora": True}, lora.NAME, bad.canary)
     stray = {name.replace("layers.1", "layers.9").replace("h.1", "h.9"): tensor for name, tensor in bad.tensors().items()}
     long = Canary((1,) * 500, (0.0,) * 499, (0.0,) * 499)
     refused = {
@@ -228,7 +228,7 @@ def test_an_adapter_that_cannot_be_trusted_changes_nothing(case: Case) -> None:
         "damaged": damaged,
         "belongs to": replace(bad, base_model="another"),
         "use_dora": dora,
-        "no weight of its own.*; set model.path to the adapter's model, or lora.targets to some of .*proj": Adapter.publish(
+        "no weight of its own.*; set model.path to the adapter's model, or lora.targets to some of .*proj": Adapter.of(
             2, 2, stray, bad.peft_config, lora.NAME, bad.canary
         ),
     }
@@ -254,7 +254,7 @@ def test_an_update_of_a_weight_that_cannot_be_merged_is_refused(case: Case) -> N
         f"base_model.model.{name}.lora_B.weight": np.ones((rows, 4), np.float32),
     }
     with pytest.raises(AdapterError, match=message):
-        case.engine.install(Adapter.publish(2, 2, tensors, good.peft_config, lora.NAME, good.canary))
+        case.engine.install(Adapter.of(2, 2, tensors, good.peft_config, lora.NAME, good.canary))
     assert case.engine.installed is good
     assert case.largest_error(model) < 1e-3
 
@@ -274,7 +274,7 @@ def test_single_tokens_of_the_canary_may_be_nats_off_in_bfloat16_alone_and_half_
     with pytest.raises(AdapterError, match=rf"canary is {10.0 / len(told):.3g}\S* nats a token .*published weights$"):
         case.engine.install(off_at(2))
     monkeypatch.setattr(case.engine, "settings", replace(case.engine.settings, canary_by_mean=False))
-    assert case.engine.install(off_at(2))["canary_error"] == pytest.approx(10.0 / len(told), abs=1e-3)
+    assert case.engine.install(off_at(2)).canary_error == pytest.approx(10.0 / len(told), abs=1e-3)
     with pytest.raises(AdapterError, match=r"canary is (4\.99|5)\S* nats a token .*bfloat16 is too coarse"):
         case.engine.install(off_at(len(told) // 2 + 1))
 

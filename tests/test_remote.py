@@ -30,7 +30,7 @@ from system.orchestrator import Orchestrator
 from system.requests import Requests, evaluation_request
 from system.run_error import RunError
 from system.tasks.problem import Problem
-from system.trajectory import Group
+from system.trajectory import Behaviour, Group, Request
 from tests import faults, lora, tiny
 from tests.fakes import FakeTracker
 from tests.loops import requests_of
@@ -207,12 +207,12 @@ def test_engines_that_run_out_of_memory_over_every_group_stop_the_run_with_the_c
     assert loop.counters.groups == 0
 
 
-def test_every_sampler_installs_what_the_learner_publishes(handles: tuple[RayLearner, RaySamplers]) -> None:
+def test_every_sampler_installs_what_the_learner_publishes(problem: Problem, handles: tuple[RayLearner, RaySamplers]) -> None:
     learner, samplers = handles
     wait_until_ready(samplers)
     adapter = learner.adapter(500)
     samplers.publish(adapter)
-    installed = lora.installed_by(samplers, adapter)
+    installed = lora.installed_by(samplers, adapter, Request(0, problem.prompts[0], (Behaviour(),), seed=0))
     assert [stats["version"] for stats in installed] == [500.0, 500.0]
     assert all(stats["canary_error"] < 1e-3 for stats in installed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import signal
 import threading
@@ -17,9 +18,10 @@ import pytest
 import torch
 
 from actors.behaviour import TokenDraw
-from actors.build import build_sampler, engine_settings
-from actors.engine import Engine
+from actors.build import SHORTEST_CONTEXT, build_sampler, engine_settings
+from actors.engine import Engine, Installed
 from actors.sampler import EngineDied, Sampler
+from actors.settings import BLOCK
 from deploy.prepare import prepare
 from system.adapters import Adapter, AdapterError
 from system.config import ConfigError
@@ -71,7 +73,7 @@ def test_a_canary_is_judged_by_its_mean_where_both_compute_in_float32(
     engine: str, learner: str, by_mean: bool, tolerance: float
 ) -> None:
     config = parse({"task": {"kind": "random_number"}, "sampler": {"dtype": engine}, "learner": {"dtype": learner}})
-    settings = engine_settings(config, PROBLEM)
+    settings = engine_settings(config, PROBLEM, tiny.CONTEXT)
     assert (settings.canary_by_mean, settings.canary_tolerance) == (by_mean, tolerance)
 
 
@@ -94,6 +96,26 @@ def test_the_engine_has_the_tool_of_the_task(tmp_path: Path, monkeypatch: pytest
 # ------------------------------------------------------------------------------------------------- on a real vLLM
 
 
+def test_a_model_with_the_shortest_context_that_a_config_is_accepted_with_draws(tmp_path: Path) -> None:
+    folder = tiny.folder(tmp_path)
+    task = {"kind": "random_number", "high": 9}
+    cfg = parse({"model": {"path": str(folder)}, "task": task, "sampler": {"kv_cache_mb": 16}, "lora": {"rank": 4}})
+    shortest = prepare(cfg).problem.longest_prompt + cfg.task.max_tokens + 1
+    assert shortest < SHORTEST_CONTEXT
+    assert shortest % BLOCK
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": shortest}))
+    problem = prepare(cfg).problem
+    adapter = replace(lora.publish(0, lora.adapted(folder, lora.TARGETS["llama"], seed=0)), base_model=cfg.model.path)
+    sampler = build_sampler(cfg, problem)
+    try:
+        group = sampler.sample(Request(0, problem.prompts[0], (Behaviour(),) * 8, 0), adapter)
+    finally:
+        sampler.close()
+    assert len(group.trajectories_K) == 8
+    assert all(problem.constraints.admits(trajectory.tokens_T.tolist()) for trajectory in group.trajectories_K)
+
+
 class Real:
     def __init__(self, folder: Path) -> None:
         tree = {
@@ -104,7 +126,7 @@ class Real:
         }
         self.models = [lora.adapted(folder, lora.TARGETS["llama"], seed=number) for number in range(4)]
         self.adapters = [lora.publish(number, model) for number, model in enumerate(self.models)]
-        settings = engine_settings(parse(tree), PROBLEM)
+        settings = engine_settings(parse(tree), PROBLEM, tiny.CONTEXT)
         self.sampler = Sampler(lambda: Engine(folder, lora.NAME, CONSTRAINTS, settings), Lengths())
 
     def drawn_by(self, trajectories_K: Sequence[Trajectory]) -> set[int]:
@@ -141,14 +163,14 @@ def test_concurrent_groups_name_the_version_that_drew_them(real: Real) -> None:
 
 
 def test_an_older_version_is_served_by_the_newer_and_says_so(real: Real) -> None:
-    real.sampler.install(real.adapters[2])
+    real.sampler.sample(request_of(0), real.adapters[2])
     group = real.sampler.sample(request_of(1), real.adapters[0])
     assert group.adapter_version == 2
     assert real.drawn_by(group.trajectories_K) == {2}
 
 
 def test_a_refused_version_reaches_its_caller_and_the_known_ones_are_still_drawn(real: Real) -> None:
-    real.sampler.install(real.adapters[2])
+    real.sampler.sample(request_of(0), real.adapters[2])
     lying = replace(real.adapters[3], canary=real.adapters[1].canary)
     with pytest.raises(AdapterError, match="version 3"):
         real.sampler.sample(request_of(2), lying)
@@ -159,13 +181,13 @@ def test_a_refused_version_reaches_its_caller_and_the_known_ones_are_still_drawn
     assert real.drawn_by(group.trajectories_K) == {2}
     damaged = replace(real.adapters[3], weights=real.adapters[3].weights[:-4])
     with pytest.raises(AdapterError, match="damaged"):
-        real.sampler.install(damaged)
+        real.sampler.sample(request_of(4), damaged)
     assert real.sampler.stats()["version"] == 2
     assert real.sampler.sample(request_of(4), real.adapters[3]).adapter_version == 3
 
 
 def test_a_version_that_is_published_again_with_other_weights_is_installed(real: Real) -> None:
-    real.sampler.install(real.adapters[3])
+    real.sampler.sample(request_of(0), real.adapters[3])
     again = lora.publish(3, real.models[1])
     group = real.sampler.sample(request_of(5), again)
     assert group.adapter_version == 3
@@ -173,17 +195,17 @@ def test_a_version_that_is_published_again_with_other_weights_is_installed(real:
 
 
 def test_stats_count_what_was_done(real: Real) -> None:
-    measured = real.sampler.install(lora.publish(10, real.models[0]))
-    assert measured["version"] == 10
+    real.sampler.sample(request_of(5), lora.publish(10, real.models[0]))
     before, progress = real.sampler.stats(), real.sampler.progress
     group = real.sampler.sample(request_of(6), real.adapters[0])
     after = real.sampler.stats()
+    assert before["version"] == after["version"] == 10
     assert real.sampler.progress >= progress + after["tokens"] - before["tokens"] > progress
     assert after["groups"] == before["groups"] + 1
     stops = sum(t.stop == "sampled" for t in group.trajectories_K)
     assert after["tokens"] == before["tokens"] + group.tokens + stops
     assert after["generate_seconds"] > before["generate_seconds"]
-    assert after["canary_error"] == measured["canary_error"] < 1e-3 < after["canary_signal"]
+    assert after["canary_error"] == before["canary_error"] < 1e-3 < after["canary_signal"]
     assert 0 < after["busy"] < 1
 
 
@@ -232,7 +254,7 @@ class ScriptedEngine:
         one = Trajectory(np.array([3], np.int32), np.ones(1, bool), np.zeros(2, np.float32), "sampled")
         return [(ticket, (one,) * len(request.behaviours_K))]
 
-    def install(self, adapter: Adapter) -> dict[str, float]:
+    def install(self, adapter: Adapter) -> Installed:
         assert self.takes_version
         self.log.append(f"install {adapter.version}")
         if adapter.version in self.refuse:
@@ -240,14 +262,14 @@ class ScriptedEngine:
             self.running.clear()
             raise AdapterError(f"version {adapter.version} is refused")
         self.installed = adapter
-        return {"seconds": 0.0, "canary_error": 0.0, "canary_signal": 0.0}
+        return Installed()
 
     def close(self) -> None:
         self.closed = True
 
 
 def adapter_of(version: int) -> Adapter:
-    return Adapter.publish(version, version, {}, {}, lora.NAME)
+    return Adapter.of(version, version, {}, {}, lora.NAME)
 
 
 class Held:
@@ -493,7 +515,7 @@ def test_closing_answers_those_who_wait() -> None:
     assert waiting.result(SECONDS).group_id == 0
     assert isinstance(behind.exception(SECONDS), EngineDied)
     with pytest.raises(EngineDied, match="closed"):
-        held.sampler.install(adapter_of(3))
+        held.sampler.sample(request_of(2), adapter_of(3))
 
 
 def test_the_engine_death_of_a_real_vllm_reaches_the_caller(real: Real, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,9 +53,9 @@ def main(dtype: str, run: Path | None) -> None:
     learner = built(cfg)
     adapter = learner.adapter(1)
     sampler = build_sampler(cfg, problem)
-    installed = sampler.install(adapter)
     requests = [evaluation_request(prompt, at, 16, seed=0, round_=0) for at, prompt in enumerate(problem.prompts)]
     groups = [sampler.sample(request, adapter) for request in requests]
+    stats = sampler.stats()
     sampler.close()
 
     def log_q(learner: Learner) -> np.ndarray:
@@ -72,7 +72,7 @@ def main(dtype: str, run: Path | None) -> None:
         per_token = np.abs(values - exact) / tokens
         detail = {"worst": float(per_token.max()), "worst of a trajectory": float(np.abs(values - exact).max())}
         if name == "engine":
-            detail |= {key: installed[key] for key in ("canary_error", "canary_signal")}
+            detail |= {key: stats[key] for key in ("canary_error", "canary_signal")}
         what = f"{name} in {dtype} against the learner in float32, whole trajectories"
         report(Figure(what, "nats a token", per_token.tolist(), at_most=BOUND[dtype], detail=detail))
 

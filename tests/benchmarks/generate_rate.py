@@ -45,7 +45,7 @@ def main() -> None:
     )
     sampler = Sampler(lambda: Engine(folder, "base", constraints, settings), Nothing())
     adapter = random_adapter(BaseWeights(folder), "base", rng)
-    sampler.install(adapter)
+    sampler.sample(Request(0, Prompt("first", (1,), (1,)), (Behaviour(),), seed=0), adapter)
     model: Any = load_pretrained(folder, getattr(torch, arguments.dtype), torch.device("cpu"))
     for batch in arguments.batches:
         texts = rng.integers(100, 40000, (batch // SAMPLES, PROMPT_TOKENS)).tolist()

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from system.models import locate
 from tests.benchmarks.figures import Figure, in_turns, ratio, report
 from tests.benchmarks.sampler_rate import forget_prompts
 from tests.benchmarks.worker import Worker
+
+if TYPE_CHECKING:
+    from actors.engine import Installed
 
 NEW_TOKENS, PROMPT_TOKENS, SAMPLES, PROMPTS = 32, 40, 16, 4
 CONTEXT = 992
@@ -71,7 +74,7 @@ class Drawing:
             engine.step()
         return (engine.tokens - before) / (time.perf_counter() - started)
 
-    def install(self, adapter: Adapter) -> dict[str, float]:
+    def install(self, adapter: Adapter) -> Installed:
         return self.engine.install(adapter)
 
     def log_probs(self, tokens: list[int]) -> np.ndarray:
@@ -130,7 +133,7 @@ def first_update(folder: Path) -> Update:
         if parameter.grad is not None and not parameter.detach().any():
             parameter.data = parameter.grad.sign()
     config, direction, adapters = policy.adapter_config(), policy.adapter_tensors(), {}
-    updates = Adapter.publish(0, 0, direction, config, "base").updates().values()
+    updates = Adapter.of(0, 0, direction, config, "base").updates().values()
     squares = sum(u.scale**2 * float(((u.b_OR.T @ u.b_OR) * (u.a_RI @ u.a_RI.T)).sum()) for u in updates)
     rms = (squares / sum(u.shape[0] * u.shape[1] for u in updates)) ** 0.5
     for version, size in enumerate(SIZES, start=1):
@@ -139,7 +142,7 @@ def first_update(folder: Path) -> Update:
         logp_T[size] = read()
         logp, base_logp = (tuple(values[: CANARY_TOKENS - 1].tolist()) for values in (logp_T[size], base_logp_T))
         canary = Canary(tuple(tokens[:CANARY_TOKENS]), logp, base_logp)
-        adapters[size] = Adapter.publish(version, version, tensors, config, "base", canary)
+        adapters[size] = Adapter.of(version, version, tensors, config, "base", canary)
     return Update(tokens, base_logp_T, logp_T, adapters)
 
 
@@ -147,7 +150,7 @@ def arrived(worker: Worker, mode: str, dtype: str, update: Update, base_T: np.nd
     """`base_T` holds the engine's log-probs before any version."""
     figures = []
     for size, adapter in update.adapters.items():
-        effective, logp_T = worker("install", adapter)["effective_update"], worker("log_probs", update.tokens)
+        effective, logp_T = worker("install", adapter).effective_update, worker("log_probs", update.tokens)
         change_T = update.logp_T[size] - update.base_logp_T
         share = float((logp_T - base_T) @ change_T / (change_T @ change_T))
         detail = {
@@ -176,7 +179,7 @@ def measure(folder: Path, dtype: Literal["float32", "bfloat16"], repeats: int, t
                 report(*arrived(workers[name], name, dtype, update, base_T))
 
         def install(name: str) -> Callable[[], float]:
-            return lambda: workers[name]("install", adapter)["seconds"]
+            return lambda: workers[name]("install", adapter).seconds
 
         def rate(name: str) -> Callable[[], float]:
             return lambda: workers[name]("rate", adapter)

@@ -68,7 +68,7 @@ def random_adapter(base: BaseWeights, name: str, rng: np.random.Generator) -> Ad
             out, in_ = shape
             tensors[f"{module}.lora_A.weight"] = rng.normal(0, 0.02, (RANK, in_)).astype(np.float32)
             tensors[f"{module}.lora_B.weight"] = rng.normal(0, 0.02, (out, RANK)).astype(np.float32)
-    return Adapter.publish(1, 1, tensors, {"r": RANK, "lora_alpha": 2.0 * RANK, "peft_type": "LORA"}, name)
+    return Adapter.of(1, 1, tensors, {"r": RANK, "lora_alpha": 2.0 * RANK, "peft_type": "LORA"}, name)
 
 
 def forget_prompts(engine: Any) -> None:
@@ -94,7 +94,7 @@ class Ours:
         settings = EngineSettings(max_model_len=128, dtype=dtype, threads=threads)
         self._adapter = random_adapter(BaseWeights(folder), "base", np.random.default_rng(0))
         self._sampler = Sampler(lambda: Engine(folder, "base", constraints, settings), Nothing())
-        self._sampler.install(self._adapter)
+        self._sampler.sample(Request(0, Prompt("first", (1,), (1,)), (Behaviour(),), seed=0), self._adapter)
 
     def rate(self, prompts: Sequence[Prompt], behaviours_K: tuple[Behaviour, ...]) -> float:
         requests = [Request(i, prompt, behaviours_K, seed=i) for i, prompt in enumerate(prompts)]
