@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from actors.settings import take_machine  # noqa: E402
 from deploy.command import command, log_to_stderr  # noqa: E402
+from deploy.machine import take_machine  # noqa: E402
 from deploy.runs import adapter_at, add_step, find_run, load_adapter, make_folder  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import Config, ConfigError  # noqa: E402
@@ -301,6 +301,7 @@ def main(argv: list[str]) -> int:
     if arguments.samples < 2:
         raise ConfigError(f"--samples={arguments.samples}: one draw says nothing about the spread; take 2 at least")
     config = config_file.load(arguments.config, arguments.overrides)
+    # For torch's threads. The config stays: no part of a run is built here, and what is written is to be what was given.
     take_machine(config)
     run_dir = find_run(arguments.run) if arguments.run else None
     folder = run(config, arguments.methods.split(","), arguments.samples, settings, run_dir, arguments.step)

@@ -35,8 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from actors.settings import take_machine  # noqa: E402
 from deploy.command import command, log_to_stderr  # noqa: E402
+from deploy.machine import take_machine  # noqa: E402
 from deploy.runs import adapter_at, adapter_tensors, add_step, check_output, find_run  # noqa: E402
 from system import config_file  # noqa: E402
 from system.config import NAME, Config, ConfigError, Tracking  # noqa: E402

@@ -31,8 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from actors.settings import BLOCK, alone, engine_environment, max_lora_rank  # noqa: E402
+from actors.settings import BLOCK, engine_environment, max_lora_rank  # noqa: E402
 from deploy.command import command  # noqa: E402
+from deploy.machine import alone  # noqa: E402
 from deploy.runs import adapter_at, adapter_file, adapter_tensors, add_step, find_run  # noqa: E402
 from deploy.stop import heard  # noqa: E402
 from system import config_file  # noqa: E402

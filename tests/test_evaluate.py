@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from actors.posterior_reward import Posterior
-from actors.settings import alone, take_machine
 from deploy import evaluate, runs, self_consistent
+from deploy.machine import alone, take_machine
 from deploy.prepare import prepare
 from learner.learner import Learner
 from system import config_file, diversity
@@ -138,7 +138,7 @@ def test_a_process_of_its_own_takes_all_cores(monkeypatch: pytest.MonkeyPatch) -
 def test_a_process_of_its_own_uses_the_gpu_that_there_is_and_compiles_there_alone(
     gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("actors.settings.os.environ", environment := {"OMP_NUM_THREADS": "3"})
+    monkeypatch.setattr("deploy.machine.os.environ", environment := {"OMP_NUM_THREADS": "3"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     for reserved in (0, 1):
         cfg = config_file.parse({"task": {"kind": "continuation"}, "actors": {"gpus": reserved}})

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.settings import alone, engine_environment
+from actors.settings import engine_environment
+from deploy.machine import alone
 from system import config_file
 from system.config import Config
 from system.task_config import Subjectivity
