@@ -53,7 +53,7 @@ def continuation(lab: Lab, config: str = "continuation", test: slice = slice(24,
     some of the first 24 of these: the other 26 are for evaluation."""
     known, others = _prompts(lab, test)
     run = lab.train("gflownet", config, *known, *lab.overrides)
-    methods = "ancestral,tempered,nucleus,beam,diverse_beam,best_of_n,sir,smc"
+    methods = "ancestral,tempered,nucleus,beam,diverse_beam,best_of_n,sir,smc,gflownet_best_of_n"
     return lab.baselines(run, *others, methods=methods, samples=8)
 
 
