@@ -18,8 +18,8 @@ KEEPS_MEMORY = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 """Of a learner on CPUs, whose arrays come and go with each update: up to 1 GiB stays its own between two of them. An update in
-bfloat16 takes 0.95 of the time and no page fault (`tests/benchmarks/allocator_rate.py`); in float32, where the products take most
-of it, as long."""
+bfloat16 takes 0.95 of the time and no page fault (`tests/benchmarks/allocator_rate.py`); in float32, where the products take
+most of it, as long."""
 _M_ARENA_MAX = -8
 
 

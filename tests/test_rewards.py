@@ -144,7 +144,7 @@ def test_copies_of_a_sample_that_is_longer_than_a_row_are_read_as_one() -> None:
     model, longest = LanguageModel(tiny.llama()), max(trajectories(), key=len)
     for prompt in (PROMPT, EVIDENCE):
         one, many = Posterior(model, (2,), 5), Posterior(model, (2,), 5)
-        assert_same(many.score(prompt, [longest] * 16).complete(), one.score(prompt, [longest]).complete() * 16)
+        assert_same(many.score(prompt, [longest] * 16).complete(), [*one.score(prompt, [longest]).complete()] * 16)
         assert many.tokens_forwarded == one.tokens_forwarded
 
 

@@ -82,7 +82,8 @@ def main() -> None:
         }
         times = in_turns({name: lambda name=name: seconds(name) for name in ways}, arguments.repeats)
     name = f"update of continuation, {arguments.dtype}"
-    report(ratio(f"{name}, one arena alone over memory that is kept", *times.values(), None, threads=arguments.threads))
+    plain, kept = times.values()
+    report(ratio(f"{name}, one arena alone over memory that is kept", plain, kept, None, threads=arguments.threads))
     for way, found in seen.items():
         _, faults, memory = zip(*found, strict=True)
         report(Figure(f"{name}, {way}: page faults", "", faults, detail={"MiB at most": round(median(memory))}))

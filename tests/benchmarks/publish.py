@@ -17,6 +17,7 @@ from deploy.prepare import prepare
 from deploy.ray_learner import RayLearner
 from deploy.readiness import wait_until_ready
 from system import config, config_file
+from system.requests import evaluation_request
 from tests import lora
 from tests.benchmarks.figures import Figure, report
 from tests.loops import requests_of
@@ -31,7 +32,7 @@ def measure(cfg: config.Config) -> list[Figure]:
     wait_until_ready(learner, samplers)
     requests = requests_of(cfg, problem.prompts)
     samplers.publish(first := learner.adapter(0))
-    one = requests.evaluation(0, samples=1, round_=0)
+    one = evaluation_request(problem.prompts[0], 0, 1, seed=0, round_=0)
     lora.installed_by(samplers, first, one)
     seconds, installs, errors = [], [], []
     for version in range(1, ROUNDS + 1):
