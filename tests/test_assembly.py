@@ -68,8 +68,8 @@ def test_an_evaluation_is_of_what_is_held_out_at_the_last_temperature_with_seeds
     loop, problem = assembled
     asked: list[tuple[Any, dict[str, Any]]] = []
 
-    def sampled(requests: Any, samplers: Any, scorer: Any, **how: Any) -> Evaluation:
-        asked.append((requests.prompts, how))
+    def sampled(prompts: Any, samplers: Any, scorer: Any, **how: Any) -> Evaluation:
+        asked.append((prompts, how))
         return Evaluation({})
 
     monkeypatch.setattr(evaluation, "sampled", sampled)
@@ -78,4 +78,4 @@ def test_an_evaluation_is_of_what_is_held_out_at_the_last_temperature_with_seeds
         loop.evaluate(loop)
         prompts, how = asked.pop()
         assert prompts == problem.prompts[2:]
-        assert (how["temperature"], how["samples"], how["round_"]) == (0.5, 5, step)
+        assert (how["temperature"], how["samples"], how["seed"], how["round_"]) == (0.5, 5, loop.config.seed, step)

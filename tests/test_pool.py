@@ -338,6 +338,7 @@ class TestOneNode:
     def test_a_sampler_that_no_node_has_room_for_is_given_up_without_a_death(self, tmp_path: Path) -> None:
         samplers = pool(config(tmp_path, {"min": 1, "max": 2, "cpus": 4}, wait_seconds=60), Faults())
         wait_until_ready(samplers)
+        assert samplers.sample(request(0, samplers.config)).result(30).group_id == 0  # so that the pool, too, knows it is built
         samplers.config = config(tmp_path, {"min": 1, "max": 2, "cpus": 4, "start_seconds": 1}, wait_seconds=1)
         samplers._inbox.put(lambda: setattr(samplers._size, "target", 2))
         for waiting in (2, 1):
