@@ -51,18 +51,16 @@ class RayLearner:
 
     def _start(self) -> None:
         learner = self.config.learner
-        environment = (
-            ONE_ARENA
-            | (KEEPS_MEMORY if not learner.gpus else {})
-            | {
-                "OMP_NUM_THREADS": str(learner.thread_count),
-                # Threads that spin while they wait would take the samplers' cores.
-                "OMP_WAIT_POLICY": "PASSIVE",
-            }
-        )
-        if learner.ranks > 1 and not learner.gpus:
-            # All would see the same GPU, which NCCL refuses.
-            environment["CUDA_VISIBLE_DEVICES"] = ""
+        environment = ONE_ARENA | {
+            "OMP_NUM_THREADS": str(learner.thread_count),
+            # Threads that spin while they wait would take the samplers' cores.
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+        if not learner.gpus:
+            environment |= KEEPS_MEMORY
+            if learner.ranks > 1:
+                # All would see the same GPU, which NCCL refuses.
+                environment["CUDA_VISIBLE_DEVICES"] = ""
         self.nodes = ray_cluster.learner_nodes(self.config)
         """Where the ranks are placed, if there is room; samplers go elsewhere where they can."""
         base: Any = ray.remote(self._class)

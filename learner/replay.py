@@ -107,7 +107,11 @@ class Replay:
             [record["length"] for record in records],
             [record["stop"] for record in records],
             [
-                Behaviour(record["temperature"], record["epsilon"], tuple((depth, token) for depth, token in record["planted"]))
+                Behaviour(
+                    record["temperature"],
+                    record["epsilon"],
+                    tuple((depth, token) for depth, token in record.get("planted", ())),
+                )
                 for record in records
             ],
             arrays["tokens"],
