@@ -28,8 +28,9 @@ from system.requests import Requests
 from system.tracking import Tracker
 from system.trajectory import Group, Request
 from tests.benchmarks.figures import Figure, report
-from tests.fakes import PROMPTS, FakeLearner, group_for
+from tests.fakes import FakeLearner, group_for
 from tests.faults import Faults, FaultySampler
+from tests.loops import requests_of
 
 GROUPS, SAMPLES = 2000, 20
 TOGETHER = (1, 8)
@@ -60,10 +61,6 @@ def config(folder: str, together: int, *overrides: str) -> Config:
                 f"learner.steps={GROUPS // together}", "learner.checkpoint_every=1000000", "actors.count=2", "actors.cpus=0.5",
                 "learner.cpus=0.5", f"tracking.uri=sqlite:///{folder}/mlflow.db", f"output_dir={folder}"]  # fmt: skip
     return config_file.load("deploy/configs/random_number.yaml", [*settings, *overrides])
-
-
-def requests_of(cfg: Config) -> Requests:
-    return Requests(PROMPTS, SAMPLES, cfg.sampler.exploration, cfg.seed, cfg.task.max_tokens)
 
 
 def milliseconds(cfg: Config, samplers: Any) -> tuple[float, float, float]:
